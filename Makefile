@@ -1,0 +1,45 @@
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+UV ?= uv
+
+.PHONY: setup demo test lint bench clean lock
+
+setup: $(READY)
+
+# The stamp is written last, so an interrupted set-up runs again.
+$(READY): pyproject.toml requirements.lock setup.py
+	@$(PYTHON) scripts/set_up.py $(VENV)
+	@touch $@
+
+demo: $(READY)
+	$(BIN)/embeam embed --input='examples/demo/corpus/*' --output=build/demo --text_field=text --keep_text --max_dead_fraction=0.05
+	$(BIN)/embeam query build/demo "how to keep slugs away from lettuce"
+	$(BIN)/embeam query build/demo "why do stars twinkle?"
+	$(BIN)/embeam query build/demo "saving a little money every month"
+
+test: $(READY)
+	@$(BIN)/python -m pytest -q
+
+lint: $(READY)
+	@$(BIN)/ruff check
+	@$(BIN)/ruff format --check
+	@$(BIN)/mypy
+
+bench: $(READY)
+	$(VENV)/bin/python -m benchmarks
+
+# Keeps the environment; to start that over too: rm -rf .venv
+clean:
+	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +
+
+# Needs uv. The bound on Python stands in pyproject.toml and would only repeat itself on every line.
+lock:
+	mkdir -p build
+	$(UV) pip compile --quiet --universal --upgrade --python-version 3.11 --extra dev --no-header --no-annotate \
+	  --no-emit-index-url --no-emit-find-links --output-file build/requirements.lock pyproject.toml
+	{ echo "# Written by 'make lock' from pyproject.toml: one resolution for Python 3.11 to 3.13."; \
+	  sed -e "s/ ; python_full_version < '3.14'$$//" -e "s/python_full_version < '3.14' and //" build/requirements.lock; \
+	} > requirements.lock

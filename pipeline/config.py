@@ -1,0 +1,269 @@
+"""Every setting of a run: one frozen dataclass per stage, checked when it is built.
+
+A field is the single place of a setting: its name is the command-line flag, the key in a configuration file and the
+keyword in Python; its metadata holds the help text and the choices.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field, fields
+from typing import Any, Mapping, NamedTuple, Optional
+
+from pipeline.errors import ConfigError
+
+MIB = 1 << 20
+FIELD_TYPES = ("string", "int", "float", "bool")
+POOLINGS = ("mean", "max", "cls")
+
+
+def setting(help: str, default: Any = None, choices: tuple = (), metavar: str = "") -> Any:
+    return field(default=default, metadata={"help": help, "choices": choices, "metavar": metavar})
+
+
+def _require_positive(config: Any, name: str) -> None:
+    value = getattr(config, name)
+    if value <= 0:
+        raise ConfigError(f"--{name}={value} must be at least 1")
+
+
+class KeptField(NamedTuple):
+    """A field of the input that is copied to the table; `type` is empty until it is inferred."""
+
+    name: str
+    type: str = ""
+
+    @classmethod
+    def parse(cls, text: str) -> KeptField:
+        name, _, kind = text.partition(":")
+        if not name or (kind and kind not in FIELD_TYPES):
+            raise ConfigError(
+                f"--keep_fields={text} is not name or name:type; the types are {', '.join(FIELD_TYPES)}"
+            )
+        return cls(name, kind)
+
+
+@dataclass(frozen=True)
+class VectorChoice:
+    """Which tensor of the encoder becomes the vector: `output`, `output:pooling` or `output/layer:pooling`."""
+
+    output: str
+    layer: Optional[int] = None
+    pooling: str = ""
+
+    @classmethod
+    def parse(cls, text: str) -> VectorChoice:
+        head, _, pooling = text.partition(":")
+        output, slash, layer = head.partition("/")
+        try:
+            number = int(layer) if slash else None
+        except ValueError:
+            raise ConfigError(f"--vector={text}: {layer!r} is not a layer number; write encoder_outputs/-1:mean") from None
+        if pooling and pooling not in POOLINGS + ("tokens",):
+            raise ConfigError(f"--vector={text}: {pooling!r} is no pooling; use one of {', '.join(POOLINGS)}, tokens")
+        if output in ("sequence_output", "encoder_outputs") and not pooling:
+            raise ConfigError(f"--vector={text} is a matrix per text; say how to pool it, as in --vector={text}:mean")
+        if output == "encoder_outputs" and number is None:
+            raise ConfigError(f"--vector={text} names no layer; write encoder_outputs/-1:{pooling} for the last one")
+        if output == "pooled_output" and pooling:
+            raise ConfigError(f"--vector={text}: pooled_output is one vector already; drop ':{pooling}'")
+        return cls(output, number, pooling)
+
+    def __str__(self) -> str:
+        layer = "" if self.layer is None else f"/{self.layer}"
+        return f"{self.output}{layer}" + (f":{self.pooling}" if self.pooling else "")
+
+
+@dataclass(frozen=True)
+class ReadConfig:
+    """Input"""
+
+    input: tuple[str, ...] = setting("file or glob to read; may be given several times", (), metavar="GLOB")
+    input_format: str = setting(
+        "format of every input; auto goes by the file's extension",
+        "auto",
+        ("auto", "text", "jsonl", "csv", "tsv", "parquet", "tfrecord"),
+    )
+    text_mode: str = setting("what one document is in a text file", "line", ("line", "paragraph", "file"))
+    id_field: str = setting("field that holds the document's id; without it ids are FILE@POSITION", "")
+    text_field: tuple[str, ...] = setting("field with the text; several are joined by a blank: title,body", ("text",))
+    pair_field: str = setting("field with a second segment (input_type_ids 1)", "")
+    keep_fields: tuple[str, ...] = setting("fields to copy into the table: name or name:type, comma-separated", ())
+    limit: int = setting("stop after about so many documents, for a trial; 0 reads everything", 0)
+    max_document_bytes: int = setting("larger records become dead letters", 10 * MIB)
+    on_empty: str = setting("what to do with blank texts", "reject", ("reject", "skip", "embed"))
+    split_bytes: int = setting("size of the pieces that the input is read in", 64 * MIB)
+
+    def __post_init__(self) -> None:
+        for name in ("max_document_bytes", "split_bytes"):
+            _require_positive(self, name)
+        if self.limit < 0:
+            raise ConfigError(f"--limit={self.limit} is negative; leave it out to read everything")
+        if not self.text_field:
+            raise ConfigError("--text_field is empty; name the field that holds the text")
+        names = [f.name for f in self.kept_fields()]
+        reserved = {"id", "chunk", "embedding", "scale", "n_tokens", "n_truncated", "content_hash", "text"}
+        for name in names:
+            if name in reserved:
+                cure = "use --keep_text" if name == "text" else "rename it in the input"
+                raise ConfigError(f"--keep_fields={name} would collide with the table's own field {name!r}; {cure}")
+            if names.count(name) > 1:
+                raise ConfigError(f"--keep_fields names {name!r} twice; name it once")
+
+    def kept_fields(self) -> list[KeptField]:
+        return [KeptField.parse(text) for text in self.keep_fields]
+
+
+@dataclass(frozen=True)
+class PreprocessConfig:
+    """Preprocessing"""
+
+    preprocessor: str = setting("preprocessor SavedModel: folder or hub handle; default: the encoder's own vocabulary", "")
+    max_tokens: int = setting("tokens per encoder input, [CLS] and [SEP] included; 0 means all that the encoder takes", 0)
+    on_long: str = setting("what to do with longer texts", "truncate", ("truncate", "chunk", "average", "reject"))
+    chunk_overlap: int = setting("tokens that neighbouring chunks share", 0)
+    text_prefix: str = setting("put before every text, such as 'query: '", "")
+
+    def __post_init__(self) -> None:
+        if self.max_tokens and self.max_tokens < 3:
+            raise ConfigError(f"--max_tokens={self.max_tokens} leaves no room between [CLS] and [SEP]; use 3 or more")
+        if self.chunk_overlap < 0:
+            raise ConfigError(f"--chunk_overlap={self.chunk_overlap} is negative; use 0 or more")
+        if self.chunk_overlap and self.on_long not in ("chunk", "average"):
+            raise ConfigError(
+                f"--chunk_overlap={self.chunk_overlap} needs chunks; add --on_long=chunk or --on_long=average"
+            )
+
+
+@dataclass(frozen=True)
+class BatchConfig:
+    """Batching"""
+
+    batch_tokens: int = setting("budget of one batch: rows x padded length, in tokens (bytes for text encoders)", 4096)
+
+    def __post_init__(self) -> None:
+        _require_positive(self, "batch_tokens")
+
+
+@dataclass(frozen=True)
+class EncoderConfig:
+    """Encoder"""
+
+    encoder: str = setting("folder, gs:// or s3:// path or hub handle of a SavedModel; default: the built-in encoder", "")
+    vector: str = setting(
+        "pooled_output, sequence_output:mean|max|cls|tokens or encoder_outputs/N:mean|max|cls", "pooled_output"
+    )
+
+    def __post_init__(self) -> None:
+        VectorChoice.parse(self.vector)
+
+
+@dataclass(frozen=True)
+class VectorConfig:
+    """Vectors"""
+
+    normalize: bool = setting("scale every vector to length 1", False)
+    dimensions: int = setting("keep only the first N dimensions; 0 keeps all", 0)
+    dtype: str = setting("how numbers are stored", "float32", ("float32", "float16", "int8", "binary"))
+
+    def __post_init__(self) -> None:
+        if self.dimensions < 0:
+            raise ConfigError(f"--dimensions={self.dimensions} is negative; leave it out to keep all")
+
+
+@dataclass(frozen=True)
+class WriteConfig:
+    """Output"""
+
+    output: str = setting("folder of the table", "", metavar="DIR")
+    output_format: str = setting("format of the table's files", "tfrecord", ("tfrecord", "parquet"))
+    compression: str = setting("compression of the table's files", "none", ("none", "gzip"))
+    shard_bytes: int = setting("size at which a new file is begun", 256 * MIB)
+    keep_text: bool = setting("store each document's text beside its vector", False)
+    dead_letter_text: str = setting("what dead letters hold of the text", "full", ("full", "hash", "none"))
+    max_dead_fraction: float = setting("stop when more than this share of the documents cannot be embedded", 0.1)
+
+    def __post_init__(self) -> None:
+        _require_positive(self, "shard_bytes")
+        if not 0 <= self.max_dead_fraction <= 1:
+            raise ConfigError(f"--max_dead_fraction={self.max_dead_fraction} is no share; use a number from 0 to 1")
+
+
+@dataclass(frozen=True)
+class EmbedConfig:
+    """All settings of a run; `EmbedDocuments` uses the parts between `read` and `write`."""
+
+    read: ReadConfig = ReadConfig()
+    preprocess: PreprocessConfig = PreprocessConfig()
+    batching: BatchConfig = BatchConfig()
+    encoder: EncoderConfig = EncoderConfig()
+    vectors: VectorConfig = VectorConfig()
+    write: WriteConfig = WriteConfig()
+
+    def __post_init__(self) -> None:
+        choice = VectorChoice.parse(self.encoder.vector)
+        if self.preprocess.on_long == "average" and choice.pooling == "tokens":
+            raise ConfigError("--on_long=average cannot average token matrices; use --on_long=chunk with :tokens")
+        if self.read.pair_field and self.preprocess.on_long in ("chunk", "average"):
+            raise ConfigError(
+                f"--on_long={self.preprocess.on_long} cannot split pairs; use --on_long=truncate or --on_long=reject"
+            )
+
+    @classmethod
+    def from_flat(cls, values: Mapping[str, Any]) -> EmbedConfig:
+        """Builds the configuration from one flat mapping of setting names to values.
+
+        Args:
+          values: setting name to value; strings are converted to the setting's type, lists are joined to tuples.
+
+        Raises:
+          ConfigError: if a name is unknown or a value does not fit.
+        """
+        remaining = dict(values)
+        parts = {}
+        for part in fields(cls):
+            kind = part.default.__class__
+            own = {f.name: _convert(f, remaining.pop(f.name)) for f in fields(kind) if f.name in remaining}
+            parts[part.name] = kind(**own)
+        if remaining:
+            raise ConfigError(f"unknown setting {sorted(remaining)[0]!r}; embeam embed --help lists them all")
+        return cls(**parts)
+
+    def flat(self) -> dict[str, Any]:
+        return {name: value for part in fields(self) for name, value in dataclasses.asdict(getattr(self, part.name)).items()}
+
+
+def stage_configs() -> list[type]:
+    """The dataclasses of all stages, in the order in which `--help` shows them."""
+    return [part.default.__class__ for part in fields(EmbedConfig)]
+
+
+def _convert(f: dataclasses.Field, value: Any) -> Any:
+    default = f.default
+    if isinstance(default, tuple):
+        items = [value] if isinstance(value, str) else list(value)
+        if f.name == "input":  # a glob may hold a comma inside braces
+            return tuple(str(item) for item in items)
+        return tuple(part.strip() for item in items for part in str(item).split(",") if part.strip())
+    if isinstance(default, bool):
+        if isinstance(value, bool):
+            return value
+        if str(value).lower() in ("true", "1", "yes"):
+            return True
+        if str(value).lower() in ("false", "0", "no"):
+            return False
+        raise ConfigError(f"--{f.name}={value} is not true or false")
+    try:
+        if isinstance(default, int):
+            return int(str(value).replace("_", ""))
+        if isinstance(default, float):
+            return float(value)
+    except ValueError:
+        kind = "a whole number" if isinstance(default, int) else "a number"
+        raise ConfigError(f"--{f.name}={value} is not {kind}") from None
+    choices = f.metadata["choices"]
+    if choices and value not in choices:
+        raise ConfigError(f"--{f.name}={value} is not one of {', '.join(choices)}")
+    return str(value)
+
+

@@ -1,0 +1,80 @@
+"""Folders that are made once per machine and kept: what makes them, and how a whole one is told from a damaged one."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import os
+import tempfile
+from collections.abc import Callable
+
+from pipeline.errors import EncoderError
+
+CHECKSUMS = "checksums.json"  # beside the files it lists: relative path to sha256
+
+
+def cache_dir() -> str:
+    """Returns $EMBEAM_CACHE_DIR, else $XDG_CACHE_HOME/embeam, else ~/.cache/embeam, as an absolute path."""
+    own = os.environ.get("EMBEAM_CACHE_DIR")
+    shared = os.environ.get("XDG_CACHE_HOME") or os.path.join("~", ".cache")
+    return os.path.abspath(os.path.expanduser(own or os.path.join(shared, "embeam")))
+
+
+def cached_folder(name: str, make: Callable[[str], None]) -> str:
+    """Returns a folder of the cache, made if there is no whole one.
+
+    Processes may ask for the same folder at once: each makes its own beside it, the first to finish gives its own the
+    name, and the others use that one. A damaged folder is left alone, as somebody may be reading it: the next free name
+    is used instead.
+
+    Args:
+      name: says what is in the folder; other content must have another name.
+      make: creates the folder whose path it is given.
+
+    Raises:
+      EncoderError: if the cache cannot be written to.
+    """
+    names = itertools.chain([name], (f"{name}-{number}" for number in itertools.count(2)))
+    try:
+        return next(filter(None, (_whole_folder(os.path.join(cache_dir(), n), make) for n in names)))
+    except OSError as error:
+        raise EncoderError(
+            f"the cache folder {cache_dir()} cannot be used ({error}); set EMBEAM_CACHE_DIR to a folder that can"
+        ) from error
+
+
+def _whole_folder(folder: str, make: Callable[[str], None]) -> str | None:
+    """Returns the folder, made if it is not there; None if it is damaged."""
+    if not os.path.lexists(folder):
+        os.makedirs(os.path.dirname(folder), exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=".making-", dir=os.path.dirname(folder)) as temporary:
+            fresh = os.path.join(temporary, os.path.basename(folder))
+            make(fresh)
+            checksums = _checksums(fresh)
+            with open(os.path.join(fresh, CHECKSUMS), "w", encoding="utf-8") as file:
+                json.dump(checksums, file, indent=1)
+            try:
+                os.rename(fresh, folder)
+            except OSError:
+                if not os.path.lexists(folder):  # else another process was faster
+                    raise
+    return folder if _is_whole(folder) else None
+
+
+def _is_whole(folder: str) -> bool:
+    try:
+        with open(os.path.join(folder, CHECKSUMS), encoding="utf-8") as file:
+            return all(_checksum(os.path.join(folder, path)) == value for path, value in json.load(file).items())
+    except (OSError, ValueError, AttributeError):
+        return False
+
+
+def _checksums(folder: str) -> dict[str, str]:
+    paths = [os.path.join(parent, name) for parent, _, names in os.walk(folder) for name in names]
+    return {os.path.relpath(path, folder): _checksum(path) for path in sorted(paths)}
+
+
+def _checksum(path: str) -> str:
+    with open(path, "rb") as file:
+        return hashlib.sha256(file.read()).hexdigest()

@@ -1,0 +1,100 @@
+"""The RunInference stage: one model per process, batches halved when memory runs out, bad rows singled out."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import apache_beam as beam
+from apache_beam.ml.inference.base import ModelHandler, RunInference
+
+from pipeline.encoders.published import Encoder, load_encoder
+from pipeline.encoders.spec import EncoderSpec
+from pipeline.records import Batch, Encoded
+from pipeline.saved_model import resolve_handle
+
+_LOGGER = logging.getLogger(__name__)
+
+
+class LoadedEncoder:
+    """An encoder with what was learned about the memory of this machine."""
+
+    def __init__(self, encoder: Encoder) -> None:
+        self.encoder = encoder
+        self.most_tokens: float = float("inf")  # rows x length that is known to fit, once something did not
+
+    def encode(self, batch: Batch) -> Encoded:
+        """Encodes a batch, in parts where it must be; a row that fails alone gets an error and no vector.
+
+        A worker that is broken altogether is not the rows' fault: errors of the device are raised.
+        """
+        begun = time.perf_counter()
+        vectors, errors = self._encode_parts(batch)
+        return Encoded(batch, vectors, errors, time.perf_counter() - begun)
+
+    def _encode_parts(self, batch: Batch) -> tuple[list, list[str]]:
+        if len(batch) > 1 and batch.rows * batch.length > self.most_tokens:
+            return self._encode_halves(batch)
+        import tensorflow as tf
+
+        try:
+            return list(self.encoder.encode(batch)), [""] * len(batch)
+        except (tf.errors.ResourceExhaustedError, MemoryError) as error:
+            if len(batch) == 1:
+                return [None], [f"one input of {batch.length} tokens does not fit into memory: {_first_line(error)}"]
+            self.most_tokens = min(self.most_tokens, batch.rows * batch.length / 2)
+            _LOGGER.warning("out of memory at %d x %d tokens; batches are halved", batch.rows, batch.length)
+        except (tf.errors.InvalidArgumentError, tf.errors.OutOfRangeError, ValueError, IndexError) as error:
+            if len(batch) == 1:
+                return [None], [_first_line(error)]
+        return self._encode_halves(batch)
+
+    def _encode_halves(self, batch: Batch) -> tuple[list, list[str]]:
+        middle = (len(batch) + 1) // 2
+        rows = max(middle, batch.rows // 2)
+        first, second = (Batch(part, batch.length, rows) for part in (batch[:middle], batch[middle:]))
+        vectors, errors = self._encode_parts(first)
+        more_vectors, more_errors = self._encode_parts(second)
+        return vectors + more_vectors, errors + more_errors
+
+
+class EncoderHandler(ModelHandler[Batch, Encoded, LoadedEncoder]):
+    """Beam's model handler for an encoder; its elements are whole batches."""
+
+    def __init__(self, spec: EncoderSpec) -> None:
+        super().__init__()
+        self.spec = spec
+
+    def load_model(self) -> LoadedEncoder:
+        spec = self.spec
+        if spec.handle:  # this machine may not be the one that inspected it
+            spec = replace(spec, folder=resolve_handle(spec.handle))
+        return LoadedEncoder(load_encoder(spec))
+
+    def run_inference(
+        self, batch: Sequence[Any], model: LoadedEncoder, inference_args: dict[str, Any] | None = None
+    ) -> list[Encoded]:
+        return [model.encode(batch)]
+
+    def get_metrics_namespace(self) -> str:
+        return "embeam"
+
+    def get_num_bytes(self, batch: Sequence[Any]) -> int:
+        return sum(len(chunk.ids) for chunk in batch)
+
+
+@dataclass
+class Encode(beam.PTransform):
+    """PCollection[Batch] -> PCollection[Encoded]."""
+
+    spec: EncoderSpec
+
+    def expand(self, batches: beam.PCollection) -> beam.PCollection:
+        return batches | "RunInference" >> RunInference(EncoderHandler(self.spec).with_no_batching())
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error) or type(error).__name__).splitlines()[0]

@@ -1,0 +1,146 @@
+"""What an encoder is, found out before a run: what it takes, what it gives, and the hash of its weights."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from pipeline.config import EncoderConfig, VectorChoice
+from pipeline.encoders.default import default_encoder
+from pipeline.encoders.family import canonical_names, recognise_family
+from pipeline.errors import ConfigError, EncoderError
+from pipeline.saved_model import (
+    TOKEN_INPUTS,
+    SavedModelSpec,
+    Shape,
+    describe_saved_model,
+    hash_file,
+    read_variables,
+    resolve_handle,
+)
+
+DEFAULT_POSITIONS = 512  # where the SavedModel does not tell
+
+
+@dataclass(frozen=True)
+class EncoderSpec:
+    """An encoder, ready to be loaded on a worker.
+
+    Attributes:
+      handle: what the user asked for; workers on other machines resolve it again.
+      folder: the SavedModel on this machine.
+      takes: `tokens` (the three int32 inputs) or `texts` (strings).
+      choice: which output becomes the vector.
+      dimension: D, or None where the SavedModel leaves it open.
+      positions: the most tokens of one input.
+      vocabulary_size: rows of the word embedding, or None where unknown.
+      identity: what its vectors depend on, for the fingerprint.
+    """
+
+    handle: str
+    folder: str
+    takes: str
+    choice: VectorChoice
+    dimension: int | None
+    positions: int
+    vocabulary_size: int | None
+    identity: Mapping[str, object]
+
+
+def describe_encoder(config: EncoderConfig) -> tuple[EncoderSpec, SavedModelSpec]:
+    """Resolves and inspects the configured encoder without loading it.
+
+    Raises:
+      EncoderError: if there is no encoder or not one of the TF Hub text interface.
+      ConfigError: if it does not give the vector that is asked for.
+    """
+    folder = resolve_handle(config.encoder) if config.encoder else default_encoder()
+    model = describe_saved_model(folder, config.encoder)
+    shown = config.encoder or "the built-in encoder"
+    if TOKEN_INPUTS == set(model.inputs):
+        takes = "tokens"
+    elif len(model.inputs) == 1 and model.input_dtypes == ("string",):
+        takes = "texts"
+    else:
+        raise EncoderError(
+            f"{shown} takes {_list(model.inputs)}, which is no text encoder: one takes input_word_ids, input_mask and "
+            "input_type_ids, or one tensor of strings; is it a preprocessor or an image model?"
+        )
+    choice = choose_output(VectorChoice.parse(config.vector), model.outputs, shown, takes)
+    shape = model.outputs[_output_key(choice)]
+    positions, vocabulary_size = (
+        _rows_of(model.variables, f"{name}/embeddings") for name in ("position_embedding", "word_embeddings")
+    )
+    spec = EncoderSpec(
+        handle=config.encoder,
+        folder=folder,
+        takes=takes,
+        choice=choice,
+        dimension=shape[-1] if shape else None,
+        positions=positions or DEFAULT_POSITIONS,
+        vocabulary_size=vocabulary_size,
+        identity=identify_encoder(folder, model),
+    )
+    return spec, model
+
+
+def choose_output(choice: VectorChoice, outputs: Mapping[str, Shape], shown: str, takes: str) -> VectorChoice:
+    """Checks a vector choice against what an encoder gives; negative layers are counted from the end.
+
+    Returns:
+      The choice with its layer from 0; its output is "" for an encoder that gives one unnamed tensor.
+
+    Raises:
+      ConfigError: if the encoder has no such output.
+    """
+    names = sorted({name.split("/")[0] for name in outputs})
+    if takes == "texts":
+        if choice.pooling or choice.layer is not None:
+            raise ConfigError(f"--vector={choice}: {shown} takes strings and gives one vector a text; drop the pooling")
+        for name in (choice.output, "default", ""):
+            if name in outputs:
+                return VectorChoice(name)
+    if choice.layer is not None:
+        layers = sum(name.startswith(choice.output + "/") for name in outputs)
+        if not -layers <= choice.layer < layers:
+            has = f"{layers} layers (0 to {layers - 1})" if layers else "no such output"
+            raise ConfigError(f"--vector={choice}: {shown} has {has}; name one of {_list(names)}")
+        return replace(choice, layer=choice.layer % layers)
+    if choice.output not in outputs:
+        raise ConfigError(f"--vector={choice}: {shown} has no output {choice.output!r}; it gives {_list(names)}")
+    rank = len(outputs[choice.output])
+    if choice.pooling and rank == 2:
+        raise ConfigError(f"--vector={choice}: {choice.output} is one vector already; drop ':{choice.pooling}'")
+    return choice
+
+
+def identify_encoder(folder: str, model: SavedModelSpec) -> dict[str, object]:
+    """Everything about an encoder that its vectors depend on, and nothing else.
+
+    The graph of the talking-heads family is known, so its names and shapes stand for it; of any other the SavedModel's
+    own bytes do. The folder's name and its fingerprint.pb change with every copy and every export, and stay out.
+    """
+    family = recognise_family(model.variables)
+    names = canonical_names(list(model.variables))
+    digest = hashlib.sha256()
+    for name, value in read_variables(folder, sorted(names, key=names.__getitem__)):
+        digest.update(f"{names[name]} {value.dtype} {value.shape}\n".encode())
+        digest.update(np.ascontiguousarray(value).data)
+    graph = {"family": family} if family else {"graph": hash_file(os.path.join(folder, "saved_model.pb"))}
+    return {**graph, "weights": digest.hexdigest()}
+
+
+def _output_key(choice: VectorChoice) -> str:
+    return choice.output if choice.layer is None else f"{choice.output}/{choice.layer}"
+
+
+def _rows_of(variables: Mapping[str, Shape], name: str) -> int | None:
+    return variables[name][0] if name in variables else None
+
+
+def _list(names: Iterable[str]) -> str:
+    return ", ".join(name or "an unnamed tensor" for name in names)

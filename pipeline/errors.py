@@ -1,0 +1,25 @@
+"""The errors that a user can cause, each worded as: value, rule, cure, flag."""
+
+
+class EmbeamError(Exception):
+    """A problem that the user can mend; its message says how. The command line prints it without a traceback."""
+
+
+class ConfigError(EmbeamError, ValueError):
+    """A setting that cannot work, found before anything is read or encoded."""
+
+
+class InputError(EmbeamError):
+    """Input that cannot be read at all: nothing matches, or no format fits."""
+
+
+class EncoderError(EmbeamError):
+    """A folder or handle that holds no usable encoder or preprocessor."""
+
+
+class TableError(EmbeamError):
+    """An output folder that is no table, or a table that cannot be read or written."""
+
+
+class RunError(EmbeamError):
+    """A run that was stopped on purpose: too many dead letters, a full disk, no documents."""

@@ -1,0 +1,131 @@
+"""One run from start to end: checks first, then the pipeline, then what is left behind."""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+import tempfile
+import time
+from contextlib import nullcontext
+
+import apache_beam as beam
+from apache_beam.io.filesystems import FileSystems
+from apache_beam.options.pipeline_options import PipelineOptions, StandardOptions
+
+from pipeline import __version__
+from pipeline.config import EmbedConfig
+from pipeline.embed import Job, build_pipeline
+from pipeline.engine import is_local, make_runner
+from pipeline.errors import ConfigError, InputError
+from pipeline.plan import plan_embedding
+from pipeline.report.progress import Progress, ProgressReporter
+from pipeline.sources.planning import estimate_documents, infer_kept_fields, plan_input
+from pipeline.tables.manifest import Manifest, attempts_folder, make_folder, open_table
+from pipeline.tables.publish import Publication, check_free_space, check_output, name_snapshot
+
+_LOGGER = logging.getLogger(__name__)
+_STORED_BYTES = {"float32": 4.0, "float16": 2.0, "int8": 1.0, "binary": 0.125}
+_OTHER_ROW_BYTES = 200  # id, hash, counts and framing
+
+
+def embed(config: EmbedConfig, options: PipelineOptions | None = None, show_progress: bool = False) -> Manifest:
+    """Runs the whole job: reads, embeds, writes and publishes a new snapshot of the table.
+
+    Args:
+      config: all settings; `read.input` and `write.output` are needed.
+      options: Beam's options; by default the local engine.
+      show_progress: whether to report to stderr while it runs.
+
+    Returns:
+      The new snapshot's manifest.
+
+    Raises:
+      EmbeamError: if the configuration cannot work, the output cannot be written, or the run is stopped; the table's
+        live snapshot is then what it was before.
+    """
+    options = options or PipelineOptions([])
+    distributed = not is_local(options.view_as(StandardOptions).runner or "")
+    runner = make_runner(options)
+    status_folder = tempfile.mkdtemp(prefix="embeam-") if not distributed else ""
+    try:
+        job = prepare_job(config, distributed, status_folder)
+        make_folder(attempts_folder(job.publication.table, job.publication.name))
+        reporter = ProgressReporter(status_folder, job.input.total_bytes)
+        try:
+            with reporter if show_progress and not distributed else nullcontext():
+                pipeline = beam.Pipeline(runner=runner, options=options)
+                build_pipeline(pipeline, job)
+                pipeline.run().wait_until_finish()
+        except BaseException:
+            _clean_up(job)
+            raise
+    finally:
+        if status_folder:
+            shutil.rmtree(status_folder, ignore_errors=True)
+    return open_table(job.publication.table)[0]
+
+
+def prepare_job(config: EmbedConfig, distributed: bool = False, status_folder: str = "") -> Job:
+    """Settles and checks everything that can be known before the first document is read.
+
+    Raises:
+      EmbeamError: if the run could not succeed.
+    """
+    if not config.read.input:
+        raise ConfigError("--input is missing; name the files to embed: --input='corpus/*.txt'")
+    if not config.write.output:
+        raise ConfigError("--output is missing; name the folder of the table: --output=table")
+    if config.write.output_format == "parquet" and config.write.compression == "gzip":
+        raise ConfigError("--compression=gzip: Parquet files are compressed inside; leave it out")
+    table = config.write.output if "://" in config.write.output else os.path.abspath(config.write.output)
+    started = time.time()
+    found = plan_input(config.read)
+    if not found.files:
+        raise InputError(f"--input={' '.join(config.read.input)} matches only empty files; give files with text")
+    for path in found.empty_files:
+        _LOGGER.warning("%s is empty", path)
+    kept = tuple(infer_kept_fields(found, config.read))
+    plan = plan_embedding(config)
+    previous = check_output(table)
+    if config.read.limit and previous:
+        raise ConfigError(
+            f"--limit={config.read.limit} is for trials and --output={config.write.output} already holds a table; "
+            "give another folder"
+        )
+    layout = plan.layout(kept)
+    row_bytes = _OTHER_ROW_BYTES + int(plan.dimension * _STORED_BYTES[layout.dtype])
+    n_documents = estimate_documents(found, config.read)
+    check_free_space(table, min(n_documents, config.read.limit or n_documents), row_bytes)
+    name = name_snapshot()
+    facts = {
+        "embeam": __version__,
+        "file_format": config.write.output_format,
+        "compression": config.write.compression,
+        "layout": layout,
+        "fingerprint": plan.fingerprint,
+        "identity": plan.identity,
+        "settings": config.flat(),
+    }
+    publication = Publication(table, name, previous, started, facts, config.write.max_dead_fraction)
+    progress = Progress(status_folder, name, config.write.max_dead_fraction)
+    return Job(config, found, kept, plan, publication, distributed, progress)
+
+
+def _clean_up(job: Job) -> None:
+    """Removes what a failed run wrote; its dead letters stay, for they may say why it failed."""
+    folder = attempts_folder(job.publication.table, job.publication.name)
+    try:
+        paths = [found.path for found in FileSystems.match([FileSystems.join(folder, "*")])[0].metadata_list]
+        letters = [path for path in paths if os.path.basename(path).startswith("dead_letters-")]
+        rest = [path for path in paths if path not in letters]
+        if rest:
+            FileSystems.delete(rest)
+        if letters:
+            _LOGGER.warning("the dead letters of the failed run are in %s", folder)
+        elif "://" not in folder:
+            os.rmdir(folder)
+    except Exception as error:
+        _LOGGER.warning("%s could not be cleaned up: %s", folder, error)
+
+

@@ -1,0 +1,161 @@
+"""What a configuration comes to: encoder, tokeniser, batch shapes and fingerprint, settled before anything runs."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from typing import Any
+
+from pipeline.config import EmbedConfig, KeptField, PreprocessConfig
+from pipeline.encoders.published import measure_dimension
+from pipeline.encoders.spec import EncoderSpec, describe_encoder
+from pipeline.errors import ConfigError, EncoderError
+from pipeline.preprocess.batching import Buckets, bucket_lengths
+from pipeline.preprocess.chunking import PreprocessorRule, SplitRule, TextRule, WordpieceRule
+from pipeline.preprocess.wordpiece import agrees_with_preprocessor, find_vocabulary
+from pipeline.saved_model import TOKEN_INPUTS, SavedModelSpec, describe_saved_model, hash_file, resolve_handle
+from pipeline.sinks.layout import TableLayout
+from pipeline.vectors.finishing import VectorRule
+
+FIXED_PREPROCESSOR_LENGTH = 128  # of a preprocessor that cannot pack to other lengths
+
+
+@dataclass(frozen=True)
+class EmbedPlan:
+    """Everything that workers need to turn documents into rows; small and picklable.
+
+    Attributes:
+      encoder: what is loaded.
+      split: how documents become chunks.
+      buckets: the batch shapes.
+      vectors: how encoded chunks become rows.
+      dimension: D of the stored vectors.
+      identity: all that changes a vector, as JSON values.
+    """
+
+    encoder: EncoderSpec
+    split: SplitRule
+    buckets: Buckets
+    vectors: VectorRule
+    dimension: int
+    identity: dict[str, Any]
+
+    @property
+    def fingerprint(self) -> str:
+        """The sha256 over `identity`."""
+        return hashlib.sha256(json.dumps(self.identity, sort_keys=True).encode()).hexdigest()
+
+    def layout(self, kept: tuple[KeptField, ...] = ()) -> TableLayout:
+        rule = self.vectors
+        return TableLayout(rule.vectors.dtype, self.dimension, rule.tokens, rule.counts_tokens, rule.keep_text, kept)
+
+
+def plan_embedding(config: EmbedConfig) -> EmbedPlan:
+    """Settles a configuration.
+
+    Raises:
+      ConfigError: if settings do not fit the encoder or each other.
+      EncoderError: if encoder or preprocessor are none.
+    """
+    encoder, model = describe_encoder(config.encoder)
+    if encoder.takes == "texts" and config.read.pair_field:
+        raise ConfigError(f"--pair_field={config.read.pair_field}: this encoder takes one string; join the fields")
+    split, preprocessing = choose_split_rule(config.preprocess, encoder, model)
+    if encoder.takes == "texts":
+        lengths = tuple(1 << power for power in range(4, 32))
+    else:
+        assert not isinstance(split, TextRule)
+        lengths = tuple(bucket_lengths(split.max_tokens))
+    native = encoder.dimension or measure_dimension(encoder)
+    if config.vectors.dimensions > native:
+        raise ConfigError(f"--dimensions={config.vectors.dimensions} exceeds the encoder's {native}; lower it")
+    dimension = config.vectors.dimensions or native
+    identity = {
+        "encoder": dict(encoder.identity),
+        "vector": str(encoder.choice),
+        "preprocessing": preprocessing,
+        "precision": "float32",
+        "normalize": config.vectors.normalize,
+        "dimensions": dimension,
+        "dtype": config.vectors.dtype,
+    }
+    rule = VectorRule(
+        vectors=config.vectors,
+        average=config.preprocess.on_long == "average",
+        tokens=encoder.choice.pooling == "tokens",
+        counts_tokens=encoder.takes == "tokens",
+        keep_text=config.write.keep_text,
+    )
+    buckets = Buckets(lengths, config.batching.batch_tokens)
+    return EmbedPlan(encoder, split, buckets, rule, dimension, identity)
+
+
+def choose_split_rule(
+    config: PreprocessConfig, encoder: EncoderSpec, model: SavedModelSpec
+) -> tuple[SplitRule, dict[str, Any]]:
+    """Chooses how documents are tokenised and cut, and says what of it changes vectors.
+
+    Raises:
+      ConfigError: if the settings do not fit the encoder.
+      EncoderError: if the preprocessor is none.
+    """
+    if encoder.takes == "texts":
+        for flag, value in (("preprocessor", config.preprocessor), ("max_tokens", config.max_tokens or "")):
+            if value:
+                raise ConfigError(f"--{flag}={value}: this encoder takes strings and tokenises itself; leave it out")
+        if config.on_long != "truncate":
+            raise ConfigError(f"--on_long={config.on_long}: this encoder tokenises itself; leave it out")
+        return TextRule(config.text_prefix), {"kind": "none", "prefix": config.text_prefix}
+    max_tokens = config.max_tokens or encoder.positions
+    if max_tokens > encoder.positions:
+        raise ConfigError(
+            f"--max_tokens={max_tokens} exceeds the encoder's {encoder.positions} positions; "
+            "lower it or use --on_long=chunk"
+        )
+    if config.chunk_overlap > max_tokens - 3:
+        raise ConfigError(f"--chunk_overlap={config.chunk_overlap} leaves nothing new in {max_tokens} tokens; lower it")
+    cutting = {"max_tokens": max_tokens, "on_long": config.on_long, "prefix": config.text_prefix}
+    if config.preprocessor:
+        model = describe_saved_model(resolve_handle(config.preprocessor), config.preprocessor)
+        if not TOKEN_INPUTS <= set(model.outputs):
+            raise EncoderError(
+                f"--preprocessor={config.preprocessor} gives {', '.join(sorted(model.outputs))}, not the encoder's "
+                "three inputs; is it an encoder?"
+            )
+    vocabulary = find_vocabulary(model)
+    if config.preprocessor and (vocabulary is None or not agrees_with_preprocessor(vocabulary, model.folder)):
+        return _use_preprocessor_as_is(config, model, max_tokens, cutting)
+    if vocabulary is None:
+        raise ConfigError(
+            f"--encoder={encoder.handle} carries no vocabulary; name the preprocessor that belongs to it: --preprocessor="
+        )
+    if encoder.vocabulary_size and len(vocabulary.pieces) > encoder.vocabulary_size:
+        raise ConfigError(
+            f"--preprocessor={config.preprocessor} has {len(vocabulary.pieces):,} pieces and the encoder "
+            f"{encoder.vocabulary_size:,}; they do not belong together"
+        )
+    pieces = hashlib.sha256("\n".join(vocabulary.pieces).encode("utf-8", "surrogateescape")).hexdigest()
+    identity = {
+        "kind": "wordpiece",
+        "vocabulary": pieces,
+        "lower_case": vocabulary.lower_case,
+        "overlap": config.chunk_overlap,
+        **cutting,
+    }
+    return WordpieceRule(vocabulary, max_tokens, config.on_long, config.chunk_overlap, config.text_prefix), identity
+
+
+def _use_preprocessor_as_is(
+    config: PreprocessConfig, model: SavedModelSpec, max_tokens: int, cutting: dict[str, Any]
+) -> tuple[SplitRule, dict[str, Any]]:
+    shown = f"--preprocessor={config.preprocessor} is of an unknown kind and called as it is"
+    if config.on_long != "truncate":
+        raise ConfigError(f"{shown}: it cuts long texts itself; leave out --on_long={config.on_long}")
+    if not {"tokenize", "bert_pack_inputs"} <= model.methods:
+        if config.max_tokens not in (0, FIXED_PREPROCESSOR_LENGTH):
+            raise ConfigError(f"{shown}: it packs to {FIXED_PREPROCESSOR_LENGTH} tokens; leave out --max_tokens")
+        max_tokens = FIXED_PREPROCESSOR_LENGTH
+    files = ["saved_model.pb", *model.assets]
+    hashes = [hash_file(f"{model.folder}/{name}") for name in files]
+    return PreprocessorRule(model.folder, max_tokens, config.text_prefix), {"kind": "as is", "files": hashes, **cutting}

@@ -1,0 +1,131 @@
+"""Chunks to batches: buckets of fixed lengths under a budget on padded tokens, inside the bundle.
+
+A batch holds chunks of one bucket, padded to the bucket's length, and as many as fit `rows * length <= budget`. Only
+full batches leave early; the last, partial ones leave with the bundle, padded to a power of two of rows, where chunks
+of shorter buckets take the place of padding rows. So there is a fixed grid of shapes, and a graph is traced or compiled
+a bounded number of times.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import apache_beam as beam
+import numpy as np
+from apache_beam.transforms.window import GlobalWindows
+
+from pipeline.records import Batch, Chunk, Tally
+
+# (up to this length, steps of): a finer grid wastes less on padding, a coarser one compiles fewer shapes.
+LENGTH_STEPS = ((64, 4), (128, 8), (256, 16), (512, 32))
+
+
+def bucket_lengths(max_tokens: int) -> list[int]:
+    """The padded lengths in use, ascending; the last one is `max_tokens`."""
+    lengths, length = [], 0
+    for limit, step in LENGTH_STEPS:
+        while length < limit:
+            length += step
+            lengths.append(length)
+    while lengths[-1] < max_tokens:
+        lengths.append(lengths[-1] * 2)
+    return [length for length in lengths if length < max_tokens] + [max_tokens]
+
+
+@dataclass(frozen=True)
+class Buckets:
+    """The grid of batch shapes.
+
+    Attributes:
+      lengths: padded lengths, ascending: tokens, or bytes for text encoders.
+      budget: bound on rows x length of a batch of more than one row.
+    """
+
+    lengths: tuple[int, ...]
+    budget: int
+
+    def length_for(self, size: int) -> int:
+        return self.lengths[int(np.searchsorted(self.lengths, size))]
+
+    def full_rows(self, length: int) -> int:
+        return max(1, self.budget // length)
+
+    def padded_rows(self, rows: int, length: int) -> int:
+        """The row count of the grid that holds `rows`: a power of two, or a full batch."""
+        return min(self.full_rows(length), 1 << (rows - 1).bit_length())
+
+
+class Batcher:
+    """Collects chunks into batches; `add` returns a batch when one is full, `drain` what is left."""
+
+    def __init__(self, buckets: Buckets) -> None:
+        self.buckets = buckets
+        self._waiting: dict[int, list[Chunk]] = {}
+
+    def add(self, chunk: Chunk, size: int) -> Batch | None:
+        length = self.buckets.length_for(size)
+        waiting = self._waiting.setdefault(length, [])
+        waiting.append(chunk)
+        if len(waiting) < self.buckets.full_rows(length):
+            return None
+        return Batch(self._waiting.pop(length), length)
+
+    def drain(self) -> Iterator[Batch]:
+        by_length = sorted(self._waiting.items(), reverse=True)
+        self._waiting = {}
+        for i, (length, chunks) in enumerate(by_length):
+            if not chunks:
+                continue
+            rows = self.buckets.padded_rows(len(chunks), length)
+            for _, shorter in by_length[i + 1 :]:
+                while shorter and len(chunks) < rows:
+                    chunks.append(shorter.pop())
+            yield Batch(chunks, length, rows)
+
+
+class CollectBatches(beam.DoFn):
+    def __init__(self, buckets: Buckets, counts_tokens: bool) -> None:
+        self.buckets = buckets
+        self.counts_tokens = counts_tokens
+
+    def start_bundle(self) -> None:
+        self._batcher = Batcher(self.buckets)
+        self._counts: Counter = Counter()
+
+    def process(self, chunk: Chunk) -> list[Batch]:
+        batch = self._batcher.add(chunk, chunk.n_tokens if self.counts_tokens else len(chunk.ids))
+        return [self._count(batch)] if batch else []
+
+    def finish_bundle(self) -> Iterator[Any]:
+        for batch in self._batcher.drain():
+            yield GlobalWindows.windowed_value(self._count(batch))
+        tally = Tally.of("batch", dict(self._counts))
+        yield beam.pvalue.TaggedOutput("tallies", GlobalWindows.windowed_value(tally))
+
+    def _count(self, batch: Batch) -> Batch:
+        self._counts["batches"] += 1
+        self._counts["padded_tokens"] += batch.rows * batch.length
+        self._counts["used_tokens"] += sum(chunk.n_tokens if self.counts_tokens else len(chunk.ids) for chunk in batch)
+        return batch
+
+
+@dataclass
+class BatchByTokens(beam.PTransform):
+    """PCollection[Chunk] -> (PCollection[Batch], PCollection[Tally]), without a shuffle.
+
+    Attributes:
+      buckets: the grid of shapes.
+      counts_tokens: sizes are tokens; False for text encoders, whose sizes are bytes.
+    """
+
+    buckets: Buckets
+    counts_tokens: bool = True
+
+    def expand(self, chunks: beam.PCollection) -> tuple:
+        outputs = chunks | "CollectBatches" >> beam.ParDo(
+            CollectBatches(self.buckets, self.counts_tokens)
+        ).with_outputs("tallies", main="batches")
+        return outputs.batches, outputs.tallies

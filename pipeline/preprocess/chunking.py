@@ -1,0 +1,279 @@
+"""Documents to chunks: tokenise, cut or window to the encoder's length, add [CLS] and [SEP]."""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections import Counter
+from dataclasses import dataclass
+from typing import Any, Iterable, Iterator, Optional, Protocol, Sequence, Union
+
+import apache_beam as beam
+import numpy as np
+from apache_beam.transforms.window import GlobalWindows
+
+from pipeline.preprocess.wordpiece import Tokenizer, Vocabulary
+from pipeline.records import Chunk, DeadLetter, Document, Tally
+
+BUFFERED_DOCUMENTS = 1024  # the tokeniser's kernel costs about 0.2 ms a call, whatever it is given
+BUFFERED_CHARACTERS = 4_000_000
+
+
+def window_starts(n: int, window: int, overlap: int) -> list[int]:
+    """Where windows over n tokens begin, so that neighbours share `overlap` tokens and each brings something new."""
+    stride = window - overlap
+    return [0, *range(stride, n - overlap, stride)] if n > window else [0]
+
+
+def trim_pair(n_first: int, n_second: int, room: int) -> tuple[int, int]:
+    """How many tokens of two segments are kept in `room` tokens.
+
+    Each segment may use half of the room, the first one the odd token, and what the other leaves over: the formula of
+    the published preprocessor, whose result equals that of tensorflow_text's RoundRobinTrimmer.
+    """
+    second_half = room // 2
+    first_half = room - second_half
+    return (
+        min(n_first, first_half + max(0, second_half - n_second)),
+        min(n_second, second_half + max(0, first_half - n_first)),
+    )
+
+
+def hash_content(text: str, pair: Optional[str]) -> str:
+    """Hash over all of a document that reaches the encoder: 32 hexadecimal digits."""
+    digest = hashlib.blake2b(text.encode(), digest_size=16)
+    if pair is not None:
+        digest.update(b"\xff" + pair.encode())  # 0xff occurs in no UTF-8 text
+    return digest.hexdigest()
+
+
+def is_encodable(text: str) -> bool:
+    """Whether a text has a UTF-8 form; JSON can spell half of a surrogate pair, which has none."""
+    if text.isascii():
+        return True
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+class Splitter(Protocol):
+    """Turns documents into chunks; a document that cannot be chunked becomes a dead letter."""
+
+    def split(self, documents: Sequence[Document]) -> Iterator[Union[Chunk, DeadLetter]]: ...
+
+
+@dataclass(frozen=True)
+class WordpieceRule:
+    """How documents are cut for a WordPiece encoder. `load()` makes the splitter, on a worker."""
+
+    vocabulary: Vocabulary
+    max_tokens: int
+    on_long: str = "truncate"
+    overlap: int = 0
+    prefix: str = ""
+
+    def load(self) -> Splitter:
+        return WordpieceSplitter(self)
+
+
+class WordpieceSplitter:
+    def __init__(self, rule: WordpieceRule) -> None:
+        self.rule = rule
+        self._tokenizer = Tokenizer(rule.vocabulary)
+        self._cls = np.int32(rule.vocabulary.id_of("[CLS]")).tobytes()
+        self._sep = np.int32(rule.vocabulary.id_of("[SEP]")).tobytes()
+
+    def split(self, documents: Sequence[Document]) -> Iterator[Union[Chunk, DeadLetter]]:
+        texts = [self.rule.prefix + document.text for document in documents]
+        pairs = [document.pair for document in documents if document.pair is not None]
+        ids, splits = self._tokenizer.tokenize(texts + pairs)
+        buffer, ends = ids.tobytes(), splits.tolist()
+        next_pair = len(texts)
+        for i, (document, text) in enumerate(zip(documents, texts)):
+            tokens = buffer[4 * ends[i] : 4 * ends[i + 1]]
+            content_hash = hash_content(text, document.pair)
+            if document.pair is None:
+                yield from self._split_single(document, content_hash, tokens)
+            else:
+                pair = buffer[4 * ends[next_pair] : 4 * ends[next_pair + 1]]
+                next_pair += 1
+                yield self._join_pair(document, content_hash, tokens, pair)
+
+    def _split_single(self, document: Document, content_hash: str, tokens: bytes) -> Iterator[Union[Chunk, DeadLetter]]:
+        n, window = len(tokens) // 4, self.rule.max_tokens - 2
+        if n <= window or self.rule.on_long == "truncate":
+            kept = min(n, window)
+            ids = self._cls + tokens[: 4 * kept] + self._sep
+            yield Chunk(document, content_hash, 0, 1, ids, kept + 2, kept, n - kept)
+        elif self.rule.on_long == "reject":
+            yield self._reject(document, n + 2)
+        else:
+            starts = window_starts(n, window, self.rule.overlap)
+            for index, start in enumerate(starts):
+                part = tokens[4 * start : 4 * (start + window)]
+                size = len(part) // 4
+                ids = self._cls + part + self._sep
+                yield Chunk(document, content_hash, index, len(starts), ids, size + 2, size, 0)
+
+    def _join_pair(
+        self, document: Document, content_hash: str, first: bytes, second: bytes
+    ) -> Union[Chunk, DeadLetter]:
+        n_first, n_second = len(first) // 4, len(second) // 4
+        kept_first, kept_second = trim_pair(n_first, n_second, self.rule.max_tokens - 3)
+        n_cut = n_first + n_second - kept_first - kept_second
+        if n_cut and self.rule.on_long == "reject":
+            return self._reject(document, n_first + n_second + 3)
+        ids = self._cls + first[: 4 * kept_first] + self._sep + second[: 4 * kept_second] + self._sep
+        return Chunk(document, content_hash, 0, 1, ids, kept_first + 2, kept_first + kept_second, n_cut)
+
+    def _reject(self, document: Document, n_tokens: int) -> DeadLetter:
+        message = f"{n_tokens} tokens exceed --max_tokens={self.rule.max_tokens} and --on_long=reject"
+        return DeadLetter("preprocess", "too_long", message, document.origin, document.id, document.text)
+
+
+@dataclass(frozen=True)
+class PreprocessorRule:
+    """A preprocessor SavedModel of unknown kind, called as it is; it alone decides how texts are cut."""
+
+    folder: str
+    max_tokens: int
+    prefix: str = ""
+
+    def load(self) -> Splitter:
+        return PreprocessorSplitter(self)
+
+
+class PreprocessorSplitter:
+    def __init__(self, rule: PreprocessorRule) -> None:
+        import tensorflow as tf
+        import tensorflow_text  # noqa: F401  registers the ops that the SavedModel uses
+
+        self.rule = rule
+        self._model = tf.saved_model.load(rule.folder)
+
+    def split(self, documents: Sequence[Document]) -> Iterator[Union[Chunk, DeadLetter]]:
+        texts = [self.rule.prefix + document.text for document in documents]
+        singles = [i for i, document in enumerate(documents) if document.pair is None]
+        doubles = [i for i, document in enumerate(documents) if document.pair is not None]
+        chunks: dict[int, Chunk] = {}
+        for group in (singles, doubles):
+            if not group:
+                continue
+            segments = [[texts[i] for i in group]]
+            if group is doubles:
+                segments.append([documents[i].pair or "" for i in group])
+            ids, mask, types = self._pack(segments)
+            for row, i in enumerate(group):
+                size = int(mask[row].sum())
+                document = documents[i]
+                chunks[i] = Chunk(
+                    document=document,
+                    content_hash=hash_content(texts[i], document.pair),
+                    index=0,
+                    count=1,
+                    ids=ids[row, :size].astype("<i4").tobytes(),
+                    n_first=size - int(types[row, :size].sum()),
+                    n_content=max(1, size - 2),
+                    n_truncated=None,
+                )
+        for i in range(len(documents)):
+            yield chunks[i]
+
+    def _pack(self, segments: list[list[str]]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        import tensorflow as tf
+
+        if hasattr(self._model, "tokenize") and hasattr(self._model, "bert_pack_inputs"):
+            tokens = [self._model.tokenize(tf.constant(segment)) for segment in segments]
+            packed = self._model.bert_pack_inputs(tokens, seq_length=tf.constant(self.rule.max_tokens))
+        else:
+            packed = self._model(tf.constant(segments[0]))
+        return tuple(packed[name].numpy() for name in ("input_word_ids", "input_mask", "input_type_ids"))
+
+
+@dataclass(frozen=True)
+class TextRule:
+    """For encoders that take strings: the text is the chunk, and tokens are not counted."""
+
+    prefix: str = ""
+
+    def load(self) -> Splitter:
+        return self
+
+    def split(self, documents: Sequence[Document]) -> Iterator[Union[Chunk, DeadLetter]]:
+        for document in documents:
+            text = self.prefix + document.text
+            yield Chunk(document, hash_content(text, None), 0, 1, text.encode(), 0, 1, None)
+
+
+SplitRule = Union[WordpieceRule, PreprocessorRule, TextRule]
+
+
+class SplitDocuments(beam.DoFn):
+    """Documents to chunks, a buffer at a time; all chunks of a document leave in one bundle."""
+
+    def __init__(self, rule: SplitRule) -> None:
+        self.rule = rule
+
+    def setup(self) -> None:
+        self._splitter = self.rule.load()
+
+    def start_bundle(self) -> None:
+        self._buffer: list[Document] = []
+        self._characters = 0
+        self._counts: Counter = Counter()
+
+    def process(self, document: Document) -> Iterable[Any]:
+        if not (is_encodable(document.text) and is_encodable(document.pair or "")):
+            self._counts["documents"] += 1
+            self._counts["dead_letters"] += 1
+            message = "the text holds half of a surrogate pair, which no encoding can express"
+            text = document.text.encode("utf-8", "backslashreplace").decode()
+            letter = DeadLetter("preprocess", "invalid_utf8", message, document.origin, document.id, text)
+            return [beam.pvalue.TaggedOutput("dead_letters", letter)]
+        self._buffer.append(document)
+        self._characters += len(document.text) + len(document.pair or "")
+        if len(self._buffer) >= BUFFERED_DOCUMENTS or self._characters >= BUFFERED_CHARACTERS:
+            return self._flush()
+        return ()
+
+    def finish_bundle(self) -> Iterable[Any]:
+        for output in self._flush():
+            if isinstance(output, beam.pvalue.TaggedOutput):
+                yield beam.pvalue.TaggedOutput(output.tag, GlobalWindows.windowed_value(output.value))
+            else:
+                yield GlobalWindows.windowed_value(output)
+        tally = Tally.of("preprocess", dict(self._counts))
+        yield beam.pvalue.TaggedOutput("tallies", GlobalWindows.windowed_value(tally))
+
+    def _flush(self) -> Iterator[Any]:
+        documents, self._buffer, self._characters = self._buffer, [], 0
+        if not documents:
+            return
+        begun = time.perf_counter()
+        outputs = list(self._splitter.split(documents))
+        self._counts["tokenize_seconds"] += time.perf_counter() - begun
+        self._counts["documents"] += len(documents)
+        for output in outputs:
+            if isinstance(output, DeadLetter):
+                self._counts["dead_letters"] += 1
+                yield beam.pvalue.TaggedOutput("dead_letters", output)
+            else:
+                self._counts["chunks"] += 1
+                self._counts["tokens"] += output.n_content
+                self._counts["truncated_tokens"] += output.n_truncated or 0
+                yield output
+
+
+@dataclass
+class Preprocess(beam.PTransform):
+    """PCollection[Document] -> (PCollection[Chunk], PCollection[DeadLetter], PCollection[Tally])."""
+
+    rule: SplitRule
+
+    def expand(self, documents: beam.PCollection) -> tuple:
+        outputs = documents | "SplitDocuments" >> beam.ParDo(SplitDocuments(self.rule)).with_outputs(
+            "dead_letters", "tallies", main="chunks"
+        )
+        return outputs.chunks, outputs.dead_letters, outputs.tallies

@@ -1,0 +1,147 @@
+"""What flows between the stages: documents, chunks, batches, encoded batches, rows, dead letters, tallies.
+
+Everything is a NamedTuple with primitive fields (Beam's RowCoder moves those about ten times faster than arrays or
+pickles), except `Batch`, which is a list because Beam takes `len()` of it for its batch-size metric.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Any, NamedTuple, Optional
+
+
+class Origin(NamedTuple):
+    """Where a document came from: a file and the place in it, in bytes or in rows."""
+
+    path: str = ""
+    position: int = -1
+    unit: str = "row"  # "byte" where files can be split, else "row"
+
+
+class Document(NamedTuple):
+    """One text to embed.
+
+    Attributes:
+      id: unique and deterministic; what a reader of the table looks up.
+      text: the first (usually only) segment, before any prefix.
+      pair: the second segment, or None; its tokens get type id 1.
+      kept: JSON list of the kept fields' values, in the order of the table's kept fields; empty if there are none.
+      origin: where the document came from, for dead letters.
+    """
+
+    id: str
+    text: str
+    pair: Optional[str] = None
+    kept: bytes = b""
+    origin: Origin = Origin()
+
+
+class Chunk(NamedTuple):
+    """The token ids of one encoder input, or the text itself for an encoder that takes strings.
+
+    Attributes:
+      document: the document that the chunk is a window of.
+      content_hash: hash over all of the document that reaches the encoder.
+      index: number of the chunk in its document, from 0.
+      count: how many chunks the document has.
+      ids: little-endian int32 token ids with [CLS] and [SEP], without padding; empty for text encoders.
+      n_first: how many leading tokens have type id 0 (the rest have 1).
+      n_content: tokens that are not [CLS] or [SEP]: the chunk's weight in an average.
+      n_truncated: tokens of the document that reach no chunk; None where tokens are not counted.
+    """
+
+    document: Document
+    content_hash: str
+    index: int
+    count: int
+    ids: bytes
+    n_first: int
+    n_content: int
+    n_truncated: Optional[int]
+
+    @property
+    def n_tokens(self) -> int:
+        return len(self.ids) // 4
+
+
+class Batch(list):
+    """Chunks that are encoded together, padded to `length` tokens and to `rows` rows."""
+
+    def __init__(self, chunks: Any = (), length: int = 0, rows: int = 0) -> None:
+        super().__init__(chunks)
+        self.length = length
+        self.rows = rows or len(self)
+
+    def __reduce__(self):  # a list subclass would otherwise lose its attributes on the way through pickle
+        return Batch, (list(self), self.length, self.rows)
+
+
+class Encoded(NamedTuple):
+    """A batch after the encoder.
+
+    Attributes:
+      batch: what was encoded.
+      vectors: one float32 array per chunk, `[D]` or `[n_tokens, D]`, or None where that chunk failed.
+      errors: one message per chunk, empty where it did not fail.
+      seconds: time in the encoder.
+    """
+
+    batch: Batch
+    vectors: list
+    errors: list
+    seconds: float
+
+
+class Row(NamedTuple):
+    """What lands in the table: `vector` is little-endian bytes of the table's dtype."""
+
+    id: str
+    chunk: int
+    vector: bytes
+    scale: float  # int8 only: value = scale * stored integer; 0 elsewhere
+    n_tokens: Optional[int]
+    n_truncated: Optional[int]
+    content_hash: str
+    kept: bytes
+    text: Optional[str]
+
+
+class DeadLetter(NamedTuple):
+    """A document that could not be embedded, with stage, reason and where it came from."""
+
+    stage: str
+    reason: str  # a key of REASONS
+    message: str
+    origin: Origin
+    id: Optional[str] = None
+    text: Optional[str] = None
+
+
+class Tally(NamedTuple):
+    """What one bundle of one stage counted; summed over a run they become the manifest's counts."""
+
+    stage: str
+    counts: bytes  # JSON object of numbers
+
+    @classmethod
+    def of(cls, stage: str, counts: dict[str, float]) -> Tally:
+        return cls(stage, json.dumps(counts).encode())
+
+
+REASONS = {
+    "invalid_utf8": "the bytes are not valid UTF-8",
+    "empty_text": "the text is empty or blank (see --on_empty)",
+    "too_large": "the record is larger than --max_document_bytes",
+    "malformed_json": "the line is not a JSON object",
+    "malformed_csv": "the row does not fit the header or the quoting",
+    "malformed_example": "the record is not a tf.Example",
+    "missing_field": "the record lacks the id or text field",
+    "wrong_type": "a field's value is not of the expected type",
+    "duplicate_id": "another document earlier in the input has the same id",
+    "truncated_file": "the file ends too early; records before that point were read",
+    "unreadable_file": "the file cannot be read or is damaged; records before that point were read",
+    "bad_checksum": "a TFRecord fails its checksum",
+    "too_long": "the text has more tokens than --max_tokens and --on_long=reject",
+    "encoder_error": "the encoder fails on this row",
+    "not_finite": "the vector holds NaN or infinity",
+}

@@ -1,0 +1,86 @@
+"""What a run did and what a table holds, as text."""
+
+from __future__ import annotations
+
+from itertools import islice
+from typing import Any
+
+import numpy as np
+
+from pipeline.encoders import default
+from pipeline.records import REASONS
+from pipeline.report.progress import format_seconds
+from pipeline.tables.manifest import Manifest, open_table
+from pipeline.tables.read import iter_table
+
+
+def format_summary(manifest: Manifest, table: str) -> str:
+    """The report at the end of a run."""
+    read, preprocess = manifest.counts.get("read", {}), manifest.counts.get("preprocess", {})
+    batch, encode = manifest.counts.get("batch", {}), manifest.counts.get("encode", {})
+    write = manifest.counts.get("write_embeddings", {})
+    rate = manifest.rows / manifest.seconds if manifest.seconds else 0
+    lines = [
+        f"{table} is published: {manifest.rows:,} rows of {manifest.layout.dimension} x {manifest.layout.dtype}",
+        f"  documents   {int(read.get('records', 0)):,} read in {format_seconds(manifest.seconds)}"
+        f", {rate:,.0f} rows/s with start-up",
+    ]
+    if skipped := read.get("skipped_empty"):
+        lines.append(f"  skipped     {int(skipped):,} blank texts")
+    if manifest.layout.counts_tokens:
+        tokens, cut = preprocess.get("tokens", 0), preprocess.get("truncated_tokens", 0)
+        share = cut / (tokens + cut) if tokens + cut else 0
+        lines.append(f"  tokens      {int(tokens):,} encoded, {int(cut):,} cut: {share:.2%} of the corpus never got in")
+    if padded := batch.get("padded_tokens"):
+        unit = "tokens" if manifest.layout.counts_tokens else "bytes"
+        used = batch.get("used_tokens", 0) / padded
+        lines.append(f"  batches     {int(batch.get('batches', 0)):,}, {used:.1%} of their {unit} are not padding")
+    lines.append(f"  dead        {sum(manifest.dead_letters.values()):,} dead letters")
+    for reason, n in sorted(manifest.dead_letters.items(), key=lambda item: -item[1]):
+        lines.append(f"    {n:>7,} {reason}: {REASONS[reason]}")
+    seconds = {
+        "reading": read.get("read_seconds", 0),
+        "tokenising": preprocess.get("tokenize_seconds", 0),
+        "encoding": encode.get("encode_seconds", 0),
+        "writing": write.get("write_seconds", 0),
+    }
+    lines.append("  seconds     " + ", ".join(f"{value:.1f} {name}" for name, value in seconds.items()))
+    if note := describe_training(manifest):
+        lines.append(f"  note        {note}")
+    return "\n".join(lines)
+
+
+def describe_training(manifest: Manifest) -> str:
+    """What a reader of the table should know of the built-in encoder; "" for any other."""
+    return "" if manifest.settings["encoder"] or default.IS_TRAINED else default.DEFAULT_NOTE
+
+
+def format_table(table: str, n_rows: int) -> str:
+    """What `embeam show` prints: the manifest in short, counts and the first rows."""
+    manifest, folder = open_table(table)
+    layout = manifest.layout
+    n_bytes = sum(file.n_bytes for file in manifest.files)
+    dead = ", ".join(f"{n:,} {reason}" for reason, n in manifest.dead_letters.items()) or "none"
+    lines = [
+        f"table        {table}",
+        f"snapshot     {manifest.snapshot}, published {manifest.created_at} by embeam {manifest.embeam}",
+        f"rows         {manifest.rows:,} of {layout.dimension} x {layout.dtype}"
+        + (" per token" if layout.tokens else ""),
+        f"encoder      {manifest.settings['encoder'] or 'the built-in one'}, {manifest.identity['vector']}",
+        f"fingerprint  {manifest.fingerprint}",
+        f"files        {len(manifest.files):,} {manifest.file_format}, {n_bytes / 1e6:,.1f} MB in {folder}",
+        f"columns      {', '.join([*layout.columns(), 'embedding'])}",
+        f"dead letters {dead}",
+    ]
+    for row in islice(iter_table(table), n_rows):
+        lines.append("")
+        lines += [f"  {name:<13}{_shorten(value)}" for name, value in row.items()]
+    return "\n".join(lines)
+
+
+def _shorten(value: Any) -> str:
+    if isinstance(value, np.ndarray):
+        shape = " x ".join(map(str, value.shape))
+        return f"[{', '.join(f'{number:.4f}' for number in value.flat[:4])}, ...] ({shape})"
+    text = repr(value) if not isinstance(value, str) else " ".join(value.split())
+    return text if len(text) <= 100 else text[:97] + "..."

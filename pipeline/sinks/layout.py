@@ -1,0 +1,76 @@
+"""The columns of a table, whatever file format holds them."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+from pipeline.config import KeptField
+from pipeline.records import Row
+from pipeline.vectors.storing import restore_vectors
+
+
+@dataclass(frozen=True)
+class TableLayout:
+    """What the rows of a table look like.
+
+    Attributes:
+      dtype: how vectors are stored: float32, float16, int8 or binary.
+      dimension: D, numbers per vector (per token for token matrices).
+      tokens: a row holds `n_tokens` x D numbers instead of D.
+      counts_tokens: rows have n_tokens and n_truncated.
+      keep_text: rows have their text.
+      kept: the kept fields, all with a type.
+    """
+
+    dtype: str
+    dimension: int
+    tokens: bool = False
+    counts_tokens: bool = True
+    keep_text: bool = False
+    kept: tuple[KeptField, ...] = ()
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self) | {"kept": [list(field) for field in self.kept]}
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> TableLayout:
+        return cls(**(values | {"kept": tuple(KeptField(*field) for field in values["kept"])}))
+
+    def columns(self) -> dict[str, str]:
+        """All columns but the vector: name to string, int, float or bool."""
+        columns = {"id": "string", "chunk": "int"}
+        if self.dtype == "int8":
+            columns["scale"] = "float"
+        if self.counts_tokens:
+            columns |= {"n_tokens": "int", "n_truncated": "int"}
+        columns["content_hash"] = "string"
+        columns |= {field.name: field.type for field in self.kept}
+        if self.keep_text:
+            columns["text"] = "string"
+        return columns
+
+    def values(self, rows: list[Row]) -> dict[str, list]:
+        """The values of `columns()` for some rows, column by column."""
+        plain = {"id", "chunk", "scale", "n_tokens", "n_truncated", "content_hash", "text"}
+        kept = [json.loads(row.kept) for row in rows] if self.kept else []
+        position = {field.name: i for i, field in enumerate(self.kept)}
+        return {
+            name: [getattr(row, name) for row in rows]
+            if name in plain
+            else [values[position[name]] for values in kept]
+            for name in self.columns()
+        }
+
+    def restore(self, stored: bytes, n_rows: int, scales: list[float] | None) -> np.ndarray:
+        """Float32 `[n_rows, D]` from the joined stored bytes of rows."""
+        given = np.zeros(n_rows) if scales is None else np.asarray(scales)
+        return restore_vectors(stored, given, self.dtype, self.dimension)
+
+    def restore_tokens(self, stored: bytes, n_tokens: int, scales: list[float] | None) -> np.ndarray:
+        """Float32 `[n_tokens, D]` from the stored bytes of one row of a table of token matrices."""
+        given = np.zeros(1) if scales is None else np.asarray(scales)
+        return restore_vectors(stored, given, self.dtype, n_tokens * self.dimension).reshape(n_tokens, -1)

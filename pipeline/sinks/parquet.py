@@ -1,0 +1,64 @@
+"""Tables as Parquet files: vectors are Arrow fixed-size lists of their own number type."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import BinaryIO
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from pipeline.records import Row
+from pipeline.sinks.layout import TableLayout
+from pipeline.vectors.storing import STORED_DTYPES
+
+SUFFIX = ".parquet"
+_ARROW = {"string": pa.string(), "int": pa.int64(), "float": pa.float64(), "bool": pa.bool_()}
+_NUMBERS = {"float32": pa.float32(), "float16": pa.float16(), "int8": pa.int8(), "binary": pa.uint8()}
+_READ_ROWS = 1024
+
+
+class ParquetWriter:
+    """Writes rows to one file; every `write` becomes a row group."""
+
+    def __init__(self, stream: BinaryIO, layout: TableLayout) -> None:
+        self._layout = layout
+        self._schema = build_arrow_schema(layout)
+        self._writer = pq.ParquetWriter(stream, self._schema)
+
+    def write(self, rows: list[Row]) -> None:
+        values = self._layout.values(rows)
+        columns = [pa.array(values[name], _ARROW[kind]) for name, kind in self._layout.columns().items()]
+        joined = b"".join(row.vector for row in rows)
+        numbers = pa.array(np.frombuffer(joined, STORED_DTYPES[self._layout.dtype]))
+        kind = self._schema.field("embedding").type
+        if pa.types.is_fixed_size_list(kind):
+            embedding = pa.FixedSizeListArray.from_arrays(numbers, type=kind)
+        else:
+            width = np.dtype(STORED_DTYPES[self._layout.dtype]).itemsize
+            ends = np.cumsum([0, *(len(row.vector) // width for row in rows)])
+            embedding = pa.LargeListArray.from_arrays(pa.array(ends, pa.int64()), numbers)
+        self._writer.write_batch(pa.RecordBatch.from_arrays([*columns, embedding], schema=self._schema))
+
+    def close(self) -> None:
+        """Writes the footer; the stream stays open."""
+        self._writer.close()
+
+
+def build_arrow_schema(layout: TableLayout) -> pa.Schema:
+    numbers = _NUMBERS[layout.dtype]
+    size = -(-layout.dimension // 8) if layout.dtype == "binary" else layout.dimension
+    embedding = pa.large_list(numbers) if layout.tokens else pa.list_(pa.field("item", numbers, nullable=False), size)
+    fields = [(name, _ARROW[kind]) for name, kind in layout.columns().items()]
+    return pa.schema([*fields, pa.field("embedding", embedding)])
+
+
+def read_rows(stream: BinaryIO, layout: TableLayout) -> Iterator[dict[str, list]]:
+    """Yields the rows of a file, about a thousand at a time: column name to values; `embedding` is stored bytes."""
+    for batch in pq.ParquetFile(stream).iter_batches(_READ_ROWS):
+        read = {name: batch.column(name).to_pylist() for name in layout.columns()}
+        read["embedding"] = [
+            scalar.values.to_numpy(zero_copy_only=False).tobytes() for scalar in batch.column("embedding")
+        ]
+        yield read

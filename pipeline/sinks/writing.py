@@ -1,0 +1,262 @@
+"""Records to files of bounded size, written where no reader looks until they are published."""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import json
+import os
+import time
+import uuid
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, BinaryIO, NamedTuple, Optional, Protocol
+
+import apache_beam as beam
+from apache_beam.io.filesystems import FileSystems
+from apache_beam.transforms.window import GlobalWindows
+
+from pipeline.records import DeadLetter, Row, Tally
+from pipeline.report.progress import Progress
+from pipeline.sinks import SINKS
+from pipeline.sinks.layout import TableLayout
+
+BUFFERED_RECORDS = 256
+BUFFERED_BYTES = 4_000_000
+
+
+class Shard(NamedTuple):
+    """A finished file that waits to be published."""
+
+    path: str
+    kind: str  # embeddings or dead_letters
+    suffix: str
+    rows: int
+    n_bytes: int
+    sha256: str
+    first: str  # sorts shards
+
+
+class RecordWriter(Protocol):
+    """Writes one file of some format; `close` ends the content and leaves the stream open."""
+
+    def write(self, records: list) -> None: ...
+
+    def close(self) -> None: ...
+
+
+@dataclass(frozen=True)
+class RowFormat:
+    """How a table's rows become files."""
+
+    name: str
+    layout: TableLayout
+    compression: str = "none"
+    kind = "embeddings"
+
+    @property
+    def suffix(self) -> str:
+        return SINKS[self.name][0] + (".gz" if self.compression == "gzip" else "")
+
+    def open(self, stream: BinaryIO) -> RecordWriter:
+        return SINKS[self.name][1](stream, self.layout)
+
+    def order(self, row: Row) -> str:
+        return row.id
+
+
+@dataclass(frozen=True)
+class DeadLetterFormat:
+    """How dead letters become JSON lines, and how much of a text they may hold: full, hash or none."""
+
+    text: str
+    compression: str = "none"
+    kind = "dead_letters"
+    suffix = ".jsonl"
+
+    def open(self, stream: BinaryIO) -> RecordWriter:
+        return DeadLetterWriter(stream, self.text)
+
+    def order(self, letter: DeadLetter) -> str:
+        return letter.origin.path
+
+
+class DeadLetterWriter:
+    def __init__(self, stream: BinaryIO, text: str) -> None:
+        self._stream = stream
+        self._text = text
+
+    def write(self, letters: list[DeadLetter]) -> None:
+        for letter in letters:
+            self._stream.write(json.dumps(describe_dead_letter(letter, self._text)).encode() + b"\n")
+
+    def close(self) -> None:
+        pass
+
+
+def describe_dead_letter(letter: DeadLetter, text: str) -> dict[str, Any]:
+    """A dead letter as a JSON object; its text in full, as a hash, or not at all."""
+    values = {
+        "id": letter.id,
+        "stage": letter.stage,
+        "reason": letter.reason,
+        "message": letter.message,
+        "file": letter.origin.path,
+        letter.origin.unit: letter.origin.position,
+    }
+    if letter.text is not None and text == "full":
+        values["text"] = letter.text
+    if letter.text is not None and text == "hash":
+        values["text_sha256"] = hashlib.sha256(letter.text.encode("utf-8", "surrogatepass")).hexdigest()
+    return values
+
+
+class HashingStream:
+    """A write-only stream that counts and hashes what goes through."""
+
+    def __init__(self, stream: BinaryIO) -> None:
+        self._stream = stream
+        self._digest = hashlib.sha256()
+        self.n_bytes = 0
+        self.closed = False
+
+    def write(self, data: Any) -> int:
+        self._stream.write(data)
+        self._digest.update(data)
+        self.n_bytes += memoryview(data).nbytes
+        return memoryview(data).nbytes
+
+    def tell(self) -> int:
+        return self.n_bytes
+
+    def flush(self) -> None:
+        pass
+
+    def writable(self) -> bool:
+        return True
+
+    def readable(self) -> bool:
+        return False
+
+    def seekable(self) -> bool:
+        return False
+
+    def finish(self) -> str:
+        """Makes the file durable, closes it and returns the sha256 of its content."""
+        if hasattr(self._stream, "fileno"):
+            self._stream.flush()
+            os.fsync(self._stream.fileno())
+        self._stream.close()
+        self.closed = True
+        return self._digest.hexdigest()
+
+    def close(self) -> None:
+        """Does nothing: a format's writer must not close what it was lent."""
+
+
+class ShardWriter:
+    """Writes records of one kind to files in a folder and begins a new one when the last is large enough."""
+
+    def __init__(self, folder: str, form: RowFormat | DeadLetterFormat, shard_bytes: int) -> None:
+        self._folder = folder
+        self._form = form
+        self._shard_bytes = shard_bytes
+        self._stream: Optional[HashingStream] = None
+        self._shards: list[Shard] = []
+
+    def write(self, records: list) -> None:
+        if self._stream is None:
+            self._open(self._form.order(records[0]))
+        assert self._stream is not None
+        self._writer.write(records)
+        self._rows += len(records)
+        if self._stream.n_bytes >= self._shard_bytes:
+            self._close()
+
+    def finish(self) -> list[Shard]:
+        """Closes the last file and returns all that were written."""
+        if self._stream is not None:
+            self._close()
+        return self._shards
+
+    def _open(self, first: str) -> None:
+        self._path = FileSystems.join(self._folder, f"{self._form.kind}-{uuid.uuid4().hex}{self._form.suffix}")
+        self._first, self._rows = first, 0
+        self._stream = HashingStream(FileSystems.create(self._path, compression_type="uncompressed"))
+        self._gzip = gzip.GzipFile("", "wb", 6, self._stream, mtime=0) if self._form.compression == "gzip" else None
+        self._writer = self._form.open(self._gzip or self._stream)
+
+    def _close(self) -> None:
+        assert self._stream is not None
+        self._writer.close()
+        if self._gzip is not None:
+            self._gzip.close()
+        sha256 = self._stream.finish()
+        n_bytes, self._stream = self._stream.n_bytes, None
+        form = self._form
+        self._shards.append(Shard(self._path, form.kind, form.suffix, self._rows, n_bytes, sha256, self._first))
+
+
+class WriteRecords(beam.DoFn):
+    """Rows or dead letters to files; emits the finished files and a tally with the bundle."""
+
+    def __init__(
+        self, folder: str, form: RowFormat | DeadLetterFormat, shard_bytes: int, progress: Optional[Progress]
+    ) -> None:
+        self.folder = folder
+        self.form = form
+        self.shard_bytes = shard_bytes
+        self.progress = progress
+
+    def start_bundle(self) -> None:
+        self._writer = ShardWriter(self.folder, self.form, self.shard_bytes)
+        self._buffer: list[Any] = []
+        self._bytes = 0
+        self._counts: Counter = Counter()
+
+    def process(self, record: Any) -> None:
+        self._buffer.append(record)
+        self._bytes += len(record.vector) if isinstance(record, Row) else len(record.text or "")
+        if len(self._buffer) >= BUFFERED_RECORDS or self._bytes >= BUFFERED_BYTES:
+            self._flush()
+        if isinstance(record, DeadLetter) and self.progress:
+            self.progress.add(dead_letters=1)
+
+    def finish_bundle(self) -> Iterator[Any]:
+        self._flush()
+        for shard in self._writer.finish():
+            self._counts["bytes"] += shard.n_bytes
+            yield GlobalWindows.windowed_value(shard)
+        tally = Tally.of("write_" + self.form.kind, dict(self._counts))
+        yield beam.pvalue.TaggedOutput("tallies", GlobalWindows.windowed_value(tally))
+
+    def _flush(self) -> None:
+        records, self._buffer, self._bytes = self._buffer, [], 0
+        if not records:
+            return
+        begun = time.perf_counter()
+        self._writer.write(records)
+        self._counts["write_seconds"] += time.perf_counter() - begun
+        self._counts["records"] += len(records)
+        if isinstance(records[0], DeadLetter):
+            self._counts.update(letter.reason for letter in records)
+        elif self.progress:
+            self.progress.add(rows=len(records))
+
+
+@dataclass
+class WriteTo(beam.PTransform):
+    """PCollection of rows or dead letters -> (PCollection[Shard], PCollection[Tally])."""
+
+    folder: str
+    form: RowFormat | DeadLetterFormat
+    shard_bytes: int
+    progress: Optional[Progress] = None
+
+    def expand(self, records: beam.PCollection) -> tuple:
+        write = WriteRecords(self.folder, self.form, self.shard_bytes, self.progress)
+        outputs = records | "WriteRecords" >> beam.ParDo(write).with_outputs("tallies", main="shards")
+        return outputs.shards, outputs.tallies
+
+

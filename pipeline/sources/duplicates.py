@@ -1,0 +1,199 @@
+"""Duplicate ids: which documents lose because another one earlier in the input has their id.
+
+The texts are read twice rather than kept: a first pass looks at ids only, as 16-byte digests, and finds the losers; the
+reading pass then drops them. Locally the digests go through files, since the local engine keeps whatever crosses a
+shuffle in memory as Python objects; on a distributed engine they go through a GroupByKey.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import struct
+import uuid
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any, Optional
+
+import apache_beam as beam
+import numpy as np
+from apache_beam.io.filesystem import CompressionTypes
+from apache_beam.io.filesystems import FileSystems
+
+from pipeline.sources.source import FileRange
+
+# One id: 16 bytes of digest, file index, position.
+_ENTRY = struct.Struct("<16sIQ")
+ENTRY = np.dtype([("high", "<u8"), ("low", "<u8"), ("file", "<u4"), ("position", "<u8")])
+LOSER = np.dtype([("file", "<u4"), ("position", "<u8")])
+_WRITE_BYTES = 1 << 20
+_READ_BYTES = _ENTRY.size << 16
+_NEVER = 1 << 63
+
+# Yields the (id, position) of each document that a range holds.
+ListIds = Callable[[tuple[FileRange, ...]], Iterator[tuple[FileRange, str, int]]]
+
+
+def digest_id(document_id: str) -> bytes:
+    """16 bytes of BLAKE2b: of a billion ids, two collide with a probability under 1e-20."""
+    return hashlib.blake2b(document_id.encode(), digest_size=16).digest()
+
+
+def find_losers(read_entries: Callable[[], Iterator[np.ndarray]]) -> np.ndarray:
+    """Finds all entries but the lowest (file, position) of each digest.
+
+    Takes 8 bytes of memory for an id, and some 50 for one that occurs more than once.
+
+    Args:
+      read_entries: gives an iterator over blocks `[n]` of `ENTRY`; called twice.
+
+    Returns:
+      `[n]` of `LOSER`, sorted by file and position.
+    """
+    blocks = [block["high"].copy() for block in read_entries()]
+    highs = np.concatenate(blocks) if blocks else np.empty(0, "<u8")
+    del blocks
+    highs.sort()
+    repeated = highs[1:][highs[1:] == highs[:-1]]
+    del highs
+    if not len(repeated):
+        return np.empty(0, LOSER)
+    entries = np.concatenate([block[_is_in(block["high"], repeated)] for block in read_entries()])
+    entries = entries[np.lexsort((entries["position"], entries["file"], entries["low"], entries["high"]))]
+    loses = np.zeros(len(entries), bool)
+    loses[1:] = (entries["high"][1:] == entries["high"][:-1]) & (entries["low"][1:] == entries["low"][:-1])
+    losers = np.empty(int(loses.sum()), LOSER)
+    losers["file"], losers["position"] = entries["file"][loses], entries["position"][loses]
+    return losers[np.lexsort((losers["position"], losers["file"]))]
+
+
+class LoserCursor:
+    """Says of ascending positions in one file whether they lose, in constant time each."""
+
+    def __init__(self, positions: np.ndarray) -> None:
+        self._positions = positions  # [n] ascending
+        self._upcoming = -1
+
+    def drops(self, position: int) -> bool:
+        if self._upcoming < position:
+            index = int(np.searchsorted(self._positions, position))
+            self._upcoming = int(self._positions[index]) if index < len(self._positions) else _NEVER
+        return self._upcoming == position
+
+
+class ScanToFile(beam.DoFn):
+    """Writes the ids of a split to a scratch file and yields its path."""
+
+    def __init__(self, list_ids: ListIds, work_dir: str) -> None:
+        self._list_ids = list_ids
+        self._work_dir = work_dir
+
+    def process(self, split: tuple[FileRange, ...]) -> Iterator[str]:
+        # A fresh name for every attempt, so that a replayed bundle never touches a file that is being merged.
+        path = FileSystems.join(self._work_dir, f"ids-{uuid.uuid4().hex}.bin")
+        with create_scratch(path) as stream:
+            buffer = bytearray()
+            for file_range, document_id, position in self._list_ids(split):
+                buffer += _ENTRY.pack(digest_id(document_id), file_range.file.index, position)
+                if len(buffer) >= _WRITE_BYTES:
+                    stream.write(bytes(buffer))
+                    buffer.clear()
+            stream.write(bytes(buffer))
+        yield path
+
+
+class ScanToPairs(beam.DoFn):
+    """Yields (digest, (file index, position, start of the range)) for the ids of a split."""
+
+    def __init__(self, list_ids: ListIds) -> None:
+        self._list_ids = list_ids
+
+    def process(self, split: tuple[FileRange, ...]) -> Iterator[tuple[bytes, tuple[int, int, int]]]:
+        for file_range, document_id, position in self._list_ids(split):
+            yield digest_id(document_id), (file_range.file.index, position, file_range.start)
+
+
+def merge_scans(_: Any, paths: Iterable[str], work_dir: str) -> str:
+    """Writes the losers among the ids of all scans to one file and returns its path."""
+    paths = sorted(paths)
+    data = find_losers(lambda: read_blocks(paths)).tobytes()
+    # Named after its content: readers cache it by path, and a replay gives the same file.
+    path = FileSystems.join(work_dir, f"losers-{hashlib.blake2b(data, digest_size=16).hexdigest()}.bin")
+    with create_scratch(path) as stream:
+        stream.write(data)
+    return path
+
+
+def pick_losers(group: tuple[bytes, Iterable[tuple[int, int, int]]]) -> Iterator[tuple[tuple[int, int], int]]:
+    """Yields ((file index, start of the range), position) for all places of an id but the first."""
+    for file_index, position, start in sorted(group[1])[1:]:
+        yield (file_index, start), position
+
+
+def scan_through_files(splits: beam.PCollection, list_ids: ListIds, work_dir: str) -> beam.pvalue.AsSingleton:
+    """The local back end: a side input with the path of the losers' file."""
+    paths = splits | "ScanIds" >> beam.ParDo(ScanToFile(list_ids, work_dir))
+    merged = (
+        splits.pipeline
+        | "OneMerge" >> beam.Create([None])
+        | "FindDuplicates" >> beam.Map(merge_scans, beam.pvalue.AsList(paths), work_dir)
+    )
+    return beam.pvalue.AsSingleton(merged)
+
+
+def scan_through_shuffle(splits: beam.PCollection, list_ids: ListIds) -> beam.pvalue.AsMultiMap:
+    """The distributed back end: a side input from (file index, start of the range) to the losing positions."""
+    losers = (
+        splits
+        | "ScanIds" >> beam.ParDo(ScanToPairs(list_ids)).with_output_types(tuple[bytes, tuple[int, int, int]])
+        | "GroupIds" >> beam.GroupByKey()
+        | "FindDuplicates" >> beam.FlatMap(pick_losers).with_output_types(tuple[tuple[int, int], int])
+    )
+    return beam.pvalue.AsMultiMap(losers)
+
+
+def select_losers(losers: Any, file_range: FileRange) -> Optional[LoserCursor]:
+    """The losers of a range, from the side input of either back end; None if there are no losers at all."""
+    if losers is None:
+        return None
+    if isinstance(losers, str):
+        table = load_losers(losers)
+        low, high = np.searchsorted(table["file"], [file_range.file.index, file_range.file.index + 1])
+        return LoserCursor(table["position"][low:high])
+    return LoserCursor(_sort_positions(losers, file_range))
+
+
+@functools.lru_cache(maxsize=1)
+def load_losers(path: str) -> np.ndarray:
+    """Reads a losers' file, once per process."""
+    blocks = list(_read_file(path, LOSER))
+    return np.concatenate(blocks) if blocks else np.empty(0, LOSER)
+
+
+def create_scratch(path: str) -> Any:
+    return FileSystems.create(path, compression_type=CompressionTypes.UNCOMPRESSED)
+
+
+def read_blocks(paths: Iterable[str]) -> Iterator[np.ndarray]:
+    """Blocks of `ENTRY` from the scans' files, about 2 MiB each."""
+    for path in paths:
+        yield from _read_file(path, ENTRY)
+
+
+def _read_file(path: str, dtype: np.dtype) -> Iterator[np.ndarray]:
+    with FileSystems.open(path, compression_type=CompressionTypes.UNCOMPRESSED) as stream:
+        rest = b""
+        while data := stream.read(_READ_BYTES):
+            data = rest + data
+            n = len(data) // dtype.itemsize
+            yield np.frombuffer(data, dtype, n)
+            rest = data[n * dtype.itemsize :]
+
+
+def _sort_positions(losers: Mapping[tuple[int, int], Iterable[int]], file_range: FileRange) -> np.ndarray:
+    return np.sort(np.fromiter(losers[file_range.file.index, file_range.start], "<u8"))
+
+
+def _is_in(values: np.ndarray, ascending: np.ndarray) -> np.ndarray:
+    """Which values `[n]` occur in the other array `[m]`, m > 0."""
+    index = np.minimum(np.searchsorted(ascending, values), len(ascending) - 1)
+    return ascending[index] == values

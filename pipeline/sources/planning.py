@@ -1,0 +1,293 @@
+"""The plan of the input: which files there are, in which order, and the pieces that workers read.
+
+All of it happens before anything is encoded, so that a typo costs seconds: a glob that matches nothing, a format that
+nobody can guess, two files whose ids would collide, a field that does not exist.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any, NamedTuple
+
+from apache_beam.io.filesystems import FileSystems
+
+from pipeline.config import KeptField, ReadConfig
+from pipeline.errors import ConfigError, InputError
+from pipeline.sources import SOURCES
+from pipeline.sources.compression import FileError
+from pipeline.sources.fields import infer_type
+from pipeline.sources.source import FileRange, InputFile, Record
+
+FORMATS = {
+    ".txt": "text",
+    ".text": "text",
+    ".jsonl": "jsonl",
+    ".ndjson": "jsonl",
+    ".json": "jsonl",
+    ".csv": "csv",
+    ".tsv": "tsv",
+    ".parquet": "parquet",
+    ".tfrecord": "tfrecord",
+    ".tfrecords": "tfrecord",
+}
+COMPRESSIONS = {".gz": "gzip", ".bz2": "bzip2", ".zst": "zstd", ".zstd": "zstd"}
+SAMPLE_ROWS = 200
+SAMPLE_FILES = 10
+ESTIMATE_ROWS = 20_000
+ESTIMATE_BYTES = 1 << 22
+_SHARD = re.compile(r"-\d+-of-\d+")  # TensorFlow's and Beam's names may have it behind the extension
+
+
+@dataclass(frozen=True)
+class InputPlan:
+    """What is read.
+
+    Attributes:
+      files: the files with content, sorted by path.
+      empty_files: paths of files of size 0, which are not read.
+      splits: what one worker reads in one go: ranges that hold about `split_bytes` together, in order.
+    """
+
+    files: tuple[InputFile, ...]
+    empty_files: tuple[str, ...]
+    splits: tuple[tuple[FileRange, ...], ...]
+
+    @property
+    def total_bytes(self) -> int:
+        return sum(file.size for file in self.files)
+
+
+class FoundFile(NamedTuple):
+    """A file that a glob matches."""
+
+    path: str
+    name: str
+    size: int
+
+
+def plan_input(config: ReadConfig) -> InputPlan:
+    """Finds the files of the input and cuts them into splits.
+
+    Args:
+      config: globs, format, and the size of a split. With a limit there is one split, so that the limit is exact.
+
+    Raises:
+      InputError: if a glob matches nothing, a format is unknown, or ids of two files would collide.
+      ConfigError: if fields are asked for that the format does not have.
+    """
+    if not config.input:
+        raise InputError("--input is missing; name a file or a glob, as in --input='shards/*.txt'")
+    found = {file.path: file for pattern in reversed(config.input) for file in match_files(pattern)}
+    ordered = sorted(found.values())
+    files = [
+        InputFile(index, file.path, file.name, file.size, *detect_format(file.path, config.input_format))
+        for index, file in enumerate(file for file in ordered if file.size)
+    ]
+    check_files(files, config)
+    ranges = [r for file in files for r in SOURCES[file.format].split_file(file, config)]
+    splits = [tuple(ranges)] if config.limit and ranges else group_ranges(ranges, config.split_bytes)
+    return InputPlan(tuple(files), tuple(file.path for file in ordered if not file.size), tuple(splits))
+
+
+def match_files(pattern: str) -> list[FoundFile]:
+    """The files that a glob matches; local paths become absolute.
+
+    Raises:
+      InputError: if there are none, or the file system refuses.
+    """
+    given = pattern
+    if "://" not in pattern:
+        pattern = os.path.abspath(pattern) + ("/" if pattern.endswith("/") else "")
+        if os.path.isdir(pattern) and not pattern.endswith("/"):
+            raise InputError(f"--input={given} is a folder; name its files, as in --input='{given}/*'")
+    if pattern.endswith("/"):
+        pattern += "*"
+    try:
+        metadata = FileSystems.match([pattern])[0].metadata_list
+        is_glob = _fixed_part(pattern) != pattern
+        if not metadata and is_glob and FileSystems.exists(pattern):  # a file whose name holds * ? or [
+            metadata, is_glob = [FileSystems.get_filesystem(pattern).metadata(pattern)], False
+    except Exception as error:  # every file system has exceptions of its own
+        raise InputError(f"--input={given} cannot be listed: {error}") from error
+    if not metadata:
+        raise InputError(f"--input={given} matches no file; check the path, and quote globs in the shell")
+    folder = _fixed_part(pattern).rpartition("/")[0] if is_glob else pattern.rpartition("/")[0]
+    return [FoundFile(m.path, m.path[len(folder) + 1 :], m.size_in_bytes) for m in metadata]
+
+
+def detect_format(path: str, input_format: str = "auto") -> tuple[str, str]:
+    """Format and compression of a file, from its name.
+
+    Args:
+      path: such as `a.jsonl.gz` or `train.tfrecord-00000-of-00010`.
+      input_format: a key of `SOURCES`, or auto to go by the extension.
+
+    Raises:
+      InputError: if the extension says nothing, or the format cannot be compressed as a whole.
+    """
+    stem, extension = os.path.splitext(_SHARD.sub("", path.rpartition("/")[2]).lower())
+    compression = COMPRESSIONS.get(extension, "")
+    if compression:
+        extension = os.path.splitext(stem)[1]
+    kind = FORMATS.get(extension, "") if input_format == "auto" else input_format
+    if not kind:
+        raise InputError(
+            f"{path}: the extension {extension or '(none)'} is no known format ({', '.join(FORMATS)}, also under "
+            f"{', '.join(COMPRESSIONS)}); say what it is, as in --input_format=text, or narrow --input"
+        )
+    if compression and not SOURCES[kind].reads_compressed:
+        raise InputError(f"{path}: {kind} files are not read compressed as a whole; unpack it, or set --input_format")
+    return kind, compression
+
+
+def check_files(files: Iterable[InputFile], config: ReadConfig) -> None:
+    """Refuses fields that a format does not have, and derived ids that would collide.
+
+    Raises:
+      ConfigError: for --id_field, --pair_field or --keep_fields on text files.
+      InputError: for two files of one name without --id_field.
+    """
+    by_name: dict[str, str] = {}
+    asked = {"id_field": config.id_field, "pair_field": config.pair_field, "keep_fields": ",".join(config.keep_fields)}
+    for file in files:
+        if not SOURCES[file.format].has_fields:
+            for flag, value in asked.items():
+                if value:
+                    raise ConfigError(
+                        f"--{flag}={value}: {file.path} is plain text and has no fields; "
+                        "use JSON lines or CSV, drop the flag, or set --input_format"
+                    )
+        other = by_name.setdefault(file.name, file.path)
+        if other != file.path and not config.id_field:
+            raise InputError(
+                f"{other} and {file.path} are both named {file.name!r}, so their documents' ids would collide; "
+                "use one glob over their common folder, as in --input='folder/**', or --id_field"
+            )
+
+
+def group_ranges(ranges: Iterable[FileRange], split_bytes: int) -> list[tuple[FileRange, ...]]:
+    """Groups consecutive ranges so that a group has at most `split_bytes`, or one range."""
+    groups: list[list[FileRange]] = []
+    size = 0
+    for file_range in ranges:
+        if not groups or size + file_range.n_bytes > split_bytes:
+            groups.append([])
+            size = 0
+        groups[-1].append(file_range)
+        size += file_range.n_bytes
+    return [tuple(group) for group in groups]
+
+
+def infer_kept_fields(plan: InputPlan, config: ReadConfig) -> list[KeptField]:
+    """Fills in the types of the kept fields from the first rows, and checks that the columns exist.
+
+    Args:
+      plan: the input; files that cannot be read are passed over, they become dead letters later.
+      config: the kept fields, of which some may have a type.
+
+    Raises:
+      InputError: if a file of a column format lacks the id or a text column.
+      ConfigError: if a kept or pair field is in none of the sampled rows, or holds something that cannot be kept.
+    """
+    kept = config.kept_fields()
+    rows = list(sample_rows(plan, config))
+    values = {name: [row[name] for row in rows if name in row] for name in [config.pair_field, *(f.name for f in kept)]}
+    for name, found in values.items():
+        if name and rows and not found:
+            flag = "pair_field" if name == config.pair_field else "keep_fields"
+            there = ", ".join(sorted({str(key) for row in rows for key in row})[:20])
+            raise ConfigError(f"--{flag}={name} is in none of the first {len(rows)} rows; they have {there or 'none'}")
+    return [field if field.type else KeptField(field.name, _infer_field(field.name, values)) for field in kept]
+
+
+def sample_rows(plan: InputPlan, config: ReadConfig) -> Iterator[dict[str, Any]]:
+    """The fields of the first rows of the first readable files.
+
+    Raises:
+      InputError: if a file lacks the id or a text column.
+    """
+    wanted = SAMPLE_ROWS
+    with_fields = (file for file in plan.files if SOURCES[file.format].has_fields)
+    for file in islice(with_fields, SAMPLE_FILES):
+        for record in islice(read_readable(FileRange.whole(file), config), wanted):
+            if record.reason == "missing_field":
+                raise InputError(f"{file.path}: {record.message}")
+            if not record.reason:
+                wanted -= 1
+                values = dict(record.values)
+                yield _parse_strings(values) if SOURCES[file.format].values_are_strings else values
+        if not wanted:
+            return
+
+
+def read_readable(file_range: FileRange, config: ReadConfig) -> Iterator[Record]:
+    """The records of a range up to the point where it can be read no further."""
+    try:
+        yield from SOURCES[file_range.file.format].read_records(file_range, config)
+    except FileError:
+        return
+
+
+def estimate_documents(plan: InputPlan, config: ReadConfig) -> int:
+    """About how many documents the input has, from the first rows of each kind of file.
+
+    Args:
+      plan: the input.
+      config: as for reading; a limit caps the estimate.
+    """
+    kinds = defaultdict(list)
+    for file in plan.files:
+        kinds[file.format, file.compression].append(file)
+    total = 0.0
+    for files in kinds.values():
+        n_records, n_bytes = count_sample(FileRange.whole(files[0]), config)
+        total += sum(file.size for file in files) * n_records / n_bytes
+    return min(config.limit, round(total)) if config.limit else round(total)
+
+
+def count_sample(file_range: FileRange, config: ReadConfig) -> tuple[int, int]:
+    """Records and stored bytes of the first rows of a range."""
+    n_records, n_read = 0, 0
+    records = read_readable(file_range, config)
+    for record in islice(records, ESTIMATE_ROWS):
+        n_records, n_read = n_records + 1, record.n_read
+        if n_read >= ESTIMATE_BYTES:
+            break
+    is_whole = next(records, None) is None
+    return n_records, file_range.n_bytes if is_whole else max(n_read, 1)
+
+
+def _fixed_part(pattern: str) -> str:
+    return re.split(r"[*?\[]", pattern, maxsplit=1)[0]
+
+
+def _infer_field(name: str, values: dict[str, list]) -> str:
+    kind = infer_type(values.get(name, []))
+    if not kind:
+        raise ConfigError(f"--keep_fields={name} holds lists, objects or dates; keep string, int, float or bool fields")
+    return kind
+
+
+def _parse_strings(row: dict[str, str]) -> dict[str, Any]:
+    """Cells of a text format as the values that their spelling suggests."""
+    return {name: _parse_string(value) for name, value in row.items()}
+
+
+def _parse_string(value: str) -> Any:
+    if not value:
+        return None
+    if value.lower() in ("true", "false"):
+        return value.lower() == "true"
+    for parse in (int, float):
+        try:
+            number = parse(value)
+        except ValueError:
+            continue
+        # Leading zeros, plus signs and underscores are spellings of names, not of numbers: 007 is no 7.
+        return number if re.fullmatch(r"-?(0|[1-9]\d*)(\.\d+)?([eE][-+]?\d+)?", value) else value
+    return value

@@ -1,0 +1,168 @@
+"""Reading the plan: splits -> documents, dead letters and tallies."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Optional, Union
+
+import apache_beam as beam
+from apache_beam.pvalue import TaggedOutput
+
+from pipeline.config import KeptField, ReadConfig
+from pipeline.errors import ConfigError
+from pipeline.records import DeadLetter, Document, Tally
+from pipeline.sources import SOURCES
+from pipeline.sources.compression import FileError
+from pipeline.sources.duplicates import scan_through_files, scan_through_shuffle, select_losers
+from pipeline.sources.fields import build_document
+from pipeline.sources.planning import InputPlan
+from pipeline.sources.source import FileRange, Record
+
+PROGRESS_EVERY = 256
+
+# Takes how many more documents and stored bytes were read; must be picklable.
+Progress = Callable[[int, int], None]
+
+
+class Item(NamedTuple):
+    """What one record became, and how many stored bytes of its range were read with it."""
+
+    outcome: Union[Document, DeadLetter, None]
+    n_read: int
+
+
+def read_range(file_range: FileRange, config: ReadConfig, kept_fields: Sequence[KeptField]) -> Iterator[Item]:
+    """Reads one range; a file that ends early or is damaged ends in one dead letter, not in an exception."""
+    file = file_range.file
+    source = SOURCES[file.format]
+    has_bytes = source.has_byte_positions and not file.compression
+    position = file_range.start if has_bytes else 0
+    try:
+        for record in source.read_records(file_range, config):
+            n_read = min(record.n_read, file_range.n_bytes)
+            yield Item(build_document(record, file, source, config, kept_fields), n_read)
+            position = file_range.start + n_read if has_bytes else record.position + 1
+    except FileError as error:
+        # Nothing says where the next record would have begun: it is reported right behind the last one.
+        bad = Record(position, file_range.n_bytes, reason=error.reason, message=str(error))
+        letter = build_document(bad, file, source, config, kept_fields)
+        yield Item(letter._replace(id=None), file_range.n_bytes)
+
+
+class ReadSplit(beam.DoFn):
+    """Reads one split; documents leave as they are read, and one tally at the end."""
+
+    def __init__(
+        self, config: ReadConfig, kept_fields: Sequence[KeptField] = (), progress: Optional[Progress] = None
+    ) -> None:
+        self._config = config
+        self._kept_fields = tuple(kept_fields)
+        self._progress = progress
+
+    def process(self, split: tuple[FileRange, ...], losers: Any = None) -> Iterator[Any]:
+        counts: Counter[str] = Counter(records=0, bytes=0, documents=0, dead_letters=0, skipped_empty=0)
+        reported: Counter[str] = Counter()
+        seconds, since = 0.0, time.perf_counter()
+        for outcome in self._read_outcomes(split, losers, counts):
+            if counts["documents"] - reported["documents"] >= PROGRESS_EVERY:
+                self._report(counts, reported)
+            if outcome is not None:
+                seconds += time.perf_counter() - since  # whoever takes the document runs until the next line
+                yield TaggedOutput("dead_letters", outcome) if isinstance(outcome, DeadLetter) else outcome
+                since = time.perf_counter()
+        self._report(counts, reported)
+        seconds += time.perf_counter() - since
+        yield TaggedOutput("tallies", Tally.of("read", {**counts, "read_seconds": seconds}))
+
+    def list_ids(self, split: tuple[FileRange, ...]) -> Iterator[tuple[FileRange, str, int]]:
+        """Yields range, id and position of each document, for the search for duplicates."""
+        n_left = self._config.limit or -1
+        for file_range in split:
+            for item in read_range(file_range, self._config, self._kept_fields):
+                if isinstance(item.outcome, Document):
+                    yield file_range, item.outcome.id, item.outcome.origin.position
+                    n_left -= 1
+                    if not n_left:
+                        return
+
+    def _read_outcomes(
+        self, split: tuple[FileRange, ...], losers: Any, counts: Counter[str]
+    ) -> Iterator[Union[Document, DeadLetter, None]]:
+        n_left = self._config.limit or -1
+        for file_range in split:
+            cursor = select_losers(losers, file_range)
+            bytes_before = counts["bytes"]
+            for outcome, n_read in read_range(file_range, self._config, self._kept_fields):
+                counts["records"] += 1
+                counts["bytes"] = bytes_before + n_read
+                is_document = isinstance(outcome, Document)
+                if is_document and cursor and cursor.drops(outcome.origin.position):
+                    outcome = reject_duplicate(outcome)
+                counts[_count_name(outcome)] += 1
+                yield outcome
+                n_left -= is_document
+                if not n_left:
+                    return
+            counts["bytes"] = bytes_before + file_range.n_bytes
+
+    def _report(self, counts: Counter[str], reported: Counter[str]) -> None:
+        if self._progress:
+            more = {name: counts[name] - reported[name] for name in ("documents", "bytes")}
+            self._progress(more["documents"], more["bytes"])
+            reported.update(more)
+
+
+def reject_duplicate(document: Document) -> DeadLetter:
+    """The dead letter of a document whose id another one has, earlier in the input."""
+    message = f"the id {document.id!r} occurs earlier in the input; the first document with it is the one that counts"
+    return DeadLetter("read", "duplicate_id", message, document.origin, document.id, document.text)
+
+
+def _count_name(outcome: Union[Document, DeadLetter, None]) -> str:
+    if outcome is None:
+        return "skipped_empty"
+    return "documents" if isinstance(outcome, Document) else "dead_letters"
+
+
+@dataclass(eq=False)
+class ReadDocuments(beam.PTransform):
+    """Reads a planned input: pipeline -> (documents, dead letters, tallies).
+
+    Args:
+      plan: from `plan_input`.
+      config: names of the fields and rules for records.
+      kept_fields: from `infer_kept_fields`.
+      work_dir: existing folder on any file system that all workers see, for scratch files of the search for duplicate
+        ids; needed with an id field unless `distributed`. Whoever gives it removes it after the run.
+      distributed: whether the search may shuffle, as on Dataflow or Flink.
+      progress: called every few hundred documents with how many more documents and stored bytes were read.
+
+    Raises:
+      ConfigError: if there is an id field, but neither a work folder nor a distributed engine.
+    """
+
+    plan: InputPlan
+    config: ReadConfig
+    kept_fields: Sequence[KeptField] = ()
+    work_dir: str = ""
+    distributed: bool = False
+    progress: Optional[Progress] = None
+
+    def __post_init__(self) -> None:
+        if self.config.id_field and not self.distributed and not self.work_dir:
+            raise ConfigError(f"--id_field={self.config.id_field} needs a work folder to look for duplicate ids in")
+
+    def expand(self, begin: beam.pvalue.PBegin) -> tuple[beam.PCollection, beam.PCollection, beam.PCollection]:
+        splits = begin | "Splits" >> beam.Create(self.plan.splits).with_output_types(Any)
+        read = ReadSplit(self.config, self.kept_fields, self.progress)
+        losers = None
+        if self.config.id_field and self.distributed:
+            losers = scan_through_shuffle(splits, read.list_ids)
+        elif self.config.id_field:
+            losers = scan_through_files(splits, read.list_ids, self.work_dir)
+        typed = beam.ParDo(read, losers).with_output_types(Document, dead_letters=DeadLetter, tallies=Tally)
+        outputs = splits | "Read" >> typed.with_outputs("dead_letters", "tallies", main="documents")
+        return outputs.documents, outputs.dead_letters, outputs.tallies

@@ -1,0 +1,178 @@
+"""A table on disk: a folder with snapshots, the manifest of each, and the pointer to the live one.
+
+    DIR/CURRENT                          name of the live snapshot; replaced atomically
+    DIR/snapshots/NAME/manifest.json     written last: without it the folder is no snapshot
+    DIR/snapshots/NAME/embeddings-*      the rows
+    DIR/snapshots/NAME/dead_letters-*    what could not be embedded
+    DIR/attempts/NAME/                   what a running (or dead) run has written so far
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from apache_beam.io.filesystems import FileSystems
+
+from pipeline.errors import TableError
+from pipeline.sinks.layout import TableLayout
+
+FORMAT_VERSION = 1
+POINTER = "CURRENT"
+MANIFEST = "manifest.json"
+SNAPSHOTS = "snapshots"
+ATTEMPTS = "attempts"
+
+
+@dataclass(frozen=True)
+class TableFile:
+    """One file of a snapshot: its name, rows, size in bytes and checksum."""
+
+    name: str
+    rows: int
+    n_bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """Everything about one snapshot.
+
+    Attributes:
+      snapshot: its name.
+      created_at: when it was published, UTC, ISO 8601.
+      embeam: version of the software.
+      rows: rows in all files.
+      file_format: a key of `SINKS`.
+      compression: none or gzip.
+      layout: the columns.
+      fingerprint: sha256 over `identity`.
+      identity: all that changes a vector.
+      settings: the whole configuration, flat.
+      files: files with rows, in order.
+      dead_letter_files: files with dead letters.
+      counts: documents, tokens and so on, by stage.
+      dead_letters: count by reason.
+      previous: the snapshot that was live before, or "".
+      seconds: wall-clock time of the run, from its start to its publication.
+    """
+
+    snapshot: str
+    created_at: str
+    embeam: str
+    rows: int
+    file_format: str
+    compression: str
+    layout: TableLayout
+    fingerprint: str
+    identity: dict[str, Any]
+    settings: dict[str, Any]
+    files: tuple[TableFile, ...]
+    dead_letter_files: tuple[TableFile, ...]
+    counts: dict[str, dict[str, float]]
+    dead_letters: dict[str, int]
+    previous: str = ""
+    seconds: float = 0.0
+    format_version: int = field(default=FORMAT_VERSION)
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self) | {"layout": self.layout.to_json()}, indent=1) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str) -> Manifest:
+        values = json.loads(text)
+        if values["format_version"] > FORMAT_VERSION:
+            raise TableError(
+                f"the table has format version {values['format_version']}, newer than this embeam reads "
+                f"({FORMAT_VERSION}); install a newer embeam"
+            )
+        values["layout"] = TableLayout.from_json(values["layout"])
+        for name in ("files", "dead_letter_files"):
+            values[name] = tuple(TableFile(**entry) for entry in values[name])
+        return cls(**values)
+
+
+def open_table(table: str) -> tuple[Manifest, str]:
+    """Reads the live snapshot's manifest.
+
+    Args:
+      table: the table's folder.
+
+    Returns:
+      The manifest and the snapshot's folder.
+
+    Raises:
+      TableError: if there is no readable table.
+    """
+    name = read_pointer(table)
+    if not name:
+        raise TableError(f"{table} is no table: it has no file {POINTER}; embeam embed --output={table} makes one")
+    return read_manifest(table, name), snapshot_folder(table, name)
+
+
+def read_pointer(table: str) -> str:
+    """The name of the live snapshot, or "" where nothing was published yet."""
+    path = FileSystems.join(table, POINTER)
+    return read_text(path).strip() if FileSystems.exists(path) else ""
+
+
+def read_manifest(table: str, name: str) -> Manifest:
+    path = FileSystems.join(snapshot_folder(table, name), MANIFEST)
+    if not FileSystems.exists(path):
+        raise TableError(f"{table} is damaged: its live snapshot {name} has no {MANIFEST}")
+    try:
+        return Manifest.from_json(read_text(path))
+    except (ValueError, KeyError, TypeError) as error:
+        raise TableError(f"{path} is damaged: {error}") from error
+
+
+def snapshot_folder(table: str, name: str) -> str:
+    return FileSystems.join(table, SNAPSHOTS, name)
+
+
+def attempts_folder(table: str, name: str) -> str:
+    return FileSystems.join(table, ATTEMPTS, name)
+
+
+def read_text(path: str) -> str:
+    with FileSystems.open(path, compression_type="uncompressed") as f:
+        return f.read().decode()
+
+
+def write_atomically(path: str, text: str) -> None:
+    """Writes a small file so that a reader sees the old or the new content: by rename here, in one request elsewhere."""
+    if "://" in path:
+        with FileSystems.create(path, compression_type="uncompressed") as f:
+            f.write(text.encode())
+        return
+    partial = f"{path}.new"
+    with open(partial, "wb") as f:
+        f.write(text.encode())
+        f.flush()
+        os.fsync(f.fileno())
+    os.replace(partial, path)
+    folder = os.open(os.path.dirname(path), os.O_RDONLY)
+    try:
+        os.fsync(folder)  # the rename itself must survive a power cut
+    finally:
+        os.close(folder)
+
+
+def make_folder(path: str) -> None:
+    if not FileSystems.exists(path):
+        try:
+            FileSystems.mkdirs(path)
+        except OSError:
+            if not FileSystems.exists(path):
+                raise
+
+
+def delete_folder(path: str) -> None:
+    """Removes a folder and what is in it; one that is not there is no error."""
+    if "://" not in path:
+        shutil.rmtree(path, ignore_errors=True)
+    elif FileSystems.match([path + "/**"])[0].metadata_list:
+        FileSystems.delete([path + "/"])

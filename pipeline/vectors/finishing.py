@@ -1,0 +1,173 @@
+"""Encoded batches to rows: chunks of a document averaged, vectors shaped, checked and stored."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Optional
+
+import apache_beam as beam
+import numpy as np
+from apache_beam.transforms.window import GlobalWindows
+
+from pipeline.config import VectorConfig
+from pipeline.records import Chunk, DeadLetter, Encoded, Row, Tally
+from pipeline.vectors.storing import quantize_vectors, shape_vectors
+
+
+@dataclass(frozen=True)
+class VectorRule:
+    """How encoded chunks become rows.
+
+    Attributes:
+      vectors: dimensions, normalisation and dtype.
+      average: one row per document instead of one per chunk.
+      tokens: every chunk has a matrix `[n_tokens, D]`.
+      counts_tokens: False for text encoders, whose rows have null token counts.
+      keep_text: rows carry their document's text.
+    """
+
+    vectors: VectorConfig = VectorConfig()
+    average: bool = False
+    tokens: bool = False
+    counts_tokens: bool = True
+    keep_text: bool = False
+
+
+Result = tuple[Chunk, Optional[np.ndarray], str]  # a chunk, its vector or None, its error or ""
+
+
+class ChunkAverager:
+    """Averages the vectors of each document's chunks, weighted by content tokens, as they arrive in any order."""
+
+    def __init__(self) -> None:
+        # Two documents with one key have the same text and therefore the same vectors: either may take a chunk.
+        self._parts: dict[tuple, list[dict[int, Result]]] = {}
+
+    def add(self, result: Result) -> Result | None:
+        """Takes one chunk's result; returns the document's once its last chunk has come."""
+        chunk = result[0]
+        if chunk.count == 1:
+            return result
+        key = (chunk.document.id, chunk.document.origin, chunk.content_hash)
+        waiting = self._parts.setdefault(key, [])
+        parts = next((parts for parts in waiting if chunk.index not in parts), None)
+        if parts is None:
+            waiting.append(parts := {})
+        parts[chunk.index] = result
+        if len(parts) < chunk.count:
+            return None
+        waiting.remove(parts)
+        if not waiting:
+            del self._parts[key]
+        return average_chunks([parts[index] for index in range(chunk.count)])
+
+    def unfinished(self) -> list[Chunk]:
+        return [chunk for waiting in self._parts.values() for parts in waiting for chunk, _, _ in parts.values()]
+
+
+def average_chunks(parts: list[Result]) -> Result:
+    """Averages all chunks of one document, in their order, so that sums do not depend on that of batches."""
+    first = parts[0][0]
+    whole = first._replace(n_content=sum(chunk.n_content for chunk, _, _ in parts))
+    errors = [f"chunk {chunk.index}: {error}" for chunk, _, error in parts if error]
+    if errors:
+        return whole, None, errors[0]
+    weights = [chunk.n_content for chunk, _, _ in parts]
+    return whole, np.average([vector for _, vector, _ in parts], 0, weights).astype(np.float32), ""
+
+
+def finish_chunks(results: list[Result], rule: VectorRule) -> Iterator[Row | DeadLetter]:
+    """Turns encoded chunks into rows; one whose vector is missing or not finite becomes a dead letter.
+
+    Args:
+      results: chunks with their float32 vectors, `[D]` or `[n_tokens, D]` each.
+    """
+    good = []
+    for chunk, vector, error in results:
+        if vector is None:
+            yield _reject(chunk, "encoder_error", error)
+        elif not np.isfinite(vector).all():
+            yield _reject(chunk, "not_finite", f"the vector holds {'NaN' if np.isnan(vector).any() else 'infinity'}")
+        else:
+            good.append((chunk, vector))
+    if not good:
+        return
+    if rule.tokens:  # one row holds a matrix, and one scale serves all of it
+        shaped = [shape_vectors(vector, rule.vectors).reshape(1, -1) for _, vector in good]
+        parts = [quantize_vectors(vector, rule.vectors.dtype) for vector in shaped]
+        stored, scales = [part[0] for part, _ in parts], [scale[0] for _, scale in parts]
+    else:
+        matrix = shape_vectors(np.stack([vector for _, vector in good]), rule.vectors)
+        stored, scales = quantize_vectors(matrix, rule.vectors.dtype)
+    for (chunk, _), numbers, scale in zip(good, stored, scales):
+        if numbers.dtype == np.float16 and not np.isfinite(numbers).all():
+            yield _reject(chunk, "not_finite", "a number exceeds float16's 65504; use --dtype=float32 or --normalize")
+            continue
+        document = chunk.document
+        yield Row(
+            id=document.id,
+            chunk=chunk.index,
+            vector=numbers.tobytes(),
+            scale=float(scale),
+            n_tokens=_count_tokens(chunk, rule),
+            n_truncated=chunk.n_truncated,
+            content_hash=chunk.content_hash,
+            kept=document.kept,
+            text=document.text if rule.keep_text else None,
+        )
+
+
+def _count_tokens(chunk: Chunk, rule: VectorRule) -> int | None:
+    if not rule.counts_tokens:
+        return None
+    return chunk.n_content + 2 * chunk.count if rule.average else chunk.n_tokens
+
+
+def _reject(chunk: Chunk, reason: str, message: str) -> DeadLetter:
+    document = chunk.document
+    where = f"chunk {chunk.index} of {chunk.count}: " if chunk.count > 1 else ""
+    return DeadLetter("encode", reason, where + message, document.origin, document.id, document.text)
+
+
+class FinishVectors(beam.DoFn):
+    def __init__(self, rule: VectorRule) -> None:
+        self.rule = rule
+
+    def start_bundle(self) -> None:
+        self._averager = ChunkAverager()
+        self._counts: Counter = Counter()
+
+    def process(self, encoded: Encoded) -> Iterator[Any]:
+        self._counts["encode_seconds"] += encoded.seconds
+        self._counts["chunks"] += len(encoded.batch)
+        results = zip(encoded.batch, encoded.vectors, encoded.errors)
+        if self.rule.average:
+            results = filter(None, map(self._averager.add, results))
+        for output in finish_chunks(list(results), self.rule):
+            if isinstance(output, DeadLetter):
+                self._counts["dead_letters"] += 1
+                yield beam.pvalue.TaggedOutput("dead_letters", output)
+            else:
+                self._counts["rows"] += 1
+                yield output
+
+    def finish_bundle(self) -> Iterator[Any]:
+        if lost := self._averager.unfinished():
+            raise RuntimeError(f"the chunks of {lost[0].document.id!r} were torn apart between two bundles")
+        tally = Tally.of("encode", dict(self._counts))
+        yield beam.pvalue.TaggedOutput("tallies", GlobalWindows.windowed_value(tally))
+
+
+@dataclass
+class Finish(beam.PTransform):
+    """PCollection[Encoded] -> (PCollection[Row], PCollection[DeadLetter], PCollection[Tally])."""
+
+    rule: VectorRule
+
+    def expand(self, encoded: beam.PCollection) -> tuple:
+        outputs = encoded | "FinishVectors" >> beam.ParDo(FinishVectors(self.rule)).with_outputs(
+            "dead_letters", "tallies", main="rows"
+        )
+        return outputs.rows, outputs.dead_letters, outputs.tallies

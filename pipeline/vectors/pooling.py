@@ -1,0 +1,37 @@
+"""From an encoder's outputs to vectors, inside the encoder's graph: only what is asked for is computed and copied."""
+
+from __future__ import annotations
+
+from typing import Any, Mapping
+
+from pipeline.config import VectorChoice
+
+
+def pool_outputs(outputs: Mapping[str, Any], mask: Any, choice: VectorChoice) -> Any:
+    """Selects and pools one output.
+
+    `mean` and `max` go over all tokens that are not padding, [CLS] and [SEP] included, as sentence encoders are
+    commonly pooled (Reimers and Gurevych 2019, arXiv 1908.10084).
+
+    Args:
+      outputs: the encoder's named tensors.
+      mask: int32 `[B, L]`, 1 for tokens, 0 for padding.
+      choice: what to select.
+
+    Returns:
+      float32 `[B, D]`, or `[B, L, D]` for `tokens`.
+    """
+    import tensorflow as tf
+
+    selected = outputs[choice.output]
+    if choice.layer is not None:
+        selected = selected[choice.layer]  # [B, L, D]
+    selected = tf.cast(selected, tf.float32)
+    if choice.pooling == "cls":
+        return selected[:, 0]  # [B, D]
+    keep = tf.cast(mask, tf.float32)[:, :, tf.newaxis]  # [B, L, 1]
+    if choice.pooling == "mean":
+        return tf.reduce_sum(selected * keep, 1) / tf.maximum(tf.reduce_sum(keep, 1), 1.0)  # [B, D]
+    if choice.pooling == "max":
+        return tf.reduce_max(tf.where(keep > 0, selected, selected.dtype.min), 1)  # [B, D]
+    return selected

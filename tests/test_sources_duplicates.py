@@ -1,0 +1,120 @@
+"""Duplicate ids: the lowest place wins, with both back ends, in memory and in worker processes."""
+
+import json
+
+import apache_beam as beam
+import numpy as np
+import pytest
+from apache_beam.options.pipeline_options import PipelineOptions
+from apache_beam.runners.portability.fn_api_runner import FnApiRunner
+from apache_beam.testing.util import assert_that, equal_to
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pipeline.config import ReadConfig
+from pipeline.errors import ConfigError
+from pipeline.sources.duplicates import ENTRY, LoserCursor, find_losers
+from pipeline.sources.planning import plan_input
+from pipeline.sources.read import ReadDocuments, ReadSplit
+
+# Each file's rows, and whether they win. The first row with id "b" is bad and never takes part.
+FILES = {
+    "a.jsonl": [("a", "first a", True), ("b", 5, None), ("a", "second a", False), ("c", "only c", True)],
+    "b.jsonl": [("b", "first good b", True), ("a", "third a", False), ("d", "only d", True)],
+    "c.jsonl": [(7, "number", True), ("7", "same as a string", False), ("b", "late b", False)],
+}
+
+
+@pytest.fixture
+def corpus(tmp_path):
+    for name, rows in FILES.items():
+        lines = [json.dumps({"id": key, "text": text}) for key, text, _ in rows]
+        (tmp_path / name).write_text("\n".join(lines))
+    return tmp_path
+
+
+def run(corpus, distributed, options=None, **settings):
+    config = ReadConfig(input=(str(corpus / "*.jsonl"),), id_field="id", split_bytes=60, **settings)
+    plan = plan_input(config)
+    assert len(plan.splits) > 3
+    work_dir = corpus / "work"
+    work_dir.mkdir(exist_ok=True)
+    read = ReadDocuments(plan, config, work_dir="" if distributed else str(work_dir), distributed=distributed)
+
+    def get_place(item):  # in here, so that it is pickled by value: workers cannot import this file
+        return (item.origin.path.rpartition("/")[2], item.id, item.text)
+
+    rows = [(name, str(key), text, wins) for name, rows in FILES.items() for key, text, wins in rows]
+    with beam.Pipeline(runner=FnApiRunner(), options=options) as pipeline:
+        documents, dead_letters, tallies = pipeline | read
+        winners = [row[:3] for row in rows if row[3]]
+        losers = [row[:3] for row in rows if row[3] is False]
+        assert_that(documents | "Places" >> beam.Map(get_place), equal_to(winners), "Winners")
+        duplicates = dead_letters | beam.Filter(lambda letter: letter.reason == "duplicate_id") | beam.Map(get_place)
+        assert_that(duplicates, equal_to(losers), "Losers")
+        others = dead_letters | beam.Filter(lambda x: x.reason != "duplicate_id") | "R" >> beam.Map(lambda x: x.reason)
+        assert_that(others, equal_to(["wrong_type"]), "Others")
+        assert_that(
+            tallies
+            | "Counts" >> beam.Map(lambda tally: json.loads(tally.counts)["documents"])
+            | beam.CombineGlobally(sum),
+            equal_to([len(winners)]),
+            "Tallies",
+        )
+
+
+@pytest.mark.parametrize("distributed", [False, True])
+def test_the_lowest_place_wins(corpus, distributed):
+    run(corpus, distributed)
+
+
+@pytest.mark.parametrize("distributed", [False, True])
+def test_replayed_bundles_change_nothing(corpus, distributed):
+    run(corpus, distributed, PipelineOptions(direct_runner_bundle_repeat=1))
+
+
+def test_worker_processes(corpus):
+    run(corpus, False, PipelineOptions(direct_running_mode="multi_processing", direct_num_workers=2))
+
+
+def test_nothing_shuffles_locally(corpus):
+    config = ReadConfig(input=(str(corpus / "*.jsonl"),), id_field="id")
+    plan = plan_input(config)
+    assert len(plan.splits) == 1  # one element, so that Create does not shuffle either
+    pipeline = beam.Pipeline()
+    pipeline | ReadDocuments(plan, config, work_dir="x")
+    urns = [t.spec.urn for t in pipeline.to_runner_api().components.transforms.values()]
+    assert "beam:transform:group_by_key:v1" not in urns
+
+
+def test_an_id_field_needs_a_work_folder_or_a_shuffle(corpus):
+    config = ReadConfig(input=(str(corpus / "*.jsonl"),), id_field="id")
+    with pytest.raises(ConfigError, match="--id_field=id needs a work folder"):
+        ReadDocuments(plan_input(config), config)
+
+
+def test_a_limit_looks_no_further(corpus):
+    config = ReadConfig(input=(str(corpus / "*.jsonl"),), id_field="id", limit=4)
+    (split,) = plan_input(config).splits
+    assert [key for _, key, _ in ReadSplit(config).list_ids(split)] == ["a", "a", "c", "b"]
+
+
+PLACES = st.lists(
+    st.tuples(st.integers(0, 5), st.integers(0, 1), st.integers(0, 3), st.integers(0, 50)), unique_by=lambda t: t[2:]
+)
+
+
+@given(places=PLACES, cut=st.integers(0, 50))
+def test_losers_are_all_but_the_lowest(places, cut):
+    table = np.array(places, dtype=ENTRY) if places else np.empty(0, ENTRY)
+    by_id = {}
+    for high, low, file, position in places:
+        by_id.setdefault((high, low), []).append((file, position))
+    expected = sorted(place for group in by_id.values() for place in sorted(group)[1:])
+    assert find_losers(lambda: iter([table[:cut], table[cut:]])).tolist() == expected
+
+
+@given(positions=st.sets(st.integers(0, 60)), start=st.integers(0, 60))
+def test_a_cursor_says_who_loses(positions, start):
+    cursor = LoserCursor(np.array(sorted(positions), "<u8"))
+    assert [p for p in range(start, 61) if cursor.drops(p)] == sorted(p for p in positions if p >= start)
