@@ -1,4 +1,4 @@
-"""Only for Beam: --setup_file wants a setup.py to make the workers' package from; everything stands in pyproject.toml."""
+"""Only for Beam, whose --setup_file wants a setup.py to pack for the workers: everything stands in pyproject.toml."""
 
 from setuptools import setup
 

@@ -14,7 +14,7 @@ from dataclasses import MISSING, fields
 from typing import Any
 
 from pipeline import __version__
-from pipeline.config import EmbedConfig, stage_configs
+from pipeline.config import STAGE_CONFIGS, EmbedConfig
 from pipeline.errors import ConfigError, EmbeamError
 
 EXIT_FAILED, EXIT_USAGE = 1, 2
@@ -24,7 +24,7 @@ _RUNNER_HELP = "local (in this process; DirectRunner means the same), or any Bea
 def main(arguments: Sequence[str] | None = None) -> None:
     """Runs the command line and exits: 0 done, 1 the run failed, 2 wrong usage, 128 + N stopped by signal N."""
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
-    logging.basicConfig(format="%(message)s", level=logging.WARNING)
+    set_up_logging()
     verbs = {"embed": run_embed, "show": run_show, "query": run_query}
     given = list(sys.argv[1:] if arguments is None else arguments)
     parser = build_parser()
@@ -44,6 +44,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
         sys.exit(_complain(error, EXIT_FAILED))
     except BrokenPipeError:  # the reader of our output has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def set_up_logging() -> None:
+    """Our own warnings in one line each; of Beam's only errors, since its workers repeat each warning per process."""
+    logging.basicConfig(format="embeam: %(message)s", level=logging.WARNING)
+    logging.getLogger("apache_beam").setLevel(logging.ERROR)
+    # Beam 2.77 says so of every load, wherever torch is not installed.
+    logging.getLogger().addFilter(lambda record: "Resource module is not available" not in record.getMessage())
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -79,7 +87,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 def add_config_flags(parser: argparse.ArgumentParser) -> None:
     """Adds one flag for every field of the configuration, in one group per stage."""
-    for config in stage_configs():
+    for config in STAGE_CONFIGS:
         group = parser.add_argument_group(config.__doc__)
         for f in fields(config):
             assert f.default is not MISSING
@@ -113,7 +121,7 @@ def check_beam_flags(rest: Sequence[str]) -> list[str]:
                 options._add_argparse_args(beam_parser)
             except argparse.ArgumentError:
                 continue  # two classes of options share a flag
-    own = {f.name for config in stage_configs() for f in fields(config)} | {"config", "runner", "runner_option"}
+    own = {f.name for config in STAGE_CONFIGS for f in fields(config)} | {"config", "runner", "runner_option"}
     known = {flag for action in beam_parser._actions for flag in action.option_strings} | {f"--{name}" for name in own}
     for argument in rest:
         flag = argument.split("=")[0]
@@ -121,9 +129,9 @@ def check_beam_flags(rest: Sequence[str]) -> list[str]:
             close = difflib.get_close_matches(flag.replace("-", "_").replace("__", "--", 1), known, 1, 0.5)
             hint = f"; did you mean {close[0]}?" if close else ""
             raise ConfigError(f"unknown flag {flag}{hint} A flag of the runner itself goes into --runner_option")
-    stray = [argument for i, argument in enumerate(rest) if not argument.startswith("-") and (not i or "=" in rest[i - 1])]
-    if stray:
-        raise ConfigError(f"unexpected argument {stray[0]!r}; every setting is a flag: --input={stray[0]}")
+    for before, argument in zip(["=", *rest], rest, strict=False):
+        if not argument.startswith("-") and "=" in before:  # else it is the value of the flag before it
+            raise ConfigError(f"unexpected argument {argument!r}; every setting is a flag: --input={argument}")
     return list(rest)
 
 
@@ -150,8 +158,10 @@ def run_embed(known: argparse.Namespace) -> None:
     from pipeline.engine import is_local
     from pipeline.job import embed
     from pipeline.report.summary import format_summary
+    from pipeline.runtime import load_tensorflow
 
     _stop_cleanly()
+    load_tensorflow()
     options = PipelineOptions([*beam_flags, f"--runner={'FnApiRunner' if is_local(runner) else runner}"])
     try:
         manifest = embed(config, options, show_progress=True)
@@ -185,19 +195,23 @@ def read_config_file(path: str) -> tuple[dict[str, Any], dict[str, Any]]:
     flat: dict[str, Any] = {}
     for name, value in values.items():
         flat.update(value if isinstance(value, dict) else {name: value})
-    own = {f.name for config in stage_configs() for f in fields(config)}
+    own = {f.name for config in STAGE_CONFIGS for f in fields(config)}
     return {k: v for k, v in flat.items() if k in own}, {k: v for k, v in flat.items() if k not in own}
 
 
 def run_show(known: argparse.Namespace) -> None:
     from pipeline.report.summary import format_table
+    from pipeline.runtime import load_tensorflow
 
+    load_tensorflow()
     print(format_table(known.table, known.rows))
 
 
 def run_query(known: argparse.Namespace) -> None:
     from pipeline.report.query import find_nearest, format_hits
+    from pipeline.runtime import load_tensorflow
 
+    load_tensorflow()
     print(format_hits(known.text, find_nearest(known.table, known.text, known.top, known.pair)))
 
 
@@ -219,7 +233,7 @@ def explain_failure(error: BaseException) -> str:
     if "No space left on device" in text:
         return "the disk is full; free some space and run again; the table is what it was"
     lines = [line for line in text.splitlines() if line.strip()] or [type(error).__name__]
-    return f"the run failed: {lines[-1].strip()} (--log_level=DEBUG shows where)"
+    return f"the run failed: {lines[-1].strip()}"
 
 
 _stopped_by = signal.SIGINT

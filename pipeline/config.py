@@ -7,8 +7,9 @@ keyword in Python; its metadata holds the help text and the choices.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
-from typing import Any, Mapping, NamedTuple, Optional
+from typing import Any, NamedTuple, Optional
 
 from pipeline.errors import ConfigError
 
@@ -21,10 +22,19 @@ def setting(help: str, default: Any = None, choices: tuple = (), metavar: str = 
     return field(default=default, metadata={"help": help, "choices": choices, "metavar": metavar})
 
 
-def _require_positive(config: Any, name: str) -> None:
-    value = getattr(config, name)
-    if value <= 0:
-        raise ConfigError(f"--{name}={value} must be at least 1")
+class _Checked:
+    """Checks choices when a configuration is built; subclasses add what else must hold."""
+
+    def __post_init__(self) -> None:
+        for f in fields(self):  # type: ignore[arg-type]
+            value, choices = getattr(self, f.name), f.metadata["choices"]
+            if choices and value not in choices:
+                raise ConfigError(f"--{f.name}={value} is not one of {', '.join(choices)}")
+
+    def _require_positive(self, *names: str) -> None:
+        for name in names:
+            if getattr(self, name) <= 0:
+                raise ConfigError(f"--{name}={getattr(self, name)} must be at least 1")
 
 
 class KeptField(NamedTuple):
@@ -37,9 +47,7 @@ class KeptField(NamedTuple):
     def parse(cls, text: str) -> KeptField:
         name, _, kind = text.partition(":")
         if not name or (kind and kind not in FIELD_TYPES):
-            raise ConfigError(
-                f"--keep_fields={text} is not name or name:type; the types are {', '.join(FIELD_TYPES)}"
-            )
+            raise ConfigError(f"--keep_fields={text} is not name or name:type; the types are {', '.join(FIELD_TYPES)}")
         return cls(name, kind)
 
 
@@ -58,7 +66,7 @@ class VectorChoice:
         try:
             number = int(layer) if slash else None
         except ValueError:
-            raise ConfigError(f"--vector={text}: {layer!r} is not a layer number; write encoder_outputs/-1:mean") from None
+            raise ConfigError(f"--vector={text}: {layer!r} is no layer number; write encoder_outputs/-1:mean") from None
         if pooling and pooling not in POOLINGS + ("tokens",):
             raise ConfigError(f"--vector={text}: {pooling!r} is no pooling; use one of {', '.join(POOLINGS)}, tokens")
         if output in ("sequence_output", "encoder_outputs") and not pooling:
@@ -75,7 +83,7 @@ class VectorChoice:
 
 
 @dataclass(frozen=True)
-class ReadConfig:
+class ReadConfig(_Checked):
     """Input"""
 
     input: tuple[str, ...] = setting("file or glob to read; may be given several times", (), metavar="GLOB")
@@ -95,8 +103,8 @@ class ReadConfig:
     split_bytes: int = setting("size of the pieces that the input is read in", 64 * MIB)
 
     def __post_init__(self) -> None:
-        for name in ("max_document_bytes", "split_bytes"):
-            _require_positive(self, name)
+        super().__post_init__()
+        self._require_positive("max_document_bytes", "split_bytes")
         if self.limit < 0:
             raise ConfigError(f"--limit={self.limit} is negative; leave it out to read everything")
         if not self.text_field:
@@ -115,16 +123,19 @@ class ReadConfig:
 
 
 @dataclass(frozen=True)
-class PreprocessConfig:
+class PreprocessConfig(_Checked):
     """Preprocessing"""
 
-    preprocessor: str = setting("preprocessor SavedModel: folder or hub handle; default: the encoder's own vocabulary", "")
-    max_tokens: int = setting("tokens per encoder input, [CLS] and [SEP] included; 0 means all that the encoder takes", 0)
+    preprocessor: str = setting(
+        "folder or handle of the preprocessor SavedModel; default: the encoder's own vocabulary", ""
+    )
+    max_tokens: int = setting("tokens per input with [CLS] and [SEP]; 0 means all that the encoder takes", 0)
     on_long: str = setting("what to do with longer texts", "truncate", ("truncate", "chunk", "average", "reject"))
     chunk_overlap: int = setting("tokens that neighbouring chunks share", 0)
     text_prefix: str = setting("put before every text, such as 'query: '", "")
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.max_tokens and self.max_tokens < 3:
             raise ConfigError(f"--max_tokens={self.max_tokens} leaves no room between [CLS] and [SEP]; use 3 or more")
         if self.chunk_overlap < 0:
@@ -136,30 +147,32 @@ class PreprocessConfig:
 
 
 @dataclass(frozen=True)
-class BatchConfig:
+class BatchConfig(_Checked):
     """Batching"""
 
     batch_tokens: int = setting("budget of one batch: rows x padded length, in tokens (bytes for text encoders)", 4096)
 
     def __post_init__(self) -> None:
-        _require_positive(self, "batch_tokens")
+        super().__post_init__()
+        self._require_positive("batch_tokens")
 
 
 @dataclass(frozen=True)
-class EncoderConfig:
+class EncoderConfig(_Checked):
     """Encoder"""
 
-    encoder: str = setting("folder, gs:// or s3:// path or hub handle of a SavedModel; default: the built-in encoder", "")
+    encoder: str = setting("folder, gs:// or s3:// path or hub handle; default: the built-in encoder", "")
     vector: str = setting(
         "pooled_output, sequence_output:mean|max|cls|tokens or encoder_outputs/N:mean|max|cls", "pooled_output"
     )
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         VectorChoice.parse(self.vector)
 
 
 @dataclass(frozen=True)
-class VectorConfig:
+class VectorConfig(_Checked):
     """Vectors"""
 
     normalize: bool = setting("scale every vector to length 1", False)
@@ -167,12 +180,13 @@ class VectorConfig:
     dtype: str = setting("how numbers are stored", "float32", ("float32", "float16", "int8", "binary"))
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.dimensions < 0:
             raise ConfigError(f"--dimensions={self.dimensions} is negative; leave it out to keep all")
 
 
 @dataclass(frozen=True)
-class WriteConfig:
+class WriteConfig(_Checked):
     """Output"""
 
     output: str = setting("folder of the table", "", metavar="DIR")
@@ -184,7 +198,8 @@ class WriteConfig:
     max_dead_fraction: float = setting("stop when more than this share of the documents cannot be embedded", 0.1)
 
     def __post_init__(self) -> None:
-        _require_positive(self, "shard_bytes")
+        super().__post_init__()
+        self._require_positive("shard_bytes")
         if not 0 <= self.max_dead_fraction <= 1:
             raise ConfigError(f"--max_dead_fraction={self.max_dead_fraction} is no share; use a number from 0 to 1")
 
@@ -221,8 +236,7 @@ class EmbedConfig:
         """
         remaining = dict(values)
         parts = {}
-        for part in fields(cls):
-            kind = part.default.__class__
+        for part, kind in zip(fields(cls), STAGE_CONFIGS, strict=True):
             own = {f.name: _convert(f, remaining.pop(f.name)) for f in fields(kind) if f.name in remaining}
             parts[part.name] = kind(**own)
         if remaining:
@@ -230,12 +244,19 @@ class EmbedConfig:
         return cls(**parts)
 
     def flat(self) -> dict[str, Any]:
-        return {name: value for part in fields(self) for name, value in dataclasses.asdict(getattr(self, part.name)).items()}
+        """The inverse of `from_flat`."""
+        parts = [dataclasses.asdict(getattr(self, part.name)) for part in fields(self)]
+        return {name: value for part in parts for name, value in part.items()}
 
 
-def stage_configs() -> list[type]:
-    """The dataclasses of all stages, in the order in which `--help` shows them."""
-    return [part.default.__class__ for part in fields(EmbedConfig)]
+STAGE_CONFIGS: tuple[type, ...] = (
+    ReadConfig,
+    PreprocessConfig,
+    BatchConfig,
+    EncoderConfig,
+    VectorConfig,
+    WriteConfig,
+)
 
 
 def _convert(f: dataclasses.Field, value: Any) -> Any:
@@ -261,9 +282,4 @@ def _convert(f: dataclasses.Field, value: Any) -> Any:
     except ValueError:
         kind = "a whole number" if isinstance(default, int) else "a number"
         raise ConfigError(f"--{f.name}={value} is not {kind}") from None
-    choices = f.metadata["choices"]
-    if choices and value not in choices:
-        raise ConfigError(f"--{f.name}={value} is not one of {', '.join(choices)}")
     return str(value)
-
-

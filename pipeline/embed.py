@@ -105,7 +105,7 @@ def build_pipeline(pipeline: beam.Pipeline, job: Job) -> beam.PCollection:
 
     # One writer per stage instead of one for all: the local engine would hold what crosses a Flatten in memory.
     letter_format = DeadLetterFormat(write.dead_letter_text)
-    for stage, letters in zip(("Read", "Preprocess", "Encode"), (unread, *bad)):
+    for stage, letters in zip(("Read", "Preprocess", "Encode"), (unread, *bad), strict=True):
         to = WriteTo(attempts, letter_format, write.shard_bytes, job.progress)
         letter_shards, letter_tallies = letters | f"Write{stage}DeadLetters" >> to
         all_shards.append(letter_shards)
@@ -114,5 +114,3 @@ def build_pipeline(pipeline: beam.Pipeline, job: Job) -> beam.PCollection:
     shards = tuple(all_shards) | "Shards" >> beam.Flatten()
     counted = tuple(all_tallies) | "Tallies" >> beam.Flatten()
     return pipeline | "Publish" >> Publish(job.publication, shards, counted)
-
-

@@ -41,6 +41,6 @@ def make_runner(options: PipelineOptions) -> Any:
             return create_runner(name)
         except (ValueError, ImportError, AttributeError) as error:
             raise ConfigError(f"--runner={name} is no Beam runner ({error}); use local, or a runner's name") from error
-    encoded = JobServiceHandle.encode_pipeline_options(options.get_all_options())
+    encoded = JobServiceHandle.encode_pipeline_options(options.get_all_options(drop_default=True))
     info = beam_provision_api_pb2.ProvisionInfo(pipeline_options=encoded, retrieval_token="unused")
     return fn_runner.FnApiRunner(provision_info=fn_runner.ExtendedProvisionInfo(info))

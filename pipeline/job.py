@@ -98,6 +98,11 @@ def prepare_job(config: EmbedConfig, distributed: bool = False, status_folder: s
     n_documents = estimate_documents(found, config.read)
     check_free_space(table, min(n_documents, config.read.limit or n_documents), row_bytes)
     name = name_snapshot()
+    settings = config.flat() | {
+        name: os.path.abspath(path)  # a later query may run in another folder
+        for name in ("encoder", "preprocessor")
+        if (path := config.flat()[name]) and "://" not in path
+    }
     facts = {
         "embeam": __version__,
         "file_format": config.write.output_format,
@@ -105,7 +110,7 @@ def prepare_job(config: EmbedConfig, distributed: bool = False, status_folder: s
         "layout": layout,
         "fingerprint": plan.fingerprint,
         "identity": plan.identity,
-        "settings": config.flat(),
+        "settings": settings,
     }
     publication = Publication(table, name, previous, started, facts, config.write.max_dead_fraction)
     progress = Progress(status_folder, name, config.write.max_dead_fraction)
@@ -127,5 +132,3 @@ def _clean_up(job: Job) -> None:
             os.rmdir(folder)
     except Exception as error:
         _LOGGER.warning("%s could not be cleaned up: %s", folder, error)
-
-

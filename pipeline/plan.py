@@ -7,6 +7,7 @@ import json
 from dataclasses import dataclass
 from typing import Any
 
+from pipeline.cache import hash_file
 from pipeline.config import EmbedConfig, KeptField, PreprocessConfig
 from pipeline.encoders.published import measure_dimension
 from pipeline.encoders.spec import EncoderSpec, describe_encoder
@@ -14,7 +15,7 @@ from pipeline.errors import ConfigError, EncoderError
 from pipeline.preprocess.batching import Buckets, bucket_lengths
 from pipeline.preprocess.chunking import PreprocessorRule, SplitRule, TextRule, WordpieceRule
 from pipeline.preprocess.wordpiece import agrees_with_preprocessor, find_vocabulary
-from pipeline.saved_model import TOKEN_INPUTS, SavedModelSpec, describe_saved_model, hash_file, resolve_handle
+from pipeline.saved_model import TOKEN_INPUTS, SavedModelSpec, describe_saved_model, resolve_handle
 from pipeline.sinks.layout import TableLayout
 from pipeline.vectors.finishing import VectorRule
 
@@ -128,7 +129,7 @@ def choose_split_rule(
         return _use_preprocessor_as_is(config, model, max_tokens, cutting)
     if vocabulary is None:
         raise ConfigError(
-            f"--encoder={encoder.handle} carries no vocabulary; name the preprocessor that belongs to it: --preprocessor="
+            f"--encoder={encoder.handle} carries no vocabulary; name its preprocessor with --preprocessor"
         )
     if encoder.vocabulary_size and len(vocabulary.pieces) > encoder.vocabulary_size:
         raise ConfigError(

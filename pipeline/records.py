@@ -9,6 +9,8 @@ from __future__ import annotations
 import json
 from typing import Any, NamedTuple, Optional
 
+from apache_beam import coders
+
 
 class Origin(NamedTuple):
     """Where a document came from: a file and the place in it, in bytes or in rows."""
@@ -42,8 +44,8 @@ class Chunk(NamedTuple):
     Attributes:
       document: the document that the chunk is a window of.
       content_hash: hash over all of the document that reaches the encoder.
-      index: number of the chunk in its document, from 0.
-      count: how many chunks the document has.
+      number: of the chunk in its document, from 0.
+      n_chunks: how many chunks the document has.
       ids: little-endian int32 token ids with [CLS] and [SEP], without padding; empty for text encoders.
       n_first: how many leading tokens have type id 0 (the rest have 1).
       n_content: tokens that are not [CLS] or [SEP]: the chunk's weight in an average.
@@ -52,8 +54,8 @@ class Chunk(NamedTuple):
 
     document: Document
     content_hash: str
-    index: int
-    count: int
+    number: int
+    n_chunks: int
     ids: bytes
     n_first: int
     n_content: int
@@ -145,3 +147,7 @@ REASONS = {
     "encoder_error": "the encoder fails on this row",
     "not_finite": "the vector holds NaN or infinity",
 }
+
+
+for _record in (Origin, Document, Chunk, Row, DeadLetter, Tally):
+    coders.registry.register_coder(_record, coders.RowCoder)

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 _LOGGER = logging.getLogger(__name__)
@@ -15,12 +18,28 @@ def load_tensorflow() -> Any:
     Memory growth can only be set before TensorFlow first touches the device; otherwise one process takes all of it.
     """
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
-    import tensorflow as tf
-    import tensorflow_text  # noqa: F401  registers ops that encoders of strings use
+    with _silent_stderr() if "tensorflow" not in sys.modules else nullcontext():
+        import tensorflow as tf
+        import tensorflow_text  # noqa: F401  registers ops that encoders of strings use
 
-    for device in tf.config.list_physical_devices("GPU"):
+        devices = tf.config.list_physical_devices("GPU")
+    for device in devices:
         try:
             tf.config.experimental.set_memory_growth(device, True)
         except RuntimeError:  # already in use: somebody else's choice stands
             _LOGGER.debug("the memory growth of %s was set elsewhere", device.name)
     return tf
+
+
+@contextmanager
+def _silent_stderr() -> Iterator[None]:
+    """Hides what C++ prints about missing GPUs before its log level counts; a failing import still raises."""
+    sys.stderr.flush()
+    kept = os.dup(2)
+    with open(os.devnull, "w") as nowhere:
+        os.dup2(nowhere.fileno(), 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)

@@ -9,12 +9,12 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
-import uuid
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Iterable, Iterator, Optional
+from typing import Any, Optional
 
-from pipeline.encoders.cache import cache_dir
+from pipeline.cache import cached_folder
 from pipeline.errors import EncoderError
 
 TOKEN_INPUTS = frozenset(("input_word_ids", "input_mask", "input_type_ids"))
@@ -144,15 +144,6 @@ def _open_checkpoint(folder: str) -> Any:
         raise EncoderError(f"the weights in {prefix}.* are damaged ({error}); download the model again") from error
 
 
-def hash_file(path: str) -> str:
-    """The sha256 of a file, as hexadecimal digits."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as f:
-        while block := f.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
-
-
 def resolve_handle(handle: str) -> str:
     """Turns a folder, a path on any Beam file system or a hub handle into a local folder.
 
@@ -193,21 +184,16 @@ def _copy_remote(handle: str) -> str:
     if not files:
         raise EncoderError(f"{handle} holds no files; give the folder that holds saved_model.pb")
     state = "\n".join(f"{f.path} {f.size_in_bytes} {f.last_updated_in_seconds}" for f in files)
-    target = cache_dir() / "models" / hashlib.sha256(state.encode()).hexdigest()[:24]
-    if target.is_dir():
-        return str(target)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    partial = target.with_name(f"{target.name}.{uuid.uuid4().hex}")
-    for found in files:
-        local = partial / found.path[len(root) :]
-        local.parent.mkdir(parents=True, exist_ok=True)
-        with FileSystems.open(found.path, compression_type="uncompressed") as source, open(local, "wb") as copy:
-            shutil.copyfileobj(source, copy, 1 << 20)
-    try:
-        partial.rename(target)
-    except OSError:  # another process was faster; its copy is as good
-        shutil.rmtree(partial, ignore_errors=True)
-    return str(target)
+    digest = hashlib.sha256(state.encode()).hexdigest()[:16]
+
+    def copy_files(folder: str) -> None:
+        for found in files:
+            local = Path(folder, found.path[len(root) :])
+            local.parent.mkdir(parents=True, exist_ok=True)
+            with FileSystems.open(found.path, compression_type="uncompressed") as source, open(local, "wb") as copy:
+                shutil.copyfileobj(source, copy, 1 << 20)
+
+    return cached_folder(f"copied-{digest}", copy_files)
 
 
 @dataclass(frozen=True)
@@ -237,5 +223,3 @@ def _flatten(value: Any, name: str = "") -> dict[str, _Tensor]:
     elif kind in ("list_value", "tuple_value"):
         entries = [(f"{name}/{i}", entry) for i, entry in enumerate(getattr(value, kind).values)]
     return {key: tensor for path, entry in entries for key, tensor in _flatten(entry, path).items()}
-
-

@@ -7,6 +7,7 @@ from __future__ import print_function
 
 import os
 import platform
+import shutil
 import subprocess
 import sys
 import time
@@ -21,15 +22,23 @@ def main(venv):
 
     _require_platform()
     # A sound environment is brought up to date by its own Python, whatever `python3` is today.
-    if os.path.exists(unfinished) or not _is_sound(python):
+    start = time.time()
+    fresh = os.path.exists(unfinished) or not _is_sound(python)
+    if fresh:
         _require_python()
-        print("Creating %s with Python %s" % (venv, platform.python_version()))
-        _run([sys.executable, "-m", "venv", "--clear", venv])
+        print(
+            "Setting up %s with Python %s, TensorFlow and Beam: about %d GB on disk, a few minutes, only once."
+            % (venv, platform.python_version(), GIGABYTES)
+        )
+        shutil.rmtree(venv, ignore_errors=True)
+        os.makedirs(venv)
+    else:
+        print("Bringing %s up to date." % venv)
+    sys.stdout.flush()
     open(unfinished, "w").close()
 
-    print("Installing TensorFlow, Beam and the rest: about %d GB on disk, a few minutes, only once." % GIGABYTES)
-    sys.stdout.flush()
-    start = time.time()
+    if fresh:
+        _run([sys.executable, "-m", "venv", venv])
     install = [python, "-m", "pip", "--disable-pip-version-check", "install", "--quiet"]
     _run(install + ["--requirement", "requirements.lock"])
     # The lock holds all that is needed, setuptools for the build included.

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pipeline.encoders import cache, default
+from pipeline import cache, default
 from pipeline.encoders.export import INPUTS, export_encoder, initial_weights
 from pipeline.errors import EncoderError
 from pipeline.preprocess.export import export_preprocessor, trimmed_lengths

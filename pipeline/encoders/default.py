@@ -10,7 +10,7 @@ import os
 
 import numpy as np
 
-from pipeline.encoders.cache import cached_folder
+from pipeline.cache import cached_folder
 from pipeline.encoders.export import FORMAT, export_encoder, initial_weights
 
 IS_TRAINED = False

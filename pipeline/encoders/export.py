@@ -1,7 +1,7 @@
 """Writes a BERT with talking-heads attention and gated GELU as a SavedModel with the interface of the TF Hub module.
 
-The story: names and shapes of the weights (`weight_shapes`), seeded values for them (`initial_weights`), the forward
-pass (`encode` and the functions before it), the SavedModel around it (`export_encoder`).
+The story: seeded values for the weights (`initial_weights`), the forward pass (`encode` and the functions before it),
+the SavedModel around it (`export_encoder`). Names and shapes of the weights are in `architecture`.
 
 One letter glossary, also used with einsum in lower case: B batch, L tokens (Q where they query), D width, A heads,
 K head size, F feed-forward, V vocabulary, P positions. All numbers are float32.
@@ -13,12 +13,12 @@ form of GELU, arXiv 1606.08415.
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from pipeline.encoders.architecture import Architecture, infer_architecture, layer_name, weight_shapes
 from pipeline.errors import EncoderError
 from pipeline.preprocess.export import check_vocabulary, new_folder, saveable, vocabulary_file
 
@@ -33,91 +33,6 @@ DROPOUT = 0.1
 LAYER_NORM_EPSILON = 1e-12
 MASKED_LOGIT = -1e9
 INPUTS = ("input_word_ids", "input_mask", "input_type_ids")
-
-
-class Architecture(NamedTuple):
-    """The sizes that follow from the weights' shapes."""
-
-    layers: int
-    width: int
-    heads: int
-    head_size: int
-    feedforward: int
-    vocabulary: int
-    positions: int
-    types: int = 2
-
-
-def layer_name(number: int) -> str:
-    """Returns the prefix of a layer's weights; the first has no number."""
-    return f"transformer_scaffold_{number}" if number else "transformer_scaffold"
-
-
-def weight_shapes(a: Architecture) -> dict[str, tuple[int, ...]]:
-    """Returns every weight's name and shape, in the order of the TF Hub module's variables."""
-    d, heads, k, f = a.width, a.heads, a.head_size, a.feedforward
-
-    def norm(name: str) -> dict:
-        return {f"{name}/gamma": (d,), f"{name}/beta": (d,)}
-
-    def dense(name: str, kernel: tuple, bias: tuple) -> dict:
-        return {f"{name}/kernel": kernel, f"{name}/bias": bias}
-
-    layer = {
-        "self_attention/pre_softmax_weight": (heads, heads),
-        "self_attention/post_softmax_weight": (heads, heads),
-        **dense("self_attention/query", (d, heads, k), (heads, k)),
-        **dense("self_attention/key", (d, heads, k), (heads, k)),
-        **dense("self_attention/value", (d, heads, k), (heads, k)),
-        **dense("self_attention/attention_output", (heads, k, d), (d,)),
-        **dense("feedforward/intermediate_0", (d, f), (f,)),
-        **dense("feedforward/gate_0", (d, f), (f,)),
-        **dense("feedforward/output_0", (f, d), (d,)),
-        **norm("feedforward/output_layer_norm_0"),
-        **norm("self_attention_layer_norm"),
-    }
-    return {
-        "word_embeddings/embeddings": (a.vocabulary, d),
-        "position_embedding/embeddings": (a.positions, d),
-        "type_embeddings/embeddings": (a.types, d),
-        **norm("embeddings/layer_norm"),
-        **{f"{layer_name(i)}/{name}": shape for i in range(a.layers) for name, shape in layer.items()},
-        **dense("cls_transform", (d, d), (d,)),
-    }
-
-
-def infer_architecture(weights: Mapping[str, np.ndarray]) -> Architecture:
-    """Reads the sizes off the shapes of the weights (arrays by official name), and checks that all weights fit.
-
-    Raises:
-      EncoderError: if weights are missing, left over or of another shape; the message names them.
-    """
-
-    def shape(name: str, rank: int) -> tuple[int, ...]:
-        if np.ndim(weights.get(name)) != rank:
-            found = f"has shape {list(np.shape(weights[name]))}, not {rank} axes" if name in weights else "is missing"
-            raise EncoderError(f"the weights do not fit: {name} {found}")
-        return np.shape(weights[name])
-
-    vocabulary, width = shape("word_embeddings/embeddings", 2)
-    positions, types = (shape(f"{table}/embeddings", 2)[0] for table in ("position_embedding", "type_embeddings"))
-    _, heads, head_size = shape(f"{layer_name(0)}/self_attention/query/kernel", 3)
-    feedforward = shape(f"{layer_name(0)}/feedforward/intermediate_0/kernel", 2)[1]
-    numbers = (re.match(r"transformer_scaffold(?:_(\d+))?/", name) for name in weights)
-    layers = 1 + max(int(match[1] or 0) for match in numbers if match)
-    found = Architecture(layers, width, heads, head_size, feedforward, vocabulary, positions, types)
-    shapes = weight_shapes(found)
-    problems = [f"{name} is missing" for name in shapes if name not in weights]
-    problems += [f"{name} is unused" for name in weights if name not in shapes]
-    problems += [
-        f"{name} has shape {list(np.shape(weights[name]))} instead of {list(sizes)}"
-        for name, sizes in shapes.items()
-        if name in weights and np.shape(weights[name]) != sizes
-    ]
-    if problems:
-        shown = "; ".join(problems[:8]) + ("; ..." if len(problems) > 8 else "")
-        raise EncoderError(f"the weights do not fit {found}: {shown}")
-    return found
 
 
 def initial_weights(
@@ -269,7 +184,7 @@ def export_encoder(
     import tensorflow as tf
 
     weights = {name.removesuffix(":0"): np.asarray(weight, np.float32) for name, weight in weights.items()}
-    architecture = infer_architecture(weights)
+    architecture = infer_architecture({name: np.shape(weight) for name, weight in weights.items()})
     check_vocabulary(vocabulary)
     if len(vocabulary) != (n_rows := architecture.vocabulary):
         raise EncoderError(f"{len(vocabulary)} pieces do not fit {n_rows} word embeddings; give one piece for each")

@@ -40,10 +40,7 @@ class TokenEncoder:
         model = _load_saved_model(spec)
         spec_of = lambda name: tf.TensorSpec([None, None], tf.int32, name=name)  # noqa: E731
 
-        @tf.function(
-            input_signature=[spec_of("input_word_ids"), spec_of("input_mask"), spec_of("input_type_ids")],
-            reduce_retracing=True,
-        )
+        @tf.function(input_signature=[spec_of("input_word_ids"), spec_of("input_mask"), spec_of("input_type_ids")])
         def encode(input_word_ids: Any, input_mask: Any, input_type_ids: Any) -> Any:
             inputs = {
                 "input_word_ids": input_word_ids,

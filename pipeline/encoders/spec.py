@@ -9,16 +9,16 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from pipeline.cache import hash_file
 from pipeline.config import EncoderConfig, VectorChoice
+from pipeline.encoders.architecture import canonical_names, recognise_architecture
 from pipeline.encoders.default import default_encoder
-from pipeline.encoders.family import canonical_names, recognise_family
 from pipeline.errors import ConfigError, EncoderError
 from pipeline.saved_model import (
     TOKEN_INPUTS,
     SavedModelSpec,
     Shape,
     describe_saved_model,
-    hash_file,
     read_variables,
     resolve_handle,
 )
@@ -124,13 +124,16 @@ def identify_encoder(folder: str, model: SavedModelSpec) -> dict[str, object]:
     The graph of the talking-heads family is known, so its names and shapes stand for it; of any other the SavedModel's
     own bytes do. The folder's name and its fingerprint.pb change with every copy and every export, and stay out.
     """
-    family = recognise_family(model.variables)
-    names = canonical_names(list(model.variables))
+    architecture = recognise_architecture(model.variables)
+    names = canonical_names(model.variables)
     digest = hashlib.sha256()
     for name, value in read_variables(folder, sorted(names, key=names.__getitem__)):
         digest.update(f"{names[name]} {value.dtype} {value.shape}\n".encode())
         digest.update(np.ascontiguousarray(value).data)
-    graph = {"family": family} if family else {"graph": hash_file(os.path.join(folder, "saved_model.pb"))}
+    if architecture:
+        graph: dict[str, object] = {"family": "talking_heads_ggelu_bert", **architecture._asdict()}
+    else:
+        graph = {"graph": hash_file(os.path.join(folder, "saved_model.pb"))}
     return {**graph, "weights": digest.hexdigest()}
 
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import hashlib
 import time
 from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Iterable, Iterator, Optional, Protocol, Sequence, Union
+from typing import Any, Optional, Protocol, Union
 
 import apache_beam as beam
 import numpy as np
@@ -91,7 +92,7 @@ class WordpieceSplitter:
         ids, splits = self._tokenizer.tokenize(texts + pairs)
         buffer, ends = ids.tobytes(), splits.tolist()
         next_pair = len(texts)
-        for i, (document, text) in enumerate(zip(documents, texts)):
+        for i, (document, text) in enumerate(zip(documents, texts, strict=True)):
             tokens = buffer[4 * ends[i] : 4 * ends[i + 1]]
             content_hash = hash_content(text, document.pair)
             if document.pair is None:
@@ -171,8 +172,8 @@ class PreprocessorSplitter:
                 chunks[i] = Chunk(
                     document=document,
                     content_hash=hash_content(texts[i], document.pair),
-                    index=0,
-                    count=1,
+                    number=0,
+                    n_chunks=1,
                     ids=ids[row, :size].astype("<i4").tobytes(),
                     n_first=size - int(types[row, :size].sum()),
                     n_content=max(1, size - 2),

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Optional, Sequence
+from typing import Any, Optional
 
 import numpy as np
 
@@ -120,7 +121,7 @@ class Tokenizer:
         ids, splits = self._run(self._fast, texts)
         exact_ids, exact_splits = self._run(self._exact, [texts[i] for i in exact])
         parts = np.split(ids, splits[1:-1])
-        for i, part in zip(exact, np.split(exact_ids, exact_splits[1:-1])):
+        for i, part in zip(exact, np.split(exact_ids, exact_splits[1:-1]), strict=True):
             parts[i] = part
         lengths = np.fromiter((len(part) for part in parts), np.int64, len(parts))
         return np.concatenate(parts), np.concatenate(([0], np.cumsum(lengths)))

@@ -12,14 +12,17 @@ import sys
 import threading
 import time
 from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TextIO
 
 from pipeline.errors import RunError
+from pipeline.records import DeadLetter
 
 TESTED_FROM_DOCUMENTS = 1000
 _WRITE_SECONDS = 1.0
 _counts: dict[str, Counter] = {}  # folder -> this process's counts
+_reasons: dict[str, Counter] = {}
 _written: dict[str, float] = {}
 _lock = threading.Lock()
 
@@ -42,11 +45,7 @@ class Progress:
         self.add(documents=documents, bytes=n_bytes)
 
     def add(self, **counts: int) -> None:
-        """Adds to this process's counts.
-
-        Raises:
-          RunError: if more than `max_dead_fraction` of the documents seen so far are dead letters.
-        """
+        """Adds to this process's counts."""
         with _lock:
             total = _counts.setdefault(self.run, Counter())
             total.update(counts)
@@ -54,9 +53,22 @@ class Progress:
             if self.folder and now - _written.get(self.run, 0) >= _WRITE_SECONDS:
                 _written[self.run] = now
                 self._write(total)
-        seen = max(total["documents"], total["rows"] + total["dead_letters"])
-        if "dead_letters" in counts and seen >= TESTED_FROM_DOCUMENTS:
-            check_dead_fraction(total["dead_letters"], seen, self.max_dead_fraction)
+
+    def add_dead_letter(self, letter: DeadLetter) -> None:
+        """Counts a dead letter.
+
+        Raises:
+          RunError: if more than `max_dead_fraction` of the documents that this process has seen are dead letters.
+        """
+        self.add(dead_letters=1)
+        with _lock:
+            total = _counts[self.run]
+            reasons = _reasons.setdefault(self.run, Counter())
+            reasons[letter.reason] += 1
+            seen = total["documents"] + total["dead_letters"]
+        if seen >= TESTED_FROM_DOCUMENTS:
+            last = f"; the last: {letter.origin.path} {letter.origin.unit} {letter.origin.position}: {letter.message}"
+            check_dead_fraction(reasons, seen, self.max_dead_fraction, last)
 
     def _write(self, total: Counter) -> None:
         path = Path(self.folder, f"{os.getpid()}.json")
@@ -64,12 +76,21 @@ class Progress:
         path.with_suffix(".new").replace(path)
 
 
-def check_dead_fraction(dead: int, documents: int, max_fraction: float) -> None:
-    """Raises RunError if too large a share of the documents could not be embedded."""
-    if documents and dead / documents > max_fraction:
+def check_dead_fraction(dead: Mapping[str, int], documents: int, max_fraction: float, example: str = "") -> None:
+    """Raises RunError if too large a share of the documents could not be embedded.
+
+    Args:
+      dead: dead letters by reason.
+      documents: all documents, those included.
+      max_fraction: the share that is tolerated.
+      example: appended to the list of reasons.
+    """
+    n_dead = sum(dead.values())
+    if documents and n_dead / documents > max_fraction:
+        reasons = ", ".join(f"{count:,} {reason}" for reason, count in sorted(dead.items(), key=lambda item: -item[1]))
         raise RunError(
-            f"{dead:,} of {documents:,} documents cannot be embedded, more than --max_dead_fraction={max_fraction}; "
-            "look at the dead letters, mend the input or the flags, or raise --max_dead_fraction"
+            f"{n_dead:,} of {documents:,} documents cannot be embedded, more than --max_dead_fraction={max_fraction} "
+            f"allows ({reasons}{example}); mend the input or the flags, or raise --max_dead_fraction"
         )
 
 
@@ -120,7 +141,9 @@ def format_progress(counts: Counter, total_bytes: int, seconds: float) -> str:
     share = min(1.0, counts["bytes"] / total_bytes) if total_bytes else 0.0
     bar = "#" * round(share * 20)
     rate = counts["rows"] / seconds if seconds else 0
-    left = format_seconds(seconds / share - seconds) + " left" if 0 < share < 1 else "finishing" if share else "starting"
+    left = (
+        format_seconds(seconds / share - seconds) + " left" if 0 < share < 1 else "finishing" if share else "starting"
+    )
     dead = f"  {counts['dead_letters']:,} dead letters" if counts["dead_letters"] else ""
     return f"[{bar:<20}] {share:4.0%}  {counts['documents']:,} documents  {rate:,.0f} rows/s  {left}{dead}"
 

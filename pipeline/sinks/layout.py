@@ -59,9 +59,7 @@ class TableLayout:
         kept = [json.loads(row.kept) for row in rows] if self.kept else []
         position = {field.name: i for i, field in enumerate(self.kept)}
         return {
-            name: [getattr(row, name) for row in rows]
-            if name in plain
-            else [values[position[name]] for values in kept]
+            name: [getattr(row, name) for row in rows] if name in plain else [values[position[name]] for values in kept]
             for name in self.columns()
         }
 

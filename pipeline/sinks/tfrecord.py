@@ -6,6 +6,7 @@ A null is an absent feature.
 
 from __future__ import annotations
 
+import itertools
 import struct
 from collections.abc import Iterator
 from typing import Any, BinaryIO
@@ -130,7 +131,7 @@ def _read_batch(batch: pa.RecordBatch, layout: TableLayout) -> dict[str, list]:
     if layout.dtype == "float32":
         ends = embedding.offsets.to_numpy()
         numbers = embedding.values.to_numpy()
-        read["embedding"] = [numbers[start:end].tobytes() for start, end in zip(ends, ends[1:])]
+        read["embedding"] = [numbers[start:end].tobytes() for start, end in itertools.pairwise(ends)]
     else:
         read["embedding"] = [lists[0] for lists in embedding.to_pylist()]
     return read

@@ -221,7 +221,7 @@ class WriteRecords(beam.DoFn):
         if len(self._buffer) >= BUFFERED_RECORDS or self._bytes >= BUFFERED_BYTES:
             self._flush()
         if isinstance(record, DeadLetter) and self.progress:
-            self.progress.add(dead_letters=1)
+            self.progress.add_dead_letter(record)
 
     def finish_bundle(self) -> Iterator[Any]:
         self._flush()
@@ -258,5 +258,3 @@ class WriteTo(beam.PTransform):
         write = WriteRecords(self.folder, self.form, self.shard_bytes, self.progress)
         outputs = records | "WriteRecords" >> beam.ParDo(write).with_outputs("tallies", main="shards")
         return outputs.shards, outputs.tallies
-
-

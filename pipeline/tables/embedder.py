@@ -46,7 +46,7 @@ class Embedder:
         for chunk in self._splitter.split(documents):
             if isinstance(chunk, DeadLetter):
                 raise ConfigError(f"text {chunk.id}: {chunk.message}; shorten it")
-            if chunk.count > 1 and not self.plan.vectors.average:
+            if chunk.n_chunks > 1 and not self.plan.vectors.average:
                 raise ConfigError(
                     f"text {chunk.document.id} is longer than one chunk of this table; shorten it or split it"
                 )
@@ -57,7 +57,7 @@ class Embedder:
         averager = ChunkAverager()
         for batch in [*batches, *batcher.drain()]:
             encoded = self._encoder.encode(batch)
-            for result in map(averager.add, zip(batch, encoded.vectors, encoded.errors)):
+            for result in map(averager.add, zip(batch, encoded.vectors, encoded.errors, strict=True)):
                 if result is not None:
                     self._store(vectors, *result)
         return shape_vectors(vectors, self.plan.vectors.vectors)

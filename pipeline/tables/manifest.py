@@ -1,10 +1,10 @@
 """A table on disk: a folder with snapshots, the manifest of each, and the pointer to the live one.
 
-    DIR/CURRENT                          name of the live snapshot; replaced atomically
-    DIR/snapshots/NAME/manifest.json     written last: without it the folder is no snapshot
-    DIR/snapshots/NAME/embeddings-*      the rows
-    DIR/snapshots/NAME/dead_letters-*    what could not be embedded
-    DIR/attempts/NAME/                   what a running (or dead) run has written so far
+DIR/CURRENT                          name of the live snapshot; replaced atomically
+DIR/snapshots/NAME/manifest.json     written last: without it the folder is no snapshot
+DIR/snapshots/NAME/embeddings-*      the rows
+DIR/snapshots/NAME/dead_letters-*    what could not be embedded
+DIR/attempts/NAME/                   what a running (or dead) run has written so far
 """
 
 from __future__ import annotations
@@ -143,7 +143,7 @@ def read_text(path: str) -> str:
 
 
 def write_atomically(path: str, text: str) -> None:
-    """Writes a small file so that a reader sees the old or the new content: by rename here, in one request elsewhere."""
+    """Writes a small file so that readers see the old or the new content: by rename here, in one request elsewhere."""
     if "://" in path:
         with FileSystems.create(path, compression_type="uncompressed") as f:
             f.write(text.encode())

@@ -64,7 +64,7 @@ class Publication:
 
 def name_snapshot() -> str:
     """A new name; names sort by time."""
-    now = datetime.datetime.now(datetime.timezone.utc)
+    now = datetime.datetime.now(datetime.UTC)
     return f"{now:%Y%m%dT%H%M%SZ}-{uuid.uuid4().hex[:6]}"
 
 
@@ -134,7 +134,7 @@ def publish_snapshot(plan: Publication, shards: Iterable[Shard], tallies: Iterab
     rows_in = int(counts.get("read", {}).get("records", 0))
     if not rows_in and not dead:
         raise RunError("the input holds no documents; check --input and --on_empty")
-    check_dead_fraction(sum(dead.values()), rows_in, plan.max_dead_fraction)
+    check_dead_fraction(dead, rows_in, plan.max_dead_fraction)
     by_kind = defaultdict(list)
     for shard in sorted(shards, key=lambda shard: (shard.first, shard.path)):
         by_kind[shard.kind].append(shard)
@@ -143,7 +143,7 @@ def publish_snapshot(plan: Publication, shards: Iterable[Shard], tallies: Iterab
     make_folder(folder)
     manifest = Manifest(
         snapshot=plan.name,
-        created_at=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        created_at=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         rows=sum(shard.rows for shard in by_kind["embeddings"]),
         files=_move_shards(by_kind["embeddings"], folder),
         dead_letter_files=_move_shards(by_kind["dead_letters"], folder),
@@ -224,7 +224,5 @@ class Publish(beam.PTransform):
             pipeline
             | "Begin" >> beam.Create([None], reshuffle=False)
             | "PublishSnapshot"
-            >> beam.ParDo(
-                PublishSnapshot(self.plan), beam.pvalue.AsList(self.shards), beam.pvalue.AsList(self.tallies)
-            )
+            >> beam.ParDo(PublishSnapshot(self.plan), beam.pvalue.AsList(self.shards), beam.pvalue.AsList(self.tallies))
         )

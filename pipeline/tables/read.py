@@ -11,6 +11,7 @@ from apache_beam.io.filesystems import FileSystems
 
 from pipeline.errors import TableError
 from pipeline.sinks import SINKS
+from pipeline.sources.compression import FileError
 from pipeline.tables.manifest import Manifest, open_table
 
 
@@ -21,8 +22,8 @@ def read_table(table: str) -> tuple[list[str], np.ndarray]:
       table: the table's folder, on any file system that Beam reads.
 
     Returns:
-      The ids, and the vectors as float32 `[rows, D]`, in the table's order. With `--on_long=chunk` an id occurs once for
-      each of its chunks. int8 and binary vectors are restored as far as they can be.
+      The ids, and the vectors as float32 `[rows, D]`, in the table's order. With `--on_long=chunk` an id occurs
+      once for each of its chunks. int8 and binary vectors are restored as far as they can be.
 
     Raises:
       TableError: if there is no such table, it is damaged, or its rows are token matrices (use `iter_table`).
@@ -84,7 +85,7 @@ def _iter_files(manifest: Manifest, folder: str) -> Iterator[dict[str, list]]:
                 for columns in read_rows(stream, manifest.layout):
                     n_rows += len(columns["id"])
                     yield columns
-        except (OSError, EOFError, ValueError) as error:
+        except (OSError, EOFError, ValueError, FileError) as error:
             raise TableError(f"{path} is damaged: {error}; run embeam embed again") from error
         if n_rows != file.rows:
             raise TableError(f"{path} is damaged: it has {n_rows} rows instead of {file.rows}; run embeam embed again")

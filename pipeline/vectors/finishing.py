@@ -48,20 +48,20 @@ class ChunkAverager:
     def add(self, result: Result) -> Result | None:
         """Takes one chunk's result; returns the document's once its last chunk has come."""
         chunk = result[0]
-        if chunk.count == 1:
+        if chunk.n_chunks == 1:
             return result
         key = (chunk.document.id, chunk.document.origin, chunk.content_hash)
         waiting = self._parts.setdefault(key, [])
-        parts = next((parts for parts in waiting if chunk.index not in parts), None)
+        parts = next((parts for parts in waiting if chunk.number not in parts), None)
         if parts is None:
             waiting.append(parts := {})
-        parts[chunk.index] = result
-        if len(parts) < chunk.count:
+        parts[chunk.number] = result
+        if len(parts) < chunk.n_chunks:
             return None
         waiting.remove(parts)
         if not waiting:
             del self._parts[key]
-        return average_chunks([parts[index] for index in range(chunk.count)])
+        return average_chunks([parts[index] for index in range(chunk.n_chunks)])
 
     def unfinished(self) -> list[Chunk]:
         return [chunk for waiting in self._parts.values() for parts in waiting for chunk, _, _ in parts.values()]
@@ -71,7 +71,7 @@ def average_chunks(parts: list[Result]) -> Result:
     """Averages all chunks of one document, in their order, so that sums do not depend on that of batches."""
     first = parts[0][0]
     whole = first._replace(n_content=sum(chunk.n_content for chunk, _, _ in parts))
-    errors = [f"chunk {chunk.index}: {error}" for chunk, _, error in parts if error]
+    errors = [f"chunk {chunk.number}: {error}" for chunk, _, error in parts if error]
     if errors:
         return whole, None, errors[0]
     weights = [chunk.n_content for chunk, _, _ in parts]
@@ -101,14 +101,14 @@ def finish_chunks(results: list[Result], rule: VectorRule) -> Iterator[Row | Dea
     else:
         matrix = shape_vectors(np.stack([vector for _, vector in good]), rule.vectors)
         stored, scales = quantize_vectors(matrix, rule.vectors.dtype)
-    for (chunk, _), numbers, scale in zip(good, stored, scales):
+    for (chunk, _), numbers, scale in zip(good, stored, scales, strict=True):
         if numbers.dtype == np.float16 and not np.isfinite(numbers).all():
             yield _reject(chunk, "not_finite", "a number exceeds float16's 65504; use --dtype=float32 or --normalize")
             continue
         document = chunk.document
         yield Row(
             id=document.id,
-            chunk=chunk.index,
+            chunk=chunk.number,
             vector=numbers.tobytes(),
             scale=float(scale),
             n_tokens=_count_tokens(chunk, rule),
@@ -122,12 +122,12 @@ def finish_chunks(results: list[Result], rule: VectorRule) -> Iterator[Row | Dea
 def _count_tokens(chunk: Chunk, rule: VectorRule) -> int | None:
     if not rule.counts_tokens:
         return None
-    return chunk.n_content + 2 * chunk.count if rule.average else chunk.n_tokens
+    return chunk.n_content + 2 * chunk.n_chunks if rule.average else chunk.n_tokens
 
 
 def _reject(chunk: Chunk, reason: str, message: str) -> DeadLetter:
     document = chunk.document
-    where = f"chunk {chunk.index} of {chunk.count}: " if chunk.count > 1 else ""
+    where = f"chunk {chunk.number} of {chunk.n_chunks}: " if chunk.n_chunks > 1 else ""
     return DeadLetter("encode", reason, where + message, document.origin, document.id, document.text)
 
 
@@ -142,7 +142,7 @@ class FinishVectors(beam.DoFn):
     def process(self, encoded: Encoded) -> Iterator[Any]:
         self._counts["encode_seconds"] += encoded.seconds
         self._counts["chunks"] += len(encoded.batch)
-        results = zip(encoded.batch, encoded.vectors, encoded.errors)
+        results = zip(encoded.batch, encoded.vectors, encoded.errors, strict=True)
         if self.rule.average:
             results = filter(None, map(self._averager.add, results))
         for output in finish_chunks(list(results), self.rule):

@@ -65,16 +65,17 @@ def _whole_folder(folder: str, make: Callable[[str], None]) -> str | None:
 def _is_whole(folder: str) -> bool:
     try:
         with open(os.path.join(folder, CHECKSUMS), encoding="utf-8") as file:
-            return all(_checksum(os.path.join(folder, path)) == value for path, value in json.load(file).items())
+            return all(hash_file(os.path.join(folder, path)) == value for path, value in json.load(file).items())
     except (OSError, ValueError, AttributeError):
         return False
 
 
 def _checksums(folder: str) -> dict[str, str]:
     paths = [os.path.join(parent, name) for parent, _, names in os.walk(folder) for name in names]
-    return {os.path.relpath(path, folder): _checksum(path) for path in sorted(paths)}
+    return {os.path.relpath(path, folder): hash_file(path) for path in sorted(paths)}
 
 
-def _checksum(path: str) -> str:
+def hash_file(path: str) -> str:
+    """The sha256 of a file, as hexadecimal digits."""
     with open(path, "rb") as file:
-        return hashlib.sha256(file.read()).hexdigest()
+        return hashlib.file_digest(file, "sha256").hexdigest()
