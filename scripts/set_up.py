@@ -21,8 +21,8 @@ def main(venv):
     unfinished = os.path.join(venv, ".unfinished")  # pip may have left half a package, which it would take for a whole
 
     _require_platform()
-    # A sound environment is brought up to date by its own Python, whatever `python3` is today.
     start = time.time()
+    # A sound environment is brought up to date by its own Python, whatever `python3` is today.
     fresh = os.path.exists(unfinished) or not _is_sound(python)
     if fresh:
         _require_python()

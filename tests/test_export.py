@@ -1,4 +1,4 @@
-"""The exported encoder and preprocessor against the official ones, and the built-in encoder.
+"""The exported encoder against the official one, and against a direct NumPy forward pass.
 
 `tests/reference` holds an encoder and a preprocessor that TensorFlow's own model library exported (2 layers, width 64,
 4 heads, 1000 pieces, random weights), with their outputs.
@@ -6,47 +6,19 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+import tensorflow as tf
+import tensorflow_text  # noqa: F401  registers the preprocessor's ops
 
-from pipeline import cache, default
 from pipeline.encoders.export import INPUTS, export_encoder, initial_weights
 from pipeline.errors import EncoderError
-from pipeline.preprocess.export import export_preprocessor, trimmed_lengths
+from tests.export_support import REFERENCE, TOLERANCE, read_vocabulary, some_inputs, some_vocabulary
 
-tf = pytest.importorskip("tensorflow")
-pytest.importorskip("tensorflow_text")  # registers the preprocessor's ops
-
-ROOT = Path(__file__).resolve().parents[1]
-REFERENCE = ROOT / "tests" / "reference"
-TOLERANCE = 2e-5  # max abs, for two orders of summation in float32
 # A key's bias shifts all logits of a query alike, which the softmax does not notice: its gradient is rounding noise.
 WITHOUT_EFFECT = [f"transformer_scaffold{layer}/self_attention/key/bias:0" for layer in ("", "_1")]
-SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
-
-
-def read_vocabulary() -> list[str]:
-    return (REFERENCE / "tiny_v1000/assets/vocab.txt").read_text(encoding="utf-8").splitlines()
-
-
-def some_vocabulary(size: int) -> list[str]:
-    return SPECIAL + [f"piece{i}" for i in range(size - len(SPECIAL))]
-
-
-def some_inputs(n_texts: int, n_tokens: int, vocabulary_size: int) -> dict[str, np.ndarray]:
-    rng = np.random.default_rng(5)
-    lengths = rng.integers(1, n_tokens + 1, n_texts)
-    mask = (np.arange(n_tokens) < lengths[:, None]).astype(np.int32)
-    ids = rng.integers(0, vocabulary_size, (n_texts, n_tokens)).astype(np.int32) * mask
-    types = rng.integers(0, 2, (n_texts, n_tokens)).astype(np.int32) * mask
-    return dict(zip(INPUTS, (ids, mask, types), strict=True))
 
 
 @pytest.fixture(scope="module")
@@ -69,13 +41,6 @@ def exported_folder(official_weights, tmp_path_factory):
 @pytest.fixture(scope="module")
 def exported(exported_folder):
     return tf.saved_model.load(exported_folder)
-
-
-@pytest.fixture(scope="module")
-def preprocessor(tmp_path_factory):
-    folder = str(tmp_path_factory.mktemp("preprocessor") / "tiny")
-    export_preprocessor(read_vocabulary(), folder)
-    return tf.saved_model.load(folder)
 
 
 class TestEncoderNumbers:
@@ -220,7 +185,9 @@ class TestEncoderInterface:
             assert np.abs(tf.convert_to_tensor(gradient)).max() > 1e-4 or variable.name in WITHOUT_EFFECT, variable.name
 
     def test_fine_tunes_as_a_keras_layer(self, exported_folder):
-        hub, keras = pytest.importorskip("tensorflow_hub"), pytest.importorskip("tf_keras")
+        import tensorflow_hub as hub
+        import tf_keras as keras
+
         inputs = {name: keras.layers.Input([None], dtype=tf.int32, name=name) for name in INPUTS}
         layer = hub.KerasLayer(exported_folder, trainable=True)
         model = keras.Model(inputs, keras.layers.Dense(1)(layer(inputs)["pooled_output"]))
@@ -276,175 +243,3 @@ class TestEncoderErrors:
     def test_heads_must_share_the_width(self):
         with pytest.raises(EncoderError, match="multiple of 3"):
             initial_weights(1, 8, 3, 10)
-
-
-class TestPreprocessor:
-    golden = np.load(REFERENCE / "golden_preprocess_v1000.npz")
-    strings = [
-        bytes.fromhex(s)
-        for s in json.loads((REFERENCE / "golden_preprocess_v1000_strings.json").read_text())["strings_hex"]
-    ]
-
-    def check(self, packed, case):
-        for name in INPUTS:
-            np.testing.assert_array_equal(packed[name], self.golden[f"{case}/{name}"], err_msg=f"{case} {name}")
-            assert packed[name].dtype == tf.int32
-
-    def test_call(self, preprocessor):
-        self.check(preprocessor(tf.constant(self.strings)), "default128")
-
-    def test_tokenize(self, preprocessor):
-        tokens = preprocessor.tokenize(tf.constant(self.strings))
-        assert tokens.dtype == tf.int32
-        np.testing.assert_array_equal(tokens.flat_values, self.golden["tokenize/flat_values"])
-        np.testing.assert_array_equal(tokens.row_splits, self.golden["tokenize/word_splits"])
-        np.testing.assert_array_equal(tokens.values.row_splits, self.golden["tokenize/piece_splits"])
-
-    @pytest.mark.parametrize("length", [8, 16, 32, 512])
-    def test_pack_one_segment(self, preprocessor, length):
-        tokens = preprocessor.tokenize(tf.constant(self.strings))
-        self.check(preprocessor.bert_pack_inputs([tokens], length), f"pack{length}")
-        self.check(preprocessor.bert_pack_inputs([tokens.merge_dims(1, 2)], tf.constant(length)), f"pack{length}")
-
-    @pytest.mark.parametrize("length", [8, 15, 32, 128])
-    def test_pack_two_segments(self, preprocessor, length):
-        tokens = preprocessor.tokenize(tf.constant(self.strings))
-        pair = [tokens, tokens[::-1]]
-        self.check(preprocessor.bert_pack_inputs(pair, length), f"pair{length}")
-        flat = [segment.merge_dims(1, 2) for segment in pair]
-        self.check(preprocessor.bert_pack_inputs(flat, seq_length=tf.constant(length)), f"pair{length}")
-
-    def test_interface(self, preprocessor):
-        special = {name: int(value) for name, value in preprocessor.tokenize.get_special_tokens_dict().items()}
-        names = ["padding_id", "start_of_sequence_id", "end_of_segment_id", "mask_id", "vocab_size"]
-        assert special == dict(zip(names, [0, 2, 3, 4, 1000], strict=True))
-        assert preprocessor(tf.constant([], tf.string))["input_mask"].shape == (0, 128)
-        for part in (preprocessor, preprocessor.tokenize, preprocessor.bert_pack_inputs):
-            assert list(part.variables) == list(part.trainable_variables) == list(part.regularization_losses) == []
-
-    def test_as_keras_layers(self, preprocessor):
-        hub, keras = pytest.importorskip("tensorflow_hub"), pytest.importorskip("tf_keras")
-        segments = [keras.layers.Input([], dtype=tf.string) for _ in range(2)]
-        tokens = [hub.KerasLayer(preprocessor.tokenize)(segment) for segment in segments]
-        packed = hub.KerasLayer(preprocessor.bert_pack_inputs, arguments={"seq_length": 32})(tokens)
-        strings = tf.constant(self.strings)
-        self.check(keras.Model(segments, packed)([strings, strings[::-1]]), "pair32")
-
-    def test_keeps_case_and_accents_where_told(self, tmp_path):
-        export_preprocessor([*SPECIAL, "cafe", "Café"], str(tmp_path / "cased"), lower_case=False)
-        cased = tf.saved_model.load(str(tmp_path / "cased"))
-        assert cased.tokenize(tf.constant(["Café cafe café"])).to_list() == [[[6], [5], [1]]]
-
-    def test_segments_are_trimmed_in_turns(self):
-        def one_by_one(first, second, room):
-            kept = [0, 0]
-            while sum(kept) < room and (kept[0] < first or kept[1] < second):
-                number = int(kept[0] > kept[1])
-                full = kept[number] == (first, second)[number]
-                kept[1 - number if full else number] += 1
-            return kept
-
-        first, second = (axis.ravel() for axis in np.meshgrid(np.arange(8), np.arange(8)))
-        for room in range(14):
-            found = np.stack(trimmed_lengths([tf.constant(first), tf.constant(second)], room), axis=1)
-            assert found.tolist() == [one_by_one(a, b, room) for a, b in zip(first, second, strict=True)]
-
-
-class TestDefaultEncoder:
-    @pytest.fixture(autouse=True)
-    def own_cache(self, tmp_path, monkeypatch):
-        monkeypatch.setenv("EMBEAM_CACHE_DIR", str(tmp_path / "cache"))
-
-    def test_weights_are_the_same_everywhere(self):
-        weights = initial_weights(2, 8, 2, 10, positions=4, seed=3)
-        digest = hashlib.sha256(b"".join(weight.tobytes() for weight in weights.values())).hexdigest()
-        assert digest[:12] == "8339ec2c2216"
-        assert {weight.dtype for weight in weights.values()} == {np.dtype(np.float32)}
-
-    def test_vocabulary(self):
-        vocabulary = default.default_vocabulary()
-        assert len(vocabulary) == len(set(vocabulary)) == 8000 and vocabulary[:5] == SPECIAL
-        characters = [c for c in map(chr, range(33, 127)) if c == c.lower()]
-        assert {*characters, *("##" + c for c in characters)} <= set(vocabulary)
-
-    def test_two_makes_hold_the_same_weights(self, tmp_path, monkeypatch):
-        first = tf.saved_model.load(default.default_encoder())
-        monkeypatch.setenv("EMBEAM_CACHE_DIR", str(tmp_path / "other"))
-        second = tf.saved_model.load(default.default_encoder())
-        weights = default.default_weights()
-        for own, other in zip(first.trainable_variables, second.trainable_variables, strict=True):
-            assert own.numpy().tobytes() == other.numpy().tobytes() == weights[own.name[:-2]].tobytes()
-        pooled = first(some_inputs(6, 12, 8000))["pooled_output"].numpy()
-        assert pooled.shape == (6, 128) and pooled.std(0).mean() > 0.1
-
-    def test_is_made_once(self):
-        folder = default.default_encoder()
-        changed = os.stat(folder).st_mtime_ns
-        assert default.default_encoder() == folder and os.stat(folder).st_mtime_ns == changed
-
-    def test_two_processes_at_once(self, tmp_path):
-        command = [sys.executable, "-c", "from pipeline.encoders.default import *; print(default_encoder())"]
-        environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-        processes = [subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) for _ in range(2)]
-        first, second = (process.communicate()[0].strip() for process in processes)
-        assert [process.returncode for process in processes] == [0, 0]
-        assert first == second and os.listdir(tmp_path / "cache") == [os.path.basename(first)]
-        tf.saved_model.load(first)
-
-    def test_loading_needs_no_tensorflow(self):
-        code = (
-            "import sys, pipeline.encoders.default, pipeline.preprocess.export; assert 'tensorflow' not in sys.modules"
-        )
-        subprocess.run([sys.executable, "-c", code], check=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
-
-
-class TestCache:
-    @pytest.fixture(autouse=True)
-    def own_cache(self, tmp_path, monkeypatch):
-        monkeypatch.setenv("EMBEAM_CACHE_DIR", str(tmp_path / "cache"))
-
-    @staticmethod
-    def make(folder):
-        os.makedirs(os.path.join(folder, "variables"))
-        Path(folder, "variables", "data").write_bytes(b"1234")
-
-    def test_place(self, tmp_path, monkeypatch):
-        assert cache.cache_dir() == str(tmp_path / "cache")
-        monkeypatch.delenv("EMBEAM_CACHE_DIR")
-        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
-        assert cache.cache_dir() == str(tmp_path / "xdg" / "embeam")
-        monkeypatch.delenv("XDG_CACHE_HOME")
-        monkeypatch.setenv("HOME", str(tmp_path))
-        assert cache.cache_dir() == str(tmp_path / ".cache" / "embeam")
-
-    @pytest.mark.parametrize("damage", [lambda data: data.write_bytes(b"12"), lambda data: data.unlink()])
-    def test_a_damaged_folder_is_not_used(self, damage):
-        folder = cache.cached_folder("model", self.make)
-        damage(Path(folder, "variables", "data"))
-        other = cache.cached_folder("model", self.make)
-        assert other != folder and Path(other, "variables", "data").read_bytes() == b"1234"
-        assert cache.cached_folder("model", self.make) == other
-
-    def test_the_loser_uses_the_winners_folder(self):
-        def make_slowly(folder):
-            self.make(folder)
-            winner.append(cache.cached_folder("model", self.make))
-
-        winner: list[str] = []
-        assert cache.cached_folder("model", make_slowly) == winner[0]
-        assert os.listdir(cache.cache_dir()) == ["model"]
-
-    def test_a_failure_leaves_nothing(self):
-        def fail(folder):
-            self.make(folder)
-            raise KeyError("no such weight")
-
-        with pytest.raises(KeyError):
-            cache.cached_folder("model", fail)
-        assert os.listdir(cache.cache_dir()) == []
-
-    def test_says_how_to_mend_an_unusable_place(self, tmp_path, monkeypatch):
-        (tmp_path / "file").touch()
-        monkeypatch.setenv("EMBEAM_CACHE_DIR", str(tmp_path / "file"))
-        with pytest.raises(EncoderError, match="set EMBEAM_CACHE_DIR"):
-            cache.cached_folder("model", self.make)

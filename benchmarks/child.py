@@ -1,0 +1,71 @@
+"""One side of a benchmark in a process of its own: `python -m benchmarks.child MODULE:FUNCTION ARGUMENTS RESULT`.
+
+ARGUMENTS is a JSON object of keyword arguments; what the function returns goes to the file RESULT, as JSON. A process
+of its own gives every measurement a fresh memory peak and pays for its own imports.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import sys
+import time
+from typing import Any
+
+
+class BatchClock:
+    """When the first batch left the encoder, and what has come since."""
+
+    def __init__(self) -> None:
+        self.first_batch_at = 0.0  # time.monotonic() is the same clock in all processes of a machine
+        self.first_items = 0
+        self.items = 0
+
+    def tick(self, n_items: int) -> None:
+        if not self.first_batch_at:
+            self.first_batch_at, self.first_items = time.monotonic(), n_items
+        self.items += n_items
+
+    def stop(self) -> dict[str, float]:
+        """The start, count and length of the steady part, which lasts from the first batch until now."""
+        return {
+            "first_batch_at": self.first_batch_at,
+            "items": self.items,
+            "steady_items": self.items - self.first_items,
+            "steady_seconds": time.monotonic() - self.first_batch_at,
+        }
+
+
+def time_batches(handler: type) -> BatchClock:
+    """Lets a Beam model handler report every batch that it has finished, whatever kind of handler it is."""
+    clock = BatchClock()
+    run_inference: Any = handler.run_inference  # type: ignore[attr-defined]
+
+    def timed(self: Any, batch: Any, *rest: Any, **named: Any) -> list:
+        outputs = list(run_inference(self, batch, *rest, **named))
+        clock.tick(len(batch))
+        return outputs
+
+    handler.run_inference = timed  # type: ignore[attr-defined]
+    return clock
+
+
+def embed(arguments: list[str]) -> dict[str, float]:
+    """The product's side: `embeam embed` with these arguments, through its command line."""
+    from pipeline.cli import main
+    from pipeline.encoders.handler import EncoderHandler
+
+    clock = time_batches(EncoderHandler)
+    main(["embed", *arguments])
+    return clock.stop()
+
+
+def run(function: str, arguments: str, result: str) -> None:
+    module, _, name = function.partition(":")
+    returned = getattr(importlib.import_module(module), name)(**json.loads(arguments))
+    with open(result, "w") as file:
+        json.dump(returned, file)
+
+
+if __name__ == "__main__":
+    run(*sys.argv[1:])

@@ -1,0 +1,119 @@
+"""What Beam and the product's own Python cost: the whole pipeline against a bare loop around its encoder.
+
+Reference: a Python loop that calls the same encoder object with the very same batches, which were packed beforehand by
+the pipeline's own tokeniser, batcher and packer, and does nothing with the vectors. The pipeline reads a text file and
+publishes a table; its steady time ends with the publication.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+from benchmarks.child import BatchClock
+from benchmarks.measure import BenchmarkError, Ratio, Report, alternate, run_side, steady_rate
+from benchmarks.models import find_models
+from benchmarks.texts import make_sentences, write_lines
+
+SIZE, COUNT, REPETITIONS = "base", 400, 3
+CEILING = 10.0  # percent of the loop's rate
+
+
+def capture_batches(texts: str, encoder: str, preprocessor: str, packed: str) -> dict[str, float]:
+    """Writes all batches of a run as padded arrays. Runs in a child."""
+    import numpy as np
+
+    from pipeline.preprocess.packing import pack_batch
+
+    arrays, n_padded = {}, 0
+    batches = list(_make_batches(texts, encoder, preprocessor))
+    for i, batch in enumerate(batches):
+        n_padded += batch.rows * batch.length
+        arrays[f"{i} n"] = np.array(len(batch))
+        arrays |= {f"{i} {name}": array for name, array in pack_batch(batch).items()}
+    np.savez(packed, **arrays)
+    return {"batches": len(batches), "padded_tokens": n_padded}
+
+
+def _make_batches(texts: str, encoder: str, preprocessor: str) -> Iterator[Any]:
+    """The pipeline's batches, by its own functions and without Beam."""
+    from pipeline.config import EmbedConfig
+    from pipeline.plan import plan_embedding
+    from pipeline.preprocess.batching import Batcher
+    from pipeline.records import Document
+
+    plan = plan_embedding(EmbedConfig.from_flat({"encoder": encoder, "preprocessor": preprocessor}))
+    batcher = Batcher(plan.buckets)
+    with open(texts, encoding="utf-8") as file:
+        documents = [Document(str(i), line.rstrip("\n")) for i, line in enumerate(file)]
+    for chunk in plan.split.load().split(documents):
+        if batch := batcher.add(chunk, chunk.n_tokens):
+            yield batch
+    yield from batcher.drain()
+
+
+def encode_in_loop(encoder: str, packed: str) -> dict[str, float]:
+    """The reference's side, in a child."""
+    import numpy as np
+
+    from pipeline.config import EncoderConfig
+    from pipeline.encoders.published import load_encoder
+    from pipeline.encoders.spec import describe_encoder
+    from pipeline.records import Batch
+
+    loaded = load_encoder(describe_encoder(EncoderConfig(encoder=encoder))[0])
+    batches = []
+    with np.load(packed) as arrays:
+        for i in range(sum(name.endswith(" n") for name in arrays.files)):
+            names = ("input_word_ids", "input_mask", "input_type_ids")
+            inputs = {name: arrays[f"{i} {name}"] for name in names}
+            rows, length = inputs["input_mask"].shape
+            batch = Batch([None] * int(arrays[f"{i} n"]), length, rows)
+            batch.packed = inputs  # type: ignore[attr-defined]
+            batches.append(batch)
+    _skip_packing()
+    clock = BatchClock()
+    for batch in batches:
+        loaded.encode(batch)
+        clock.tick(len(batch))
+    return clock.stop()
+
+
+def _skip_packing() -> None:
+    """Gives the encoders the arrays that a batch carries, wherever they imported the packer."""
+    from pipeline.preprocess import packing
+
+    pack_batch = packing.pack_batch
+    for name, module in list(sys.modules.items()):
+        if name.startswith("pipeline.") and getattr(module, "pack_batch", None) is pack_batch:
+            module.pack_batch = lambda batch: batch.packed  # type: ignore[attr-defined]
+
+
+def run(options: argparse.Namespace) -> Report:
+    count, folder = options.count, options.folder
+    encoder, preprocessor = find_models(options.encoder, options.preprocessor, options.size, options.models)
+    texts, table, packed = (os.path.join(folder, name) for name in ("texts.txt", "table", "batches.npz"))
+    write_lines(texts, make_sentences(count))
+    models = {"encoder": encoder, "preprocessor": preprocessor}
+    captured = run_side(("benchmarks.overhead:capture_batches", {"texts": texts, "packed": packed, **models}), folder)
+    flags = {"input": texts, "output": table, **models}
+    sides = {
+        "bare loop": ("benchmarks.overhead:encode_in_loop", {"encoder": encoder, "packed": packed}),
+        "embeam": ("benchmarks.child:embed", {"arguments": [f"--{name}={value}" for name, value in flags.items()]}),
+    }
+    runs = alternate(sides, options.repetitions, folder, lambda name: shutil.rmtree(table, ignore_errors=True))
+    counts = {name: {run["items"] for run in side} for name, side in runs.items()}
+    if any(found != {count} for found in counts.values()):
+        raise BenchmarkError(f"the sides did not encode the same {count} documents: {counts}")
+    cost = 100 * (steady_rate(runs["bare loop"]) / steady_rate(runs["embeam"]) - 1)
+    return Report(
+        f"{count:,} sentences in {captured['batches']} batches, the same ones for both sides",
+        "texts",
+        runs,
+        [Ratio("time of embeam beyond the bare loop's, steady", cost, at_most=CEILING, unit="percent")],
+        {"encoder": encoder, "padded tokens": int(captured["padded_tokens"])},
+    )
