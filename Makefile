@@ -14,7 +14,7 @@ $(READY): pyproject.toml requirements.lock setup.py
 	@touch $@
 
 demo: $(READY)
-	$(BIN)/embeam embed --input='examples/demo/corpus/*' --output=build/demo --text_field=text --keep_text --max_dead_fraction=0.05
+	$(BIN)/embeam embed --input='examples/demo/corpus/*' --output=build/demo --keep_text --vector=sequence_output:mean
 	$(BIN)/embeam query build/demo "how to keep slugs away from lettuce"
 	$(BIN)/embeam query build/demo "why do stars twinkle?"
 	$(BIN)/embeam query build/demo "saving a little money every month"

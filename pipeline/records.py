@@ -2,9 +2,9 @@
 
 Everything is a NamedTuple with primitive fields (Beam's RowCoder moves those about ten times faster than arrays or
 pickles), except `Batch`, which is a list because Beam takes `len()` of it for its batch-size metric.
-"""
 
-from __future__ import annotations
+Annotations are not postponed here and optional fields are `Optional[X]`: RowCoder silently pickles what it cannot read.
+"""
 
 import json
 from typing import Any, NamedTuple, Optional
@@ -126,7 +126,7 @@ class Tally(NamedTuple):
     counts: bytes  # JSON object of numbers
 
     @classmethod
-    def of(cls, stage: str, counts: dict[str, float]) -> Tally:
+    def of(cls, stage: str, counts: dict[str, float]) -> "Tally":
         return cls(stage, json.dumps(counts).encode())
 
 
