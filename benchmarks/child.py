@@ -20,19 +20,24 @@ class BatchClock:
         self.first_batch_at = 0.0  # time.monotonic() is the same clock in all processes of a machine
         self.first_items = 0
         self.items = 0
+        self.encoder_seconds = 0.0
 
-    def tick(self, n_items: int) -> None:
-        if not self.first_batch_at:
-            self.first_batch_at, self.first_items = time.monotonic(), n_items
+    def tick(self, n_items: int, encoder_seconds: float = 0.0) -> None:
+        """Notes a finished batch and how long the encoder took for it."""
         self.items += n_items
+        if self.first_batch_at:
+            self.encoder_seconds += encoder_seconds
+        else:
+            self.first_batch_at, self.first_items = time.monotonic(), n_items
 
     def stop(self) -> dict[str, float]:
-        """The start, count and length of the steady part, which lasts from the first batch until now."""
+        """The steady part, from the first batch until now: its start, count, length, and the encoder's share."""
         return {
             "first_batch_at": self.first_batch_at,
             "items": self.items,
             "steady_items": self.items - self.first_items,
             "steady_seconds": time.monotonic() - self.first_batch_at,
+            "encoder_seconds": self.encoder_seconds,
         }
 
 
@@ -42,8 +47,9 @@ def time_batches(handler: type) -> BatchClock:
     run_inference: Any = handler.run_inference  # type: ignore[attr-defined]
 
     def timed(self: Any, batch: Any, *rest: Any, **named: Any) -> list:
+        begun = time.monotonic()
         outputs = list(run_inference(self, batch, *rest, **named))
-        clock.tick(len(batch))
+        clock.tick(len(batch), time.monotonic() - begun)
         return outputs
 
     handler.run_inference = timed  # type: ignore[attr-defined]

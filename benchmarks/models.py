@@ -16,8 +16,11 @@ def write_models(size: str, folder: str) -> dict:
     from pipeline.preprocess.export import export_preprocessor
 
     vocabulary = default_vocabulary()
-    export_preprocessor(vocabulary, os.path.join(folder, "preprocessor"))
-    export_encoder(initial_weights(*SIZES[size], len(vocabulary)), vocabulary, os.path.join(folder, "encoder"))
+    encoder, preprocessor = (os.path.join(folder, name) for name in ("encoder", "preprocessor"))
+    if not os.path.isdir(preprocessor):  # an interrupted attempt may have left one of the two
+        export_preprocessor(vocabulary, preprocessor)
+    if not os.path.isdir(encoder):
+        export_encoder(initial_weights(*SIZES[size], len(vocabulary)), vocabulary, encoder)
     return {}
 
 

@@ -44,6 +44,25 @@ def cached_folder(name: str, make: Callable[[str], None]) -> str:
         ) from error
 
 
+def remembered(name: str, find_out: Callable[[], bool]) -> bool:
+    """Returns what was found out once about something whose name holds a hash of all that it depends on."""
+    path = os.path.join(cache_dir(), "remembered", name)
+    try:
+        with open(path, encoding="ascii") as file:
+            return file.read() == "yes"
+    except OSError:
+        found = find_out()
+    try:
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        partial = f"{path}.{os.getpid()}"
+        with open(partial, "w", encoding="ascii") as file:
+            file.write("yes" if found else "no")
+        os.replace(partial, path)
+    except OSError:  # a cache that cannot be written to only costs time
+        return found
+    return found
+
+
 def _whole_folder(folder: str, make: Callable[[str], None]) -> str | None:
     """Returns the folder, made if it is not there; None if it is damaged."""
     if not os.path.lexists(folder):

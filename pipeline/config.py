@@ -7,6 +7,7 @@ keyword in Python; its metadata holds the help text and the choices.
 from __future__ import annotations
 
 import dataclasses
+import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any, NamedTuple, Optional
@@ -234,13 +235,16 @@ class EmbedConfig:
         Raises:
           ConfigError: if a name is unknown or a value does not fit.
         """
-        remaining = dict(values)
+        remaining, known = dict(values), [f.name for kind in STAGE_CONFIGS for f in fields(kind)]
         parts = {}
         for part, kind in zip(fields(cls), STAGE_CONFIGS, strict=True):
             own = {f.name: _convert(f, remaining.pop(f.name)) for f in fields(kind) if f.name in remaining}
             parts[part.name] = kind(**own)
         if remaining:
-            raise ConfigError(f"unknown setting {sorted(remaining)[0]!r}; embeam embed --help lists them all")
+            name = sorted(remaining)[0]
+            close = difflib.get_close_matches(name, known, 1)
+            hint = f"did you mean {close[0]}?" if close else "embeam embed --help lists them all"
+            raise ConfigError(f"unknown setting {name!r}; {hint}")
         return cls(**parts)
 
     def flat(self) -> dict[str, Any]:
@@ -259,8 +263,15 @@ STAGE_CONFIGS: tuple[type, ...] = (
 )
 
 
+_KINDS = {bool: "true or false", int: "a whole number", float: "a number", str: "text", tuple: "a list"}
+
+
 def _convert(f: dataclasses.Field, value: Any) -> Any:
     default = f.default
+    if isinstance(value, dict) or (isinstance(value, list | tuple) and not isinstance(default, tuple)):
+        raise ConfigError(f"--{f.name}={value} is not {_KINDS[type(default)]}; write one value")
+    if isinstance(value, bool) and not isinstance(default, bool):
+        raise ConfigError(f"--{f.name}={str(value).lower()} is not {_KINDS[type(default)]}")
     if isinstance(default, tuple):
         items = [value] if isinstance(value, str) else list(value)
         if f.name == "input":  # a glob may hold a comma inside braces
@@ -273,13 +284,12 @@ def _convert(f: dataclasses.Field, value: Any) -> Any:
             return True
         if str(value).lower() in ("false", "0", "no"):
             return False
-        raise ConfigError(f"--{f.name}={value} is not true or false")
+        raise ConfigError(f"--{f.name}={value} is not {_KINDS[bool]}")
     try:
         if isinstance(default, int):
             return int(str(value).replace("_", ""))
         if isinstance(default, float):
             return float(value)
     except ValueError:
-        kind = "a whole number" if isinstance(default, int) else "a number"
-        raise ConfigError(f"--{f.name}={value} is not {kind}") from None
+        raise ConfigError(f"--{f.name}={value} is not {_KINDS[type(default)]}") from None
     return str(value)

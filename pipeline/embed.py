@@ -12,7 +12,7 @@ from pipeline.encoders.handler import Encode
 from pipeline.plan import EmbedPlan, plan_embedding
 from pipeline.preprocess.batching import BatchByTokens
 from pipeline.preprocess.chunking import Preprocess
-from pipeline.report.progress import Progress
+from pipeline.progress import Progress
 from pipeline.sinks.writing import DeadLetterFormat, RowFormat, WriteTo
 from pipeline.sources.planning import InputPlan
 from pipeline.sources.read import ReadDocuments

@@ -8,11 +8,16 @@ from apache_beam.options.pipeline_options import PipelineOptions, StandardOption
 
 from pipeline.errors import ConfigError
 
-LOCAL_NAMES = ("", "local", "DirectRunner", "FnApiRunner", "BundleBasedDirectRunner")
+LOCAL_NAMES = ("", "local", "directrunner", "fnapirunner", "bundlebaseddirectrunner", "switchingdirectrunner")
 
 
 def is_local(runner: str) -> bool:
-    return runner in LOCAL_NAMES
+    """Whether a runner's name, in any case and with or without its module, means the local engine."""
+    return _plain_name(runner) in LOCAL_NAMES
+
+
+def _plain_name(runner: str) -> str:
+    return runner.rpartition(".")[2].lower()
 
 
 def make_runner(options: PipelineOptions) -> Any:
@@ -31,7 +36,7 @@ def make_runner(options: PipelineOptions) -> Any:
     from apache_beam.runners.runner import create_runner
 
     name = options.view_as(StandardOptions).runner or ""
-    if name == "DaskRunner":
+    if _plain_name(name) == "daskrunner":
         raise ConfigError(
             "--runner=DaskRunner silently loses results of inference stages in Beam 2.77; use --runner=local, "
             "DataflowRunner or FlinkRunner"

@@ -8,9 +8,9 @@ import shutil
 import tempfile
 import time
 from contextlib import nullcontext
+from typing import Any
 
 import apache_beam as beam
-from apache_beam.io.filesystems import FileSystems
 from apache_beam.options.pipeline_options import PipelineOptions, StandardOptions
 
 from pipeline import __version__
@@ -18,10 +18,13 @@ from pipeline.config import EmbedConfig
 from pipeline.embed import Job, build_pipeline
 from pipeline.engine import is_local, make_runner
 from pipeline.errors import ConfigError, InputError
+from pipeline.failures import explain_failure, on_stop
 from pipeline.plan import plan_embedding
-from pipeline.report.progress import Progress, ProgressReporter
+from pipeline.progress import Progress
+from pipeline.report.progress import ProgressReporter
 from pipeline.sources.planning import estimate_documents, infer_kept_fields, plan_input
-from pipeline.tables.manifest import Manifest, attempts_folder, make_folder, open_table
+from pipeline.tables.attempts import abandon_attempt, claim_attempt, sweep_dead_attempts
+from pipeline.tables.manifest import Manifest, open_table
 from pipeline.tables.publish import Publication, check_free_space, check_output, name_snapshot
 
 _LOGGER = logging.getLogger(__name__)
@@ -29,7 +32,7 @@ _STORED_BYTES = {"float32": 4.0, "float16": 2.0, "int8": 1.0, "binary": 0.125}
 _OTHER_ROW_BYTES = 200  # id, hash, counts and framing
 
 
-def embed(config: EmbedConfig, options: PipelineOptions | None = None, show_progress: bool = False) -> Manifest:
+def build_table(config: EmbedConfig, options: PipelineOptions | None = None, show_progress: bool = False) -> Manifest:
     """Runs the whole job: reads, embeds, writes and publishes a new snapshot of the table.
 
     Args:
@@ -47,23 +50,44 @@ def embed(config: EmbedConfig, options: PipelineOptions | None = None, show_prog
     options = options or PipelineOptions([])
     distributed = not is_local(options.view_as(StandardOptions).runner or "")
     runner = make_runner(options)
-    status_folder = tempfile.mkdtemp(prefix="embeam-") if not distributed else ""
+    status_folder = "" if distributed else tempfile.mkdtemp(prefix="embeam-")
+    forget_status = on_stop(lambda: shutil.rmtree(status_folder, ignore_errors=True))
     try:
         job = prepare_job(config, distributed, status_folder)
-        make_folder(attempts_folder(job.publication.table, job.publication.name))
         reporter = ProgressReporter(status_folder, job.input.total_bytes)
-        try:
-            with reporter if show_progress and not distributed else nullcontext():
-                pipeline = beam.Pipeline(runner=runner, options=options)
-                build_pipeline(pipeline, job)
-                pipeline.run().wait_until_finish()
-        except BaseException:
-            _clean_up(job)
-            raise
+        with reporter if show_progress and not distributed else nullcontext():
+            run_job(job, runner, options)
     finally:
-        if status_folder:
-            shutil.rmtree(status_folder, ignore_errors=True)
+        shutil.rmtree(status_folder, ignore_errors=True)
+        forget_status()
     return open_table(job.publication.table)[0]
+
+
+def run_job(job: Job, runner: Any, options: PipelineOptions) -> None:
+    """Runs a prepared job to its end; one that fails leaves nothing but its dead letters.
+
+    Raises:
+      EmbeamError: if it fails.
+    """
+    publication = job.publication
+    names = (publication.table, publication.name)
+    lock = claim_attempt(*names)
+    forget = on_stop(lambda: abandon_attempt(*names, publication.previous))
+    try:
+        pipeline = beam.Pipeline(runner=runner, options=options)
+        build_pipeline(pipeline, job)
+        pipeline.run().wait_until_finish()
+    except Exception as error:
+        try:
+            if letters := abandon_attempt(*names, publication.previous):
+                _LOGGER.warning("the dead letters of the failed run are in %s until the next run", letters)
+        except Exception as problem:
+            _LOGGER.warning("what the failed run had written could not be removed: %s", problem)
+        raise explain_failure(error) from error
+    finally:
+        forget()
+        if lock is not None:
+            lock.close()
 
 
 def prepare_job(config: EmbedConfig, distributed: bool = False, status_folder: str = "") -> Job:
@@ -88,6 +112,7 @@ def prepare_job(config: EmbedConfig, distributed: bool = False, status_folder: s
     kept = tuple(infer_kept_fields(found, config.read))
     plan = plan_embedding(config)
     previous = check_output(table)
+    sweep_dead_attempts(table)
     if config.read.limit and previous:
         raise ConfigError(
             f"--limit={config.read.limit} is for trials and --output={config.write.output} already holds a table; "
@@ -115,20 +140,3 @@ def prepare_job(config: EmbedConfig, distributed: bool = False, status_folder: s
     publication = Publication(table, name, previous, started, facts, config.write.max_dead_fraction)
     progress = Progress(status_folder, name, config.write.max_dead_fraction)
     return Job(config, found, kept, plan, publication, distributed, progress)
-
-
-def _clean_up(job: Job) -> None:
-    """Removes what a failed run wrote; its dead letters stay, for they may say why it failed."""
-    folder = attempts_folder(job.publication.table, job.publication.name)
-    try:
-        paths = [found.path for found in FileSystems.match([FileSystems.join(folder, "*")])[0].metadata_list]
-        letters = [path for path in paths if os.path.basename(path).startswith("dead_letters-")]
-        rest = [path for path in paths if path not in letters]
-        if rest:
-            FileSystems.delete(rest)
-        if letters:
-            _LOGGER.warning("the dead letters of the failed run are in %s", folder)
-        elif "://" not in folder:
-            os.rmdir(folder)
-    except Exception as error:
-        _LOGGER.warning("%s could not be cleaned up: %s", folder, error)

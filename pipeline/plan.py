@@ -112,7 +112,7 @@ def choose_split_rule(
     if max_tokens > encoder.positions:
         raise ConfigError(
             f"--max_tokens={max_tokens} exceeds the encoder's {encoder.positions} positions; "
-            "lower it or use --on_long=chunk"
+            "lower it; --on_long=chunk keeps all of a long text"
         )
     if config.chunk_overlap > max_tokens - 3:
         raise ConfigError(f"--chunk_overlap={config.chunk_overlap} leaves nothing new in {max_tokens} tokens; lower it")

@@ -62,7 +62,8 @@ def describe_saved_model(folder: str, handle: str = "") -> SavedModelSpec:
     shown = handle or folder
     path = Path(folder, "saved_model.pb")
     if not path.is_file():
-        found = "no such folder" if not Path(folder).is_dir() else "the folder holds no saved_model.pb"
+        found = "it is a file" if Path(folder).is_file() else "the folder holds no saved_model.pb"
+        found = found if Path(folder).exists() else "there is no such folder"
         raise EncoderError(f"{shown} is no SavedModel: {found}; give the folder that holds saved_model.pb")
     model = saved_model_pb2.SavedModel()
     try:
@@ -109,11 +110,9 @@ def list_variables(folder: str) -> dict[str, tuple[str, Shape]]:
     from tensorflow.core.protobuf import trackable_object_graph_pb2
 
     reader = _open_checkpoint(folder)
-    if reader is None:
-        return {}
     shapes = reader.get_variable_to_shape_map()
     graph = trackable_object_graph_pb2.TrackableObjectGraph()
-    graph.ParseFromString(reader.get_tensor("_CHECKPOINTABLE_OBJECT_GRAPH"))
+    graph.ParseFromString(_read_tensor(reader, folder, "_CHECKPOINTABLE_OBJECT_GRAPH"))
     found = {
         attribute.checkpoint_key: attribute.full_name
         for node in graph.nodes
@@ -129,7 +128,21 @@ def read_variables(folder: str, names: Iterable[str]) -> Iterator[tuple[str, Any
     keys = list_variables(folder)
     reader = _open_checkpoint(folder)
     for name in names:
-        yield name, reader.get_tensor(keys[name][0])
+        yield name, _read_tensor(reader, folder, keys[name][0])
+
+
+def read_flag(folder: str, name: str) -> bool:
+    """The value of a boolean variable that hangs at the SavedModel's root."""
+    return bool(_read_tensor(_open_checkpoint(folder), folder, f"{name}/.ATTRIBUTES/VARIABLE_VALUE"))
+
+
+def _read_tensor(reader: Any, folder: str, key: str) -> Any:
+    try:
+        return reader.get_tensor(key)
+    except Exception as error:
+        raise EncoderError(
+            f"the weights in {folder}/variables are damaged ({_first_line(error)}); download the model again"
+        ) from error
 
 
 def _open_checkpoint(folder: str) -> Any:
@@ -137,11 +150,17 @@ def _open_checkpoint(folder: str) -> Any:
 
     prefix = os.path.join(folder, "variables", "variables")
     if not os.path.exists(prefix + ".index"):
-        return None
+        raise EncoderError(f"{folder} has no weights: variables/variables.index is missing; download the model again")
     try:
         return py_checkpoint_reader.NewCheckpointReader(prefix)
     except Exception as error:
-        raise EncoderError(f"the weights in {prefix}.* are damaged ({error}); download the model again") from error
+        raise EncoderError(
+            f"the weights in {folder}/variables are damaged ({_first_line(error)}); download the model again"
+        ) from error
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error) or type(error).__name__).splitlines()[0]
 
 
 def resolve_handle(handle: str) -> str:
@@ -203,8 +222,9 @@ class _Tensor:
 
 
 def _first_argument(signature: Any) -> Any:
-    """Of ((positional...), {keyword...}), the first positional argument."""
-    return signature.tuple_value.values[0].tuple_value.values[0]
+    """Of ((positional...), {keyword...}), the first positional argument, or a value without content."""
+    positional = signature.tuple_value.values[0].tuple_value.values
+    return positional[0] if positional else signature
 
 
 def _flatten(value: Any, name: str = "") -> dict[str, _Tensor]:

@@ -20,11 +20,11 @@ PREPROCESSOR = ROOT / "tests" / "reference" / "preprocess_v1000"
 
 def run_embed(source, table, **settings):
     """Embeds as a program would that uses the package; returns the manifest."""
-    from pipeline.job import embed
+    from pipeline.job import build_table
 
     inputs = [str(source)] if not isinstance(source, (list, tuple)) else [str(path) for path in source]
     values = {"input": inputs, "output": str(table), "encoder": str(ENCODER), "max_dead_fraction": 1.0} | settings
-    return embed(EmbedConfig.from_flat(values))
+    return build_table(EmbedConfig.from_flat(values))
 
 
 def read_dead_letters(table):

@@ -11,6 +11,7 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import tensorflow as tf
@@ -18,7 +19,7 @@ import tensorflow_text  # noqa: F401  registers the preprocessor's ops
 from apache_beam.options.pipeline_options import PipelineOptions
 
 from pipeline.config import EmbedConfig
-from pipeline.job import embed
+from pipeline.job import build_table
 from pipeline.tables.manifest import Manifest
 from pipeline.tables.read import iter_table
 
@@ -33,12 +34,12 @@ Rows = dict[tuple[str, int], dict[str, Any]]  # (id, chunk) -> the table's row
 
 @functools.cache
 def official_encoder() -> Any:
-    return tf.saved_model.load(ENCODER)
+    return load_once(ENCODER)
 
 
 @functools.cache
 def official_preprocessor() -> Any:
-    return tf.saved_model.load(PREPROCESSOR)
+    return load_once(PREPROCESSOR)
 
 
 @functools.cache
@@ -112,7 +113,14 @@ def golden_texts() -> list[str]:
 def some_texts(n: int, seed: int = 1, words: tuple[int, int] = (1, 60)) -> list[str]:
     """Texts of whole and unknown words, of many lengths and scripts."""
     rng = np.random.default_rng(seed)
-    pieces = [piece for piece in vocabulary() if piece.isalpha()] + ["Émile", "zyzzyva", "東京", "it's", "3.14", "[SEP]"]
+    pieces = [piece for piece in vocabulary() if piece.isalpha()] + [
+        "Émile",
+        "zyzzyva",
+        "東京",
+        "it's",
+        "3.14",
+        "[SEP]",
+    ]
     return [" ".join(rng.choice(pieces, rng.integers(*words))) for _ in range(n)]
 
 
@@ -133,8 +141,18 @@ def make_config(folder: Path, **settings: Any) -> EmbedConfig:
     return EmbedConfig.from_flat({**defaults, "id_field": "id", "on_empty": "embed", **settings})
 
 
+@functools.lru_cache(maxsize=8)
+def load_once(path: str) -> Any:
+    return tf_load(path)
+
+
+tf_load = tf.saved_model.load
+
+
 def run_pipeline(folder: Path, beam_flags: Sequence[str] = (), **settings: Any) -> Manifest:
-    return embed(make_config(folder, **settings), PipelineOptions(list(beam_flags)))
+    """Runs the whole job in this process; a SavedModel that an earlier run has loaded is not loaded again."""
+    with mock.patch.object(tf.saved_model, "load", load_once):
+        return build_table(make_config(folder, **settings), PipelineOptions(list(beam_flags)))
 
 
 def embed_records(
@@ -171,6 +189,8 @@ def assert_close(actual: np.ndarray, expected: np.ndarray, what: object = "") ->
 
 def save_module(folder: Path, **attributes: Any) -> str:
     """Saves a SavedModel whose object has the given attributes; `call` becomes `__call__`."""
-    members = {"__call__" if name == "call" else name: value for name, value in attributes.items()}
-    tf.saved_model.save(type("Model", (tf.Module,), members)(), str(folder))
+    module = tf.Module()
+    for name, value in attributes.items():
+        setattr(module, "__call__" if name == "call" else name, value)
+    tf.saved_model.save(module, str(folder))
     return str(folder)

@@ -67,8 +67,12 @@ def describe_encoder(config: EncoderConfig) -> tuple[EncoderSpec, SavedModelSpec
         takes = "texts"
     else:
         raise EncoderError(
-            f"{shown} takes {_list(model.inputs)}, which is no text encoder: one takes input_word_ids, input_mask and "
-            "input_type_ids, or one tensor of strings; is it a preprocessor or an image model?"
+            f"{shown} is no text encoder: it takes {_list(model.inputs) or 'nothing'} instead of input_word_ids, "
+            "input_mask and input_type_ids, or one tensor of strings; give another model"
+        )
+    if TOKEN_INPUTS <= set(model.outputs):
+        raise EncoderError(
+            f"--encoder={config.encoder} is a preprocessor; give it as --preprocessor and name its encoder"
         )
     choice = choose_output(VectorChoice.parse(config.vector), model.outputs, shown, takes)
     shape = model.outputs[_output_key(choice)]

@@ -8,13 +8,13 @@ a bounded number of times.
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import apache_beam as beam
-import numpy as np
 from apache_beam.transforms.window import GlobalWindows
 
 from pipeline.records import Batch, Chunk, Tally
@@ -48,7 +48,7 @@ class Buckets:
     budget: int
 
     def length_for(self, size: int) -> int:
-        return self.lengths[int(np.searchsorted(self.lengths, size))]
+        return self.lengths[bisect_left(self.lengths, size)]
 
     def full_rows(self, length: int) -> int:
         return max(1, self.budget // length)

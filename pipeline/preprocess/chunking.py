@@ -13,7 +13,7 @@ import apache_beam as beam
 import numpy as np
 from apache_beam.transforms.window import GlobalWindows
 
-from pipeline.preprocess.wordpiece import Tokenizer, Vocabulary
+from pipeline.preprocess.wordpiece import Vocabulary, load_tokenizer
 from pipeline.records import Chunk, DeadLetter, Document, Tally
 
 BUFFERED_DOCUMENTS = 1024  # the tokeniser's kernel costs about 0.2 ms a call, whatever it is given
@@ -82,7 +82,7 @@ class WordpieceRule:
 class WordpieceSplitter:
     def __init__(self, rule: WordpieceRule) -> None:
         self.rule = rule
-        self._tokenizer = Tokenizer(rule.vocabulary)
+        self._tokenizer = load_tokenizer(rule.vocabulary)
         self._cls = np.int32(rule.vocabulary.id_of("[CLS]")).tobytes()
         self._sep = np.int32(rule.vocabulary.id_of("[SEP]")).tobytes()
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import hashlib
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,8 +12,9 @@ from typing import Any, Optional
 
 import numpy as np
 
+from pipeline.cache import hash_file, remembered
 from pipeline.errors import EncoderError
-from pipeline.saved_model import SavedModelSpec
+from pipeline.saved_model import SavedModelSpec, read_flag
 
 # Code points that tensorflow_text's FastBertTokenizer treats unlike the ops inside the published preprocessor. The
 # tests sweep all of Unicode for them.
@@ -68,27 +71,37 @@ def find_vocabulary(spec: SavedModelSpec) -> Optional[Vocabulary]:
     if _WORDPIECE_OPS <= spec.ops:
         return Vocabulary.read(path, lower_case="CaseFoldUTF8" in spec.ops)
     if "do_lower_case" in spec.methods:
-        return Vocabulary.read(path, lower_case=_read_lower_case(spec.folder))
+        return Vocabulary.read(path, lower_case=read_flag(spec.folder, "do_lower_case"))
     return None
 
 
-def _read_lower_case(folder: str) -> bool:
-    from tensorflow.python.training import py_checkpoint_reader
-
-    reader = py_checkpoint_reader.NewCheckpointReader(str(Path(folder, "variables", "variables")))
-    return bool(reader.get_tensor("do_lower_case/.ATTRIBUTES/VARIABLE_VALUE"))
-
-
 def agrees_with_preprocessor(vocabulary: Vocabulary, folder: str) -> bool:
-    """Whether our tokens equal those of a preprocessor SavedModel on a few hostile texts."""
+    """Whether our tokens equal those of a preprocessor SavedModel on a few hostile texts; remembered in the cache."""
+    facts = [
+        hash_file(str(Path(folder, "saved_model.pb"))),
+        *PROBE_TEXTS,
+        str(vocabulary.lower_case),
+        *vocabulary.pieces,
+    ]
+    digest = hashlib.sha256("\n".join(facts).encode("utf-8", "surrogateescape")).hexdigest()[:24]
+    return remembered(f"tokenizer-{digest}", lambda: _compare_tokens(vocabulary, folder))
+
+
+def _compare_tokens(vocabulary: Vocabulary, folder: str) -> bool:
     import tensorflow as tf
     import tensorflow_text  # noqa: F401  registers the ops that the SavedModel uses
 
     expected = tf.saved_model.load(folder).tokenize(tf.constant(PROBE_TEXTS))
     while expected.ragged_rank > 1:
         expected = expected.merge_dims(-2, -1)
-    ids, splits = Tokenizer(vocabulary).tokenize(PROBE_TEXTS)
+    ids, splits = load_tokenizer(vocabulary).tokenize(PROBE_TEXTS)
     return np.array_equal(ids, expected.flat_values.numpy()) and np.array_equal(splits, expected.row_splits.numpy())
+
+
+@functools.lru_cache(maxsize=2)
+def load_tokenizer(vocabulary: Vocabulary) -> Tokenizer:
+    """A tokeniser for a vocabulary; building one takes half a second, so a process keeps it."""
+    return Tokenizer(vocabulary)
 
 
 class Tokenizer:

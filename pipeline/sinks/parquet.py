@@ -25,7 +25,7 @@ class ParquetWriter:
     def __init__(self, stream: BinaryIO, layout: TableLayout) -> None:
         self._layout = layout
         self._schema = build_arrow_schema(layout)
-        self._writer = pq.ParquetWriter(stream, self._schema)
+        self._writer = pq.ParquetWriter(stream, self._schema, write_page_checksum=True)
 
     def write(self, rows: list[Row]) -> None:
         values = self._layout.values(rows)
@@ -56,7 +56,7 @@ def build_arrow_schema(layout: TableLayout) -> pa.Schema:
 
 def read_rows(stream: BinaryIO, layout: TableLayout) -> Iterator[dict[str, list]]:
     """Yields the rows of a file, about a thousand at a time: column name to values; `embedding` is stored bytes."""
-    for batch in pq.ParquetFile(stream).iter_batches(_READ_ROWS):
+    for batch in pq.ParquetFile(stream, page_checksum_verification=True).iter_batches(_READ_ROWS):
         read = {name: batch.column(name).to_pylist() for name in layout.columns()}
         read["embedding"] = [
             scalar.values.to_numpy(zero_copy_only=False).tobytes() for scalar in batch.column("embedding")

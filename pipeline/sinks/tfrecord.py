@@ -23,6 +23,8 @@ SUFFIX = ".tfrecord"
 _ARROW = {"string": pa.binary(), "int": pa.int64(), "float": pa.float32(), "bool": pa.int64()}
 _FEATURES = {"string": "BYTES", "int": "INT", "float": "FLOAT", "bool": "INT"}
 _READ_ROWS = 1024
+_LENGTH = struct.Struct("<Q")
+_CHECKSUM = struct.Struct("<I")
 
 
 class TfrecordWriter:
@@ -36,18 +38,18 @@ class TfrecordWriter:
         self._encoder = RecordBatchToExamplesEncoder(build_schema(layout))
 
     def write(self, rows: list[Row]) -> None:
-        for record in self._encoder.encode(build_record_batch(rows, self._layout)):
-            write_frame(self._stream, record)
+        records = self._encoder.encode(build_record_batch(rows, self._layout))
+        self._stream.write(b"".join(map(frame_record, records)))
 
     def close(self) -> None:
         """Ends the file's content; the stream stays open."""
 
 
-def write_frame(stream: BinaryIO, record: bytes) -> None:
-    """Writes one record: length, masked checksum of the length, data, masked checksum of the data."""
-    length = struct.pack("<Q", len(record))
-    checksums = (struct.pack("<I", mask_crc(google_crc32c.value(part))) for part in (length, record))
-    stream.write(b"".join((length, next(checksums), record, next(checksums))))
+def frame_record(record: bytes) -> bytes:
+    """One record of a file: length, masked checksum of the length, data, masked checksum of the data."""
+    length = _LENGTH.pack(len(record))
+    header = length + _CHECKSUM.pack(mask_crc(google_crc32c.value(length)))
+    return header + record + _CHECKSUM.pack(mask_crc(google_crc32c.value(record)))
 
 
 def read_rows(stream: BinaryIO, layout: TableLayout) -> Iterator[dict[str, list]]:

@@ -17,8 +17,9 @@ import apache_beam as beam
 from apache_beam.io.filesystems import FileSystems
 from apache_beam.transforms.window import GlobalWindows
 
+from pipeline.errors import RunError
+from pipeline.progress import Progress
 from pipeline.records import DeadLetter, Row, Tally
-from pipeline.report.progress import Progress
 from pipeline.sinks import SINKS
 from pipeline.sinks.layout import TableLayout
 
@@ -221,7 +222,12 @@ class WriteRecords(beam.DoFn):
         if len(self._buffer) >= BUFFERED_RECORDS or self._bytes >= BUFFERED_BYTES:
             self._flush()
         if isinstance(record, DeadLetter) and self.progress:
-            self.progress.add_dead_letter(record)
+            try:
+                self.progress.add_dead_letter(record)
+            except RunError:  # the run is over; what was lost must be there to be looked at
+                self._flush()
+                self._writer.finish()
+                raise
 
     def finish_bundle(self) -> Iterator[Any]:
         self._flush()

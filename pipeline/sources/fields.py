@@ -121,7 +121,7 @@ def convert_kept(value: Any, field: KeptField, from_strings: bool = False) -> An
             value = _FROM_STRING[field.type](value)
         return _CONVERT[field.type](value, field.name)
     except (ValueError, KeyError, OverflowError):
-        raise BadRecord("wrong_type", f"field {field.name!r} holds {_shorten(value)}, not {field.type}") from None
+        raise BadRecord("wrong_type", f"field {field.name!r} holds {_name_kind(value)}, not {field.type}") from None
 
 
 def as_text(value: Any, name: str, expected: str = "a string") -> str:
@@ -134,12 +134,24 @@ def as_text(value: Any, name: str, expected: str = "a string") -> str:
         if isinstance(value, bytes):
             return value.decode()
         if not isinstance(value, str):
-            raise BadRecord("wrong_type", f"field {name!r} holds {_shorten(value)}, not {expected}")
+            raise BadRecord("wrong_type", f"field {name!r} holds {_name_kind(value)}, not {expected}")
         if not value.isascii():
             value.encode()
         return value
     except UnicodeError as error:
         raise BadRecord("invalid_utf8", f"field {name!r} is not valid UTF-8: {error.reason}") from None
+
+
+_KINDS = {
+    str: "text",
+    bytes: "bytes",
+    bool: "true or false",
+    int: "a whole number",
+    float: "a number",
+    list: "a list",
+    dict: "an object",
+    type(None): "null",
+}
 
 
 def infer_type(values: Sequence[Any]) -> str:
@@ -193,6 +205,6 @@ _FROM_STRING: dict[str, Callable[[str], Any]] = {"int": int, "float": float, "bo
 _KINDS = {bool: "bool", int: "int", float: "float", str: "string", bytes: "string"}
 
 
-def _shorten(value: Any) -> str:
-    shown = ascii(value) if not isinstance(value, int) or abs(value) < 1 << 200 else "a huge number"
-    return shown if len(shown) <= 60 else shown[:57] + "..."
+def _name_kind(value: Any) -> str:
+    """What a value is, without saying its content, which may be private."""
+    return _KINDS.get(type(value), "another type")

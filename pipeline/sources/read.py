@@ -67,7 +67,8 @@ class ReadSplit(beam.DoFn):
         reported: Counter[str] = Counter()
         seconds, since = 0.0, time.perf_counter()
         for outcome in self._read_outcomes(split, losers, counts):
-            if counts["documents"] - reported["documents"] >= PROGRESS_EVERY:
+            # Before a dead letter, too: their share is judged by how many documents were reported.
+            if isinstance(outcome, DeadLetter) or counts["documents"] - reported["documents"] >= PROGRESS_EVERY:
                 self._report(counts, reported)
             if outcome is not None:
                 seconds += time.perf_counter() - since  # whoever takes the document runs until the next line

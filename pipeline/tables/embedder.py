@@ -12,6 +12,7 @@ from pipeline.encoders.published import load_encoder
 from pipeline.errors import ConfigError, TableError
 from pipeline.plan import EmbedPlan, plan_embedding
 from pipeline.preprocess.batching import Batcher
+from pipeline.preprocess.chunking import is_encodable
 from pipeline.records import Chunk, DeadLetter, Document
 from pipeline.tables.manifest import open_table
 from pipeline.vectors.finishing import ChunkAverager
@@ -41,6 +42,9 @@ class Embedder:
         """
         seconds = pairs or [None] * len(texts)
         documents = [Document(str(i), text, pair) for i, (text, pair) in enumerate(zip(texts, seconds, strict=True))]
+        for document in documents:
+            if not (is_encodable(document.text) and is_encodable(document.pair or "")):
+                raise ConfigError(f"text {document.id} is no valid UTF-8: {document.text!r}; mend its encoding")
         batcher = Batcher(self.plan.buckets)
         batches = []
         for chunk in self._splitter.split(documents):

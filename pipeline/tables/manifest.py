@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -25,6 +26,8 @@ POINTER = "CURRENT"
 MANIFEST = "manifest.json"
 SNAPSHOTS = "snapshots"
 ATTEMPTS = "attempts"
+_SNAPSHOT_NAME = re.compile(r"[\w.-]+")
+_CURE = f"put the name of another folder of {SNAPSHOTS}/ into {POINTER}, or delete {POINTER} and run embeam embed again"
 
 
 @dataclass(frozen=True)
@@ -86,8 +89,8 @@ class Manifest:
         values = json.loads(text)
         if values["format_version"] > FORMAT_VERSION:
             raise TableError(
-                f"the table has format version {values['format_version']}, newer than this embeam reads "
-                f"({FORMAT_VERSION}); install a newer embeam"
+                f"its format version {values['format_version']} is newer than this embeam reads ({FORMAT_VERSION}); "
+                "install a newer embeam"
             )
         values["layout"] = TableLayout.from_json(values["layout"])
         for name in ("files", "dead_letter_files"):
@@ -116,17 +119,27 @@ def open_table(table: str) -> tuple[Manifest, str]:
 def read_pointer(table: str) -> str:
     """The name of the live snapshot, or "" where nothing was published yet."""
     path = FileSystems.join(table, POINTER)
-    return read_text(path).strip() if FileSystems.exists(path) else ""
+    if not FileSystems.exists(path):
+        return ""
+    try:
+        name = read_text(path).strip()
+    except UnicodeDecodeError:
+        name = ""
+    if not _SNAPSHOT_NAME.fullmatch(name):
+        raise TableError(f"{path} is damaged: it names no snapshot; {_CURE}")
+    return name
 
 
 def read_manifest(table: str, name: str) -> Manifest:
     path = FileSystems.join(snapshot_folder(table, name), MANIFEST)
     if not FileSystems.exists(path):
-        raise TableError(f"{table} is damaged: its live snapshot {name} has no {MANIFEST}")
+        raise TableError(f"{table} is damaged: its live snapshot {name} has no {MANIFEST}; {_CURE}")
     try:
         return Manifest.from_json(read_text(path))
-    except (ValueError, KeyError, TypeError) as error:
-        raise TableError(f"{path} is damaged: {error}") from error
+    except TableError as error:
+        raise TableError(f"{path}: {error}") from error
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        raise TableError(f"{path} is damaged ({error}); {_CURE}") from error
 
 
 def snapshot_folder(table: str, name: str) -> str:

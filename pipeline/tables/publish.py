@@ -17,8 +17,9 @@ import apache_beam as beam
 from apache_beam.io.filesystems import FileSystems
 
 from pipeline.errors import RunError, TableError
+from pipeline.failures import PUBLISHING
+from pipeline.progress import check_dead_fraction
 from pipeline.records import REASONS, Tally
-from pipeline.report.progress import check_dead_fraction
 from pipeline.sinks.layout import TableLayout
 from pipeline.sinks.tfrecord import build_schema
 from pipeline.sinks.writing import Shard
@@ -85,14 +86,12 @@ def check_output(table: str) -> str:
             raise TableError(
                 f"--output={table} holds {foreign[0]!r} and is no table; give an empty or new folder, or a table's"
             )
-    probe = FileSystems.join(attempts_folder(table, "probe"), uuid.uuid4().hex)
+    probe = FileSystems.join(attempts_folder(table, uuid.uuid4().hex), "probe")
     try:
         make_folder(os.path.dirname(probe))
         with FileSystems.create(probe, compression_type="uncompressed") as f:
             f.write(b"probe")
-        FileSystems.delete([probe])
-        if "://" not in table:
-            os.rmdir(os.path.dirname(probe))
+        delete_folder(os.path.dirname(probe))
     except Exception as error:
         raise TableError(f"--output={table} cannot be written to: {error}; check its permissions") from error
     previous = read_pointer(table)
@@ -139,7 +138,8 @@ def publish_snapshot(plan: Publication, shards: Iterable[Shard], tallies: Iterab
     for shard in sorted(shards, key=lambda shard: (shard.first, shard.path)):
         by_kind[shard.kind].append(shard)
     if not by_kind["embeddings"]:
-        raise RunError(f"none of {rows_in:,} documents could be embedded; look at the dead letters' reasons: {dead}")
+        reasons = ", ".join(f"{n:,} {reason}" for reason, n in dead.items()) or "all are blank, see --on_empty"
+        raise RunError(f"none of {rows_in:,} documents could be embedded: {reasons}")
     make_folder(folder)
     manifest = Manifest(
         snapshot=plan.name,
@@ -208,7 +208,8 @@ class PublishSnapshot(beam.DoFn):
         self.plan = plan
 
     def process(self, _: Any, shards: list[Shard], tallies: list[Tally]) -> list[str]:
-        return [publish_snapshot(self.plan, shards, tallies).snapshot]
+        with PUBLISHING:
+            return [publish_snapshot(self.plan, shards, tallies).snapshot]
 
 
 @dataclass

@@ -84,14 +84,18 @@ def finish_chunks(results: list[Result], rule: VectorRule) -> Iterator[Row | Dea
     Args:
       results: chunks with their float32 vectors, `[D]` or `[n_tokens, D]` each.
     """
-    good = []
+    encoded = []
     for chunk, vector, error in results:
         if vector is None:
             yield _reject(chunk, "encoder_error", error)
-        elif not np.isfinite(vector).all():
-            yield _reject(chunk, "not_finite", f"the vector holds {'NaN' if np.isnan(vector).any() else 'infinity'}")
         else:
+            encoded.append((chunk, vector))
+    good = []
+    for (chunk, vector), is_finite in zip(encoded, _are_finite([v for _, v in encoded], rule), strict=True):
+        if is_finite:
             good.append((chunk, vector))
+        else:
+            yield _reject(chunk, "not_finite", f"the vector holds {'NaN' if np.isnan(vector).any() else 'infinity'}")
     if not good:
         return
     if rule.tokens:  # one row holds a matrix, and one scale serves all of it
@@ -117,6 +121,12 @@ def finish_chunks(results: list[Result], rule: VectorRule) -> Iterator[Row | Dea
             kept=document.kept,
             text=document.text if rule.keep_text else None,
         )
+
+
+def _are_finite(vectors: list[np.ndarray], rule: VectorRule) -> list[bool]:
+    if rule.tokens or not vectors:  # matrices of different sizes
+        return [bool(np.isfinite(vector).all()) for vector in vectors]
+    return np.isfinite(np.stack(vectors)).all(1).tolist()
 
 
 def _count_tokens(chunk: Chunk, rule: VectorRule) -> int | None:

@@ -1,0 +1,74 @@
+"""What is said of a run that ended badly: exceptions that crossed Beam, and signals."""
+
+from __future__ import annotations
+
+import gc
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+
+from pipeline.errors import EmbeamError, RunError
+
+PUBLISHING = threading.Lock()  # held while this process publishes, so that no signal ends it half way
+_WATCHER = "embeam-signals"
+_on_stop: list[Callable[[], object]] = []
+
+
+def explain_failure(error: BaseException) -> EmbeamError:
+    """The error behind one that crossed Beam, which wraps the original and its traceback into the text of another."""
+    seen: list[BaseException] = []
+    current: BaseException | None = error
+    while current is not None and current not in seen:
+        seen.append(current)
+        current = current.__cause__ or current.__context__
+    text = "\n".join(str(cause) for cause in seen)
+    for cause in seen:
+        if isinstance(cause, EmbeamError):
+            return type(cause)(str(cause).split(" [while running")[0])
+    for line in reversed(text.splitlines()):
+        kind, colon, message = line.strip().partition(": ")
+        if colon and kind.startswith("pipeline.errors."):
+            return RunError(message.split(" [while running")[0])
+    if "No space left on device" in text:
+        return RunError("the disk is full: free some space and run again; the table is what it was")
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    last = lines[-1].split(" [while running")[0] if lines else ""
+    kind = "" if last.partition(":")[0].endswith(("Error", "Exception")) else f"{type(error).__name__}: "
+    return RunError(f"the run failed: {kind}{last}; run again with --debug to see where")
+
+
+def on_stop(clean_up: Callable[[], object]) -> Callable[[], None]:
+    """Registers what must be cleaned up when a signal ends the process; returns the function that takes it back."""
+    _on_stop.append(clean_up)
+    return lambda: _on_stop.remove(clean_up)
+
+
+def watch_signals() -> None:
+    """Ends the process within moments of Ctrl-C or SIGTERM: one line, no child left, nothing half published.
+
+    Python would raise KeyboardInterrupt in the main thread, and Beam report it as a failure of some DoFn. So the signals are blocked for all threads, and for worker processes, which inherit that; a thread waits for them.
+    """
+    signals = {signal.SIGINT, signal.SIGTERM}
+    signal.pthread_sigmask(signal.SIG_BLOCK, signals)
+
+    def wait() -> None:
+        number = signal.sigwait(signals)
+        sys.stderr.write("\nembeam: stopped; a table is what it was last published as; run the same command again\n")
+        sys.stderr.flush()
+        # Beam keeps its worker processes to itself.
+        for child in gc.get_objects():
+            if isinstance(child, subprocess.Popen) and child.poll() is None:
+                child.kill()
+        PUBLISHING.acquire()
+        for clean_up in list(_on_stop):
+            try:
+                clean_up()
+            except Exception as error:
+                sys.stderr.write(f"embeam: what the run had written could not be removed: {error}\n")
+        os._exit(128 + number)
+
+    if all(thread.name != _WATCHER for thread in threading.enumerate()):
+        threading.Thread(target=wait, name=_WATCHER, daemon=True).start()

@@ -1,0 +1,103 @@
+"""What a run has done so far, shared by all its processes through small files.
+
+Beam's local engine reports metrics only at the end, and a bundle may last as long as the run, so the stages report to
+this from inside `process()`. Every process rewrites one file of its own about once a second.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import threading
+import time
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+
+from pipeline.errors import RunError
+from pipeline.records import DeadLetter
+
+TESTED_FROM_DOCUMENTS = 1000
+_WRITE_SECONDS = 1.0
+_counts: dict[str, Counter] = {}  # folder -> this process's counts
+_reasons: dict[str, Counter] = {}
+_written: dict[str, float] = {}
+_lock = threading.Lock()
+
+
+class Progress:
+    """The stages' end: `add` counts, and stops a run in which too many documents are lost.
+
+    Args:
+      folder: a local folder that the run's processes share; "" counts without telling anybody.
+      run: the run's name.
+      max_dead_fraction: the share of dead letters that stops the run, tested in each process from 1000 documents on.
+    """
+
+    def __init__(self, folder: str, run: str, max_dead_fraction: float) -> None:
+        self.folder = folder
+        self.run = run
+        self.max_dead_fraction = max_dead_fraction
+
+    def __call__(self, documents: int, n_bytes: int) -> None:
+        self.add(documents=documents, bytes=n_bytes)
+
+    def add(self, **counts: int) -> None:
+        """Adds to this process's counts."""
+        with _lock:
+            total = _counts.setdefault(self.run, Counter())
+            total.update(counts)
+            now = time.monotonic()
+            if self.folder and now - _written.get(self.run, 0) >= _WRITE_SECONDS:
+                _written[self.run] = now
+                self._write(total)
+
+    def add_dead_letter(self, letter: DeadLetter) -> None:
+        """Counts a dead letter.
+
+        Raises:
+          RunError: if more than `max_dead_fraction` of the documents that this process has seen are dead letters.
+        """
+        self.add(dead_letters=1)
+        with _lock:
+            total = _counts[self.run]
+            reasons = _reasons.setdefault(self.run, Counter())
+            reasons[letter.reason] += 1
+            seen = total["documents"] + total["dead_letters"]
+        if seen >= TESTED_FROM_DOCUMENTS:
+            last = f"; the last: {letter.origin.path} {letter.origin.unit} {letter.origin.position}: {letter.message}"
+            check_dead_fraction(reasons, seen, self.max_dead_fraction, last)
+
+    def _write(self, total: Counter) -> None:
+        path = Path(self.folder, f"{os.getpid()}.json")
+        path.with_suffix(".new").write_text(json.dumps(total))
+        path.with_suffix(".new").replace(path)
+
+
+def check_dead_fraction(dead: Mapping[str, int], documents: int, max_fraction: float, example: str = "") -> None:
+    """Raises RunError if too large a share of the documents could not be embedded.
+
+    Args:
+      dead: dead letters by reason.
+      documents: all documents, those included.
+      max_fraction: the share that is tolerated.
+      example: appended to the list of reasons.
+    """
+    n_dead = sum(dead.values())
+    if documents and n_dead / documents > max_fraction:
+        reasons = ", ".join(f"{count:,} {reason}" for reason, count in sorted(dead.items(), key=lambda item: -item[1]))
+        raise RunError(
+            f"{n_dead:,} of {documents:,} documents cannot be embedded, more than --max_dead_fraction={max_fraction} "
+            f"allows ({reasons}{example}); mend the input or the flags, or raise --max_dead_fraction"
+        )
+
+
+def read_progress(folder: str) -> Counter:
+    """Sums the counts of all processes of a run."""
+    total: Counter = Counter()
+    for path in Path(folder).glob("*.json"):
+        try:
+            total.update(json.loads(path.read_text()))
+        except (OSError, ValueError):
+            continue
+    return total

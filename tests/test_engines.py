@@ -1,0 +1,199 @@
+"""The same table from every engine that runs on one machine: the results must not depend on how work is cut."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from support import (
+    ENCODER,
+    Rows,
+    assert_close,
+    expected_vector,
+    make_config,
+    official_pack,
+    official_tokens,
+    read_dead_letters,
+    read_rows,
+    run_pipeline,
+    some_texts,
+    write_jsonl,
+)
+
+import pipeline.job
+from pipeline.sources.planning import plan_input
+from pipeline.tables.manifest import Manifest, open_table
+
+ROOT = Path(__file__).resolve().parents[1]
+N_TEXTS = 240
+SETTINGS = {"split_bytes": 3000, "keep_fields": "year", "max_dead_fraction": 0.5}
+FLAGS = [f"--{name}={value}" for name, value in SETTINGS.items()]
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory) -> Path:
+    """Three files with ids of their own, of which every tenth occurs again: nearby, and in another file."""
+    folder = tmp_path_factory.mktemp("corpus")
+    texts = some_texts(N_TEXTS, seed=31)
+    records: list[dict[str, Any]] = [{"id": f"n{i}", "text": text, "year": i} for i, text in enumerate(texts)]
+    again = [{"id": f"n{i}", "text": "somebody else's text", "year": -i} for i in range(0, N_TEXTS, 10)]
+    records = [*records[:200], *again[:4], *records[200:], *again[4:]]
+    for i in range(3):
+        write_jsonl(folder / f"part-{i}.jsonl", records[88 * i : 88 * (i + 1)])
+    assert len(records) == 3 * 88
+    assert len(plan_input(make_config(folder, **SETTINGS).read).splits) >= 10
+    return folder
+
+
+@pytest.fixture(scope="module")
+def local(corpus, tmp_path_factory) -> Rows:
+    table = str(tmp_path_factory.mktemp("local") / "table")
+    check_counts(run_pipeline(corpus, output=table, **SETTINGS), table)
+    rows = read_rows(table)
+    for i, text in enumerate(some_texts(N_TEXTS, seed=31)):
+        packed = official_pack([text], len(official_tokens(text)) + 2)
+        assert_close(rows[f"n{i}", 0]["embedding"], expected_vector(packed, "pooled_output"), text)
+        assert rows[f"n{i}", 0]["year"] == i
+    return rows
+
+
+def check_counts(manifest: Manifest, table: str) -> None:
+    """What was counted does not depend on the engine either, and the later of two equal ids loses everywhere."""
+    assert manifest.rows == N_TEXTS
+    assert manifest.dead_letters == {"duplicate_id": 24}
+    assert sum(file.rows for file in manifest.files) == N_TEXTS
+    assert manifest.counts["read"]["records"] == N_TEXTS + 24
+    assert manifest.counts["read"]["documents"] == manifest.counts["preprocess"]["documents"] == N_TEXTS
+    assert manifest.counts["write_embeddings"]["records"] == manifest.counts["encode"]["rows"] == N_TEXTS
+    letters = read_dead_letters(table)
+    assert sorted(letter["id"] for letter in letters) == sorted(f"n{i}" for i in range(0, N_TEXTS, 10))
+    assert {letter["text"] for letter in letters} == {"somebody else's text"}
+
+
+def assert_same_table(table: str, local: Rows) -> None:
+    manifest, _ = open_table(table)
+    check_counts(manifest, table)
+    rows = read_rows(table)
+    assert set(rows) == set(local)
+    for key, row in rows.items():
+        assert_close(row["embedding"], local[key]["embedding"], key)
+        assert {name: value for name, value in row.items() if name != "embedding"} == {
+            name: value for name, value in local[key].items() if name != "embedding"
+        }
+    assert not list(Path(table, "attempts").iterdir())
+
+
+def test_two_processes_give_the_same_table(corpus, local, tmp_path, monkeypatch):
+    kept: list[dict[str, Any]] = []
+
+    def keep_progress(folder: str, **options: Any) -> None:
+        kept.extend(json.loads(path.read_text()) for path in Path(folder).glob("*.json"))
+        rmtree(folder, **options)
+
+    rmtree = shutil.rmtree
+    monkeypatch.setattr(pipeline.job.shutil, "rmtree", keep_progress)
+    monkeypatch.setenv("PYTHONPATH", str(ROOT), prepend=os.pathsep)
+    table = str(tmp_path / "table")
+    processes = ["--direct_running_mode=multi_processing", "--direct_num_workers=2"]
+    manifest = run_pipeline(corpus, processes, output=table, **SETTINGS)
+    assert_same_table(table, local)
+    assert len([progress for progress in kept if progress.get("documents")]) == 2, "one process read everything"
+    assert len(manifest.files) >= 2
+
+
+def test_threads_give_the_same_table(corpus, local, tmp_path):
+    table = str(tmp_path / "table")
+    threads = ["--direct_running_mode=multi_threading", "--direct_num_workers=3"]
+    manifest = run_pipeline(corpus, threads, output=table, **SETTINGS)
+    assert_same_table(table, local)
+    assert len(manifest.files) >= 2
+
+
+def test_repeated_bundles_give_the_same_table(corpus, local, tmp_path):
+    table = str(tmp_path / "table")
+    run_pipeline(corpus, ["--direct_runner_bundle_repeat=1"], output=table, **SETTINGS)
+    assert_same_table(table, local)
+
+
+def embed_command(corpus: Path, table: str) -> list[str]:
+    own = [f"--input={corpus}/*.jsonl", f"--output={table}", "--id_field=id", f"--encoder={ENCODER}"]
+    return [sys.executable, "-m", "pipeline.cli", "embed", *own, *FLAGS]
+
+
+def find_services(log_dir: Path) -> list[int]:
+    """Process ids of everything that has the marker of this test in its environment."""
+    marker = f"EMBEAM_TEST={log_dir}".encode()
+    found = []
+    for path in Path("/proc").glob("[0-9]*/environ"):
+        try:
+            if marker in path.read_bytes().split(b"\0"):
+                found.append(int(path.parent.name))
+        except OSError:
+            continue
+    return found
+
+
+def test_a_job_service_and_a_worker_pool_give_the_same_table(corpus, local, tmp_path):
+    table = str(tmp_path / "table")
+    command = [
+        sys.executable,
+        "-m",
+        "runners.portable",
+        f"--log_dir={tmp_path / 'logs'}",
+        *embed_command(corpus, table),
+    ]
+    environment = os.environ | {"EMBEAM_TEST": str(tmp_path / "logs")}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=110, check=False)
+    logs = "".join(path.read_text()[-3000:] for path in (tmp_path / "logs").glob("*.log"))
+    assert done.returncode == 0, done.stderr[-3000:] + logs
+    assert_same_table(table, local)
+    assert "SdkHarness" in (tmp_path / "logs/runners.worker.worker_pool_main.log").read_text(), "no worker was started"
+    assert find_services(tmp_path / "logs") == []
+
+
+def test_the_portable_services_end_with_what_started_them(tmp_path):
+    command = [sys.executable, "-m", "runners.portable", f"--log_dir={tmp_path}"]
+    environment = os.environ | {"EMBEAM_TEST": str(tmp_path)}
+    process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True)
+    try:
+        assert process.stdout is not None
+        flags = process.stdout.readline().split()
+        assert [flag.split("=")[0] for flag in flags] == [
+            "--runner",
+            "--job_endpoint",
+            "--environment_type",
+            "--environment_config",
+        ]
+        assert len(find_services(tmp_path)) == 3
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(20) == 128 + signal.SIGTERM
+    finally:
+        process.kill()
+        process.wait()
+    deadline = time.monotonic() + 5
+    while find_services(tmp_path) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert find_services(tmp_path) == []
+
+
+def test_the_portable_services_pass_on_the_exit_code(tmp_path):
+    command = [sys.executable, "-m", "runners.portable", sys.executable, "-c", "import sys; sys.exit(7)"]
+    assert subprocess.run(command, cwd=ROOT, timeout=60, check=False).returncode == 7
+
+
+def test_tables_are_compared_number_by_number(local):
+    """The comparison above would notice one wrong number in one row."""
+    changed = {key: dict(row) for key, row in local.items()}
+    changed["n7", 0]["embedding"] = changed["n7", 0]["embedding"] + np.float32(1e-4)
+    with pytest.raises(AssertionError, match="off by"):
+        for key, row in changed.items():
+            assert_close(row["embedding"], local[key]["embedding"], key)

@@ -1,0 +1,203 @@
+"""What may wait or be held: on the local engine nothing that grows with the corpus crosses between stages."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import apache_beam as beam
+import pytest
+from apache_beam.portability import common_urns
+from apache_beam.portability.api import beam_runner_api_pb2
+from apache_beam.runners.portability.fn_api_runner import fn_runner
+from support import as_records, make_config, some_texts, write_jsonl
+
+import pipeline.embed
+from pipeline.embed import build_pipeline
+from pipeline.job import prepare_job
+from pipeline.preprocess.chunking import Preprocess
+
+ROOT = Path(__file__).resolve().parents[1]
+PAR_DO = common_urns.primitives.PAR_DO.urn
+CROSSING = {
+    common_urns.primitives.GROUP_BY_KEY.urn: "GroupByKey",
+    common_urns.primitives.FLATTEN.urn: "Flatten",
+    common_urns.composites.RESHUFFLE.urn: "Reshuffle",
+}
+
+
+def build_proto(folder: Path, **settings: Any) -> beam_runner_api_pb2.Pipeline:
+    write_jsonl(folder / "corpus.jsonl", as_records(some_texts(20)))
+    job = prepare_job(make_config(folder, split_bytes=500, **settings))
+    assert len(job.input.splits) > 1
+    p = beam.Pipeline(runner="FnApiRunner")
+    build_pipeline(p, job)
+    return p.to_runner_api(default_environment=beam.transforms.environments.EmbeddedPythonEnvironment.default())
+
+
+def find_producers(proto: beam_runner_api_pb2.Pipeline) -> dict[str, str]:
+    """PCollection -> `transform.tag`, the primitive one that makes it."""
+    return {
+        collection: f"{transform.unique_name}.{tag}"
+        for transform in proto.components.transforms.values()
+        if not transform.subtransforms
+        for tag, collection in transform.outputs.items()
+    }
+
+
+def list_side_inputs(transform: beam_runner_api_pb2.PTransform) -> list[str]:
+    """The PCollections that a ParDo takes as a whole."""
+    if transform.spec.urn != PAR_DO:
+        return []
+    payload = beam_runner_api_pb2.ParDoPayload.FromString(transform.spec.payload)
+    return [transform.inputs[tag] for tag in payload.side_inputs]
+
+
+def find_crossings(proto: beam_runner_api_pb2.Pipeline) -> set[tuple[str, str]]:
+    """All (producer, kind of crossing) at which a PCollection is held, shuffled or merged."""
+    producers = find_producers(proto)
+    crossings = set()
+    for transform in proto.components.transforms.values():
+        if kind := CROSSING.get(transform.spec.urn):
+            crossings |= {(producers[collection], kind) for collection in transform.inputs.values()}
+        crossings |= {(producers[collection], "side input") for collection in list_side_inputs(transform)}
+    return crossings
+
+
+def find_documents(proto: beam_runner_api_pb2.Pipeline) -> set[str]:
+    """Producers of all that grows with the corpus: what is made of the splits that are read, up to files and counts.
+
+    A writer gives the files that it finished, and every stage its counts under `tallies`, once a bundle.
+    """
+    producers = find_producers(proto)
+    growing, waiting = set(), [name for name in producers.values() if "ParDo(ReadSplit)" in name]
+    while waiting:
+        name = waiting.pop()
+        if name.endswith(".tallies") or "ParDo(WriteRecords)" in name or name in growing:
+            continue
+        growing.add(name)
+        (collection,) = (collection for collection, producer in producers.items() if producer == name)
+        for transform in proto.components.transforms.values():
+            if collection in transform.inputs.values() and collection not in transform.outputs.values():
+                waiting += [producers[output] for output in transform.outputs.values()]
+    return growing
+
+
+def find_large_crossings(proto: beam_runner_api_pb2.Pipeline) -> set[tuple[str, str]]:
+    growing = find_documents(proto)
+    return {(producer, kind) for producer, kind in find_crossings(proto) if producer in growing}
+
+
+SETTINGS = [
+    {},
+    {"id_field": ""},
+    {"on_long": "average", "max_tokens": 16},
+    {"output_format": "parquet", "vector": "sequence_output:tokens"},
+]
+
+
+@pytest.mark.parametrize("settings", SETTINGS, ids=["ids", "no_ids", "average", "tokens"])
+def test_nothing_that_grows_with_the_corpus_crosses_between_stages(settings, tmp_path):
+    proto = build_proto(tmp_path, **settings)
+    growing = {name.split("(")[-1] for name in find_documents(proto)}
+    assert growing == {
+        "ReadSplit).None",
+        "ReadSplit).dead_letters",
+        "SplitDocuments).None",
+        "SplitDocuments).dead_letters",
+        "CollectBatches).None",
+        "Encode/RunInference/BeamML_RunInference.None",
+        "FinishVectors).None",
+        "FinishVectors).dead_letters",
+    }
+    assert find_large_crossings(proto) == set()
+
+
+@pytest.mark.parametrize("id_field", ["", "id"])
+def test_only_splits_paths_finished_files_and_counts_cross(id_field, tmp_path):
+    crossings = find_crossings(build_proto(tmp_path, id_field=id_field))
+    assert {kind for _, kind in crossings} == {"Flatten", "side input", "Reshuffle", "GroupByKey"}
+    writers = {f"Write{part}" for part in ("Rows", "ReadDeadLetters", "PreprocessDeadLetters", "EncodeDeadLetters")}
+    scans = {("side input", "Read/ScanIds"), ("side input", "Read/FindDuplicates")} if id_field else set()
+    assert {(kind, "/".join(producer.split("/")[:2]).partition(".")[0]) for producer, kind in crossings} == {
+        ("Reshuffle", "Read/Splits"),
+        ("GroupByKey", "Read/Splits"),
+        *scans,
+        *(("Flatten", f"{writer}/WriteRecords") for writer in writers),  # files and counts
+        ("Flatten", "Read/Read"),
+        ("Flatten", "Preprocess/SplitDocuments"),
+        ("Flatten", "Batch/CollectBatches"),
+        ("Flatten", "Finish/FinishVectors"),
+        ("side input", "Shards"),
+        ("side input", "Tallies"),
+    }
+
+
+def test_everything_from_reading_to_writing_is_one_fused_stage(tmp_path):
+    _, stages = fn_runner.FnApiRunner().create_stages(build_proto(tmp_path))
+    (reading,) = (stage for stage in stages if any("ParDo(ReadSplit)" in t.unique_name for t in stage.transforms))
+    names = "\n".join(transform.unique_name for transform in reading.transforms)
+    for step in ("SplitDocuments", "CollectBatches", "BeamML_RunInference", "FinishVectors", "WriteRows/WriteRecords"):
+        assert step in names
+    assert names.count("ParDo(WriteRecords)") == 4
+
+
+class CrossingPreprocess(Preprocess):
+    """A way to read the corpus that would hold it in memory."""
+
+    kind = ""
+
+    def expand(self, documents: beam.PCollection) -> tuple:
+        if self.kind == "Reshuffle":
+            documents = documents | beam.Reshuffle()
+        elif self.kind == "Flatten":
+            documents = (documents, documents) | beam.Flatten()
+        elif self.kind == "side input":
+            beginning = documents.pipeline | beam.Create([None])
+            documents = beginning | beam.FlatMap(lambda _, all_documents: all_documents, beam.pvalue.AsIter(documents))
+        return super().expand(documents)
+
+
+@pytest.mark.parametrize("kind", ["Reshuffle", "Flatten", "side input"])
+def test_the_search_finds_what_must_not_be(kind, tmp_path, monkeypatch):
+    monkeypatch.setattr(CrossingPreprocess, "kind", kind)
+    monkeypatch.setattr(pipeline.embed, "Preprocess", CrossingPreprocess)
+    found = find_large_crossings(build_proto(tmp_path))
+    assert ("Read/Read/ParDo(ReadSplit).None", kind) in found
+
+
+# --- what is imported when -------------------------------------------------------------------------------------------
+
+
+def list_modules(code: str) -> set[str]:
+    """The modules that a fresh Python has loaded after some code."""
+    script = f"import sys\ntry:\n    {code}\nexcept SystemExit:\n    pass\nprint('\\nMODULES', *sys.modules)"
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=True)
+    return set(done.stdout.rpartition("MODULES")[2].split())
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "import pipeline",
+        "from pipeline import EmbedConfig",
+        "from pipeline.cli import main; main(['--help'])",
+        "from pipeline.cli import main; main(['embed', '--help'])",
+        "from pipeline.cli import main; main(['--version'])",
+    ],
+)
+def test_help_and_import_load_neither_tensorflow_nor_beam(code):
+    modules = list_modules(code)
+    assert "pipeline" in modules
+    heavy = {"tensorflow", "tensorflow_text", "tensorflow_hub", "tfx_bsl", "apache_beam", "pyarrow", "keras"}
+    assert not heavy & modules
+
+
+def test_importing_the_graph_loads_beam_but_not_tensorflow():
+    modules = list_modules("import pipeline.job")
+    assert "apache_beam" in modules
+    assert not {"tensorflow", "tensorflow_text", "tfx_bsl"} & modules
