@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import gc
 import os
 import signal
-import subprocess
 import sys
 import threading
 from collections.abc import Callable
+
+import psutil
 
 from pipeline.errors import EmbeamError, RunError
 
@@ -49,25 +49,28 @@ def on_stop(clean_up: Callable[[], object]) -> Callable[[], None]:
 def watch_signals() -> None:
     """Ends the process within moments of Ctrl-C or SIGTERM: one line, no child left, nothing half published.
 
-    Python would raise KeyboardInterrupt in the main thread, and Beam report it as a failure of some DoFn. So the signals are blocked for all threads, and for worker processes, which inherit that; a thread waits for them.
+    Python would raise KeyboardInterrupt in the main thread, and Beam report it as a failure of some DoFn. So all threads
+    block the signals, and one of its own waits for them.
     """
     signals = {signal.SIGINT, signal.SIGTERM}
     signal.pthread_sigmask(signal.SIG_BLOCK, signals)
+    if sys.platform == "linux":  # where a blocked signal waits even if it is ignored
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # for the workers: the shell they start from clears the mask
 
     def wait() -> None:
         number = signal.sigwait(signals)
-        sys.stderr.write("\nembeam: stopped; a table is what it was last published as; run the same command again\n")
         sys.stderr.flush()
-        # Beam keeps its worker processes to itself.
-        for child in gc.get_objects():
-            if isinstance(child, subprocess.Popen) and child.poll() is None:
-                child.kill()
+        terminal = os.dup(2)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # Beam's threads have a lot to say about workers that are gone
+        os.write(terminal, b"\nembeam: stopped; a table is what it was last published as; run the same command again\n")
+        for child in psutil.Process().children(recursive=True):  # Beam starts its workers through a shell
+            child.kill()
         PUBLISHING.acquire()
         for clean_up in list(_on_stop):
             try:
                 clean_up()
             except Exception as error:
-                sys.stderr.write(f"embeam: what the run had written could not be removed: {error}\n")
+                os.write(terminal, f"embeam: what the run had written could not be removed: {error}\n".encode())
         os._exit(128 + number)
 
     if all(thread.name != _WATCHER for thread in threading.enumerate()):

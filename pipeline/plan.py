@@ -62,7 +62,7 @@ def plan_embedding(config: EmbedConfig) -> EmbedPlan:
     encoder, model = describe_encoder(config.encoder)
     if encoder.takes == "texts" and config.read.pair_field:
         raise ConfigError(f"--pair_field={config.read.pair_field}: this encoder takes one string; join the fields")
-    split, preprocessing = choose_split_rule(config.preprocess, encoder, model)
+    split, preprocessing = choose_split_rule(config.preprocess, encoder, model, config.read.pair_field)
     if encoder.takes == "texts":
         lengths = tuple(1 << power for power in range(4, 32))
     else:
@@ -93,7 +93,7 @@ def plan_embedding(config: EmbedConfig) -> EmbedPlan:
 
 
 def choose_split_rule(
-    config: PreprocessConfig, encoder: EncoderSpec, model: SavedModelSpec
+    config: PreprocessConfig, encoder: EncoderSpec, model: SavedModelSpec, pair_field: str = ""
 ) -> tuple[SplitRule, dict[str, Any]]:
     """Chooses how documents are tokenised and cut, and says what of it changes vectors.
 
@@ -126,7 +126,7 @@ def choose_split_rule(
             )
     vocabulary = find_vocabulary(model)
     if config.preprocessor and (vocabulary is None or not agrees_with_preprocessor(vocabulary, model.folder)):
-        return _use_preprocessor_as_is(config, model, max_tokens, cutting)
+        return _use_preprocessor_as_is(config, model, max_tokens, cutting, pair_field)
     if vocabulary is None:
         raise ConfigError(
             f"--encoder={encoder.handle} carries no vocabulary; name its preprocessor with --preprocessor"
@@ -148,12 +148,14 @@ def choose_split_rule(
 
 
 def _use_preprocessor_as_is(
-    config: PreprocessConfig, model: SavedModelSpec, max_tokens: int, cutting: dict[str, Any]
+    config: PreprocessConfig, model: SavedModelSpec, max_tokens: int, cutting: dict[str, Any], pair_field: str
 ) -> tuple[SplitRule, dict[str, Any]]:
     shown = f"--preprocessor={config.preprocessor} is of an unknown kind and called as it is"
     if config.on_long != "truncate":
         raise ConfigError(f"{shown}: it cuts long texts itself; leave out --on_long={config.on_long}")
     if not {"tokenize", "bert_pack_inputs"} <= model.methods:
+        if pair_field:
+            raise ConfigError(f"{shown}: it cannot pack two segments; leave out --pair_field={pair_field}")
         if config.max_tokens not in (0, FIXED_PREPROCESSOR_LENGTH):
             raise ConfigError(f"{shown}: it packs to {FIXED_PREPROCESSOR_LENGTH} tokens; leave out --max_tokens")
         max_tokens = FIXED_PREPROCESSOR_LENGTH

@@ -37,14 +37,14 @@ class LoadedEncoder:
         return Encoded(batch, vectors, errors, time.perf_counter() - begun)
 
     def _encode_parts(self, batch: Batch) -> tuple[list, list[str]]:
-        if len(batch) > 1 and batch.rows * batch.length > self.most_tokens:
+        if batch.rows > 1 and batch.rows * batch.length > self.most_tokens:
             return self._encode_halves(batch)
         import tensorflow as tf
 
         try:
             return list(self.encoder.encode(batch)), [""] * len(batch)
         except (tf.errors.ResourceExhaustedError, MemoryError) as error:
-            if len(batch) == 1:
+            if batch.rows == 1:
                 return [None], [f"one input of {batch.length} tokens does not fit into memory: {_first_line(error)}"]
             self.most_tokens = min(self.most_tokens, batch.rows * batch.length / 2)
             _LOGGER.warning("out of memory at %d x %d tokens; batches are halved", batch.rows, batch.length)
@@ -56,10 +56,11 @@ class LoadedEncoder:
     def _encode_halves(self, batch: Batch) -> tuple[list, list[str]]:
         middle = (len(batch) + 1) // 2
         rows = max(middle, batch.rows // 2)
-        first, second = (Batch(part, batch.length, rows) for part in (batch[:middle], batch[middle:]))
-        vectors, errors = self._encode_parts(first)
-        more_vectors, more_errors = self._encode_parts(second)
-        return vectors + more_vectors, errors + more_errors
+        vectors, errors = self._encode_parts(Batch(batch[:middle], batch.length, rows))
+        if middle < len(batch):  # one chunk among padding rows has no second half
+            more_vectors, more_errors = self._encode_parts(Batch(batch[middle:], batch.length, rows))
+            vectors, errors = vectors + more_vectors, errors + more_errors
+        return vectors, errors
 
 
 class EncoderHandler(ModelHandler[Batch, Encoded, LoadedEncoder]):

@@ -13,6 +13,7 @@ import apache_beam as beam
 import numpy as np
 from apache_beam.transforms.window import GlobalWindows
 
+from pipeline.errors import ConfigError
 from pipeline.preprocess.wordpiece import Vocabulary, load_tokenizer
 from pipeline.records import Chunk, DeadLetter, Document, Tally
 
@@ -188,6 +189,8 @@ class PreprocessorSplitter:
         if hasattr(self._model, "tokenize") and hasattr(self._model, "bert_pack_inputs"):
             tokens = [self._model.tokenize(tf.constant(segment)) for segment in segments]
             packed = self._model.bert_pack_inputs(tokens, seq_length=tf.constant(self.rule.max_tokens))
+        elif len(segments) > 1:
+            raise ConfigError(f"{self.rule.folder} cannot pack two segments; give documents without a pair")
         else:
             packed = self._model(tf.constant(segments[0]))
         return tuple(packed[name].numpy() for name in ("input_word_ids", "input_mask", "input_type_ids"))
@@ -204,6 +207,8 @@ class TextRule:
 
     def split(self, documents: Sequence[Document]) -> Iterator[Union[Chunk, DeadLetter]]:
         for document in documents:
+            if document.pair is not None:
+                raise ConfigError(f"{document.id!r} has a pair, and this encoder takes one string; join the two")
             text = self.prefix + document.text
             yield Chunk(document, hash_content(text, None), 0, 1, text.encode(), 0, 1, None)
 

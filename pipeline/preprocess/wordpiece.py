@@ -77,12 +77,8 @@ def find_vocabulary(spec: SavedModelSpec) -> Optional[Vocabulary]:
 
 def agrees_with_preprocessor(vocabulary: Vocabulary, folder: str) -> bool:
     """Whether our tokens equal those of a preprocessor SavedModel on a few hostile texts; remembered in the cache."""
-    facts = [
-        hash_file(str(Path(folder, "saved_model.pb"))),
-        *PROBE_TEXTS,
-        str(vocabulary.lower_case),
-        *vocabulary.pieces,
-    ]
+    graph = hash_file(str(Path(folder, "saved_model.pb")))
+    facts = [graph, *PROBE_TEXTS, str(vocabulary.lower_case), *vocabulary.pieces]
     digest = hashlib.sha256("\n".join(facts).encode("utf-8", "surrogateescape")).hexdigest()[:24]
     return remembered(f"tokenizer-{digest}", lambda: _compare_tokens(vocabulary, folder))
 
@@ -128,6 +124,8 @@ class Tokenizer:
           ids: int32 `[total]`, the token ids of all texts one after the other.
           splits: int64 `[len(texts) + 1]`; text i has `ids[splits[i]:splits[i + 1]]`.
         """
+        if not texts:
+            return np.zeros(0, np.int32), np.zeros(1, np.int64)
         exact = [i for i, text in enumerate(texts) if not text.isascii() and self._different.search(text)]
         if not exact:
             return self._run(self._fast, texts)

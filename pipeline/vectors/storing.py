@@ -14,6 +14,7 @@ import numpy as np
 
 from pipeline.config import VectorConfig
 
+_LARGEST_SCALE = np.nextafter(np.finfo(np.float32).max / np.float32(127), np.float32(0))  # x 127 stays finite
 STORED_DTYPES = {"float32": "<f4", "float16": "<f2", "int8": "i1", "binary": "u1"}
 
 
@@ -45,7 +46,7 @@ def quantize_vectors(vectors: np.ndarray, dtype: str) -> tuple[np.ndarray, np.nd
     """
     scales = np.zeros(len(vectors), np.float32)
     if dtype == "int8":
-        scales = np.abs(vectors).max(1, initial=0) / np.float32(127)
+        scales = np.minimum(np.abs(vectors).max(1, initial=0) / np.float32(127), _LARGEST_SCALE)
         divisors = np.where(scales > 0, scales, 1)[:, None]
         return np.clip(np.rint(vectors / divisors), -127, 127).astype(np.int8), scales
     if dtype == "binary":
