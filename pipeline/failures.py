@@ -49,8 +49,8 @@ def on_stop(clean_up: Callable[[], object]) -> Callable[[], None]:
 def watch_signals() -> None:
     """Ends the process within moments of Ctrl-C or SIGTERM: one line, no child left, nothing half published.
 
-    Python would raise KeyboardInterrupt in the main thread, and Beam report it as a failure of some DoFn. So all threads
-    block the signals, and one of its own waits for them.
+    Python would raise KeyboardInterrupt in the main thread, and Beam report it as a failure of some DoFn. So all
+    threads block the signals, and one of its own waits for them.
     """
     signals = {signal.SIGINT, signal.SIGTERM}
     signal.pthread_sigmask(signal.SIG_BLOCK, signals)

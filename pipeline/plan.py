@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from pipeline.cache import hash_file
@@ -69,6 +69,7 @@ def plan_embedding(config: EmbedConfig) -> EmbedPlan:
         assert not isinstance(split, TextRule)
         lengths = tuple(bucket_lengths(split.max_tokens))
     native = encoder.dimension or measure_dimension(encoder)
+    encoder = replace(encoder, dimension=native)
     if config.vectors.dimensions > native:
         raise ConfigError(f"--dimensions={config.vectors.dimensions} exceeds the encoder's {native}; lower it")
     dimension = config.vectors.dimensions or native

@@ -57,7 +57,7 @@ class Embedder:
             size = chunk.n_tokens if self.plan.vectors.counts_tokens else len(chunk.ids)
             if batch := batcher.add(chunk, size):
                 batches.append(batch)
-        vectors = np.zeros((len(texts), self.plan.encoder.dimension or self.plan.dimension), np.float32)
+        vectors = np.zeros((len(texts), self.plan.encoder.dimension), np.float32)
         averager = ChunkAverager()
         for batch in [*batches, *batcher.drain()]:
             encoded = self._encoder.encode(batch)
