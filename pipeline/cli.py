@@ -161,7 +161,7 @@ def run_query(known: argparse.Namespace) -> None:
     from pipeline.runtime import load_tensorflow
 
     load_tensorflow()
-    print(format_hits(known.text, find_nearest(known.table, known.text, known.top, known.pair)))
+    print(format_hits(known.table, known.text, find_nearest(known.table, known.text, known.top, known.pair)))
 
 
 if __name__ == "__main__":
