@@ -31,6 +31,7 @@ EXIT_FAILED, EXIT_USAGE = 1, 2
 def run() -> None:
     """The console command: `main`, without the second and a half that Python takes to tear TensorFlow and Beam down."""
     code = 0
+    watch_signals()
     try:
         main()
     except SystemExit as stop:
@@ -55,7 +56,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
             raise ConfigError("name a verb: embeam embed, embeam show or embeam query; embeam --help says more")
         debug = getattr(known, "debug", False)
         set_up_logging(debug)
-        watch_signals()
         if known.verb == "embed":
             run_embed(known, rest, embed_parser.flags())
         else:

@@ -14,11 +14,11 @@ from pipeline.progress import read_progress
 class ProgressReporter:
     """The launcher's end: a bar on a terminal, elsewhere a line every few seconds, from a thread of its own."""
 
-    def __init__(self, folder: str, total_bytes: int, stream: TextIO = sys.stderr, line_seconds: float = 10) -> None:
+    def __init__(self, folder: str, total_bytes: int, stream: TextIO | None = None, line_seconds: float = 10) -> None:
         self._folder = folder
         self._total_bytes = total_bytes
-        self._stream = stream
-        self._is_terminal = stream.isatty()
+        self._stream = stream or sys.stderr  # as it is now: notebooks and tests replace it
+        self._is_terminal = self._stream.isatty()
         self._seconds = 0.5 if self._is_terminal else line_seconds
         self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._report, name="embeam-progress", daemon=True)

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from pipeline.report.summary import describe_training
+from pipeline.report.summary import describe_training, shorten_line
 from pipeline.tables.embedder import load_embedder
 from pipeline.tables.manifest import open_table
 from pipeline.tables.read import iter_columns
@@ -50,11 +50,10 @@ def find_nearest(table: str, text: str, top: int = 5, pair: str | None = None) -
 
 def format_hits(table: str, text: str, hits: list[Hit]) -> str:
     """What `embeam query` prints."""
-    lines = [f'nearest to "{text}":']
+    lines = [f'nearest to "{shorten_line(text)}":']
     for hit in hits:
         name = hit.id + (f" chunk {hit.chunk}" if hit.chunk else "")
-        shown = " ".join((hit.text or "").split())
-        lines.append(f"  {hit.score:6.3f}  {name:<24} {shown if len(shown) <= 90 else shown[:87] + '...'}".rstrip())
+        lines.append(f"  {hit.score:6.3f}  {name:<24} {shorten_line(hit.text or '')}".rstrip())
     if note := describe_training(open_table(table)[0]):
         lines.append(f"  note: {note}")
     return "\n".join(lines)

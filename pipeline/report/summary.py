@@ -82,5 +82,10 @@ def _shorten(value: Any) -> str:
     if isinstance(value, np.ndarray):
         shape = " x ".join(map(str, value.shape))
         return f"[{', '.join(f'{number:.4f}' for number in value.flat[:4])}, ...] ({shape})"
-    text = repr(value) if not isinstance(value, str) else " ".join(value.split())
-    return text if len(text) <= 100 else text[:97] + "..."
+    return shorten_line(value) if isinstance(value, str) else repr(value)
+
+
+def shorten_line(text: str, width: int = 90) -> str:
+    """A text as one line of at most `width` characters."""
+    line = " ".join(text.split())
+    return line if len(line) <= width else line[: width - 3] + "..."

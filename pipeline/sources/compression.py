@@ -99,6 +99,8 @@ _DECODE_ERRORS = (zlib.error, zstandard.ZstdError, OSError, ValueError, EOFError
 class RawFile(io.RawIOBase):
     """A file of any Beam file system as a raw stream; whatever goes wrong below becomes UnreadableFile."""
 
+    _file: Any = None  # Python closes, at the end, what could not even be opened
+
     def __init__(self, path: str, start: int = 0) -> None:
         self.path = path
         self.position = start
@@ -124,7 +126,8 @@ class RawFile(io.RawIOBase):
     def close(self) -> None:
         if not self.closed:
             super().close()
-            self._file.close()
+            if self._file is not None:
+                self._file.close()
 
 
 class DecodedFile(io.RawIOBase):
