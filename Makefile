@@ -15,9 +15,9 @@ $(READY): pyproject.toml requirements.lock setup.py
 
 demo: $(READY)
 	$(BIN)/embeam embed --input='examples/demo/corpus/*' --output=build/demo --keep_text --vector=sequence_output:mean
-	$(BIN)/embeam query build/demo "how to keep slugs away from lettuce"
-	$(BIN)/embeam query build/demo "why do stars twinkle?"
-	$(BIN)/embeam query build/demo "saving a little money every month"
+	$(BIN)/embeam query build/demo "the four largest moons of Jupiter change places from night to night" --top=3
+	$(BIN)/embeam query build/demo "tulip bulbs planted too shallow are dug up" --top=3
+	$(BIN)/embeam query build/demo "sourdough starter smells of nail varnish" --top=3
 
 test: $(READY)
 	@$(BIN)/python -m pytest -q

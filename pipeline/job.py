@@ -108,7 +108,7 @@ def prepare_job(config: EmbedConfig, distributed: bool = False, status_folder: s
     if not found.files:
         raise InputError(f"--input={' '.join(config.read.input)} matches only empty files; give files with text")
     for path in found.empty_files:
-        _LOGGER.warning("%s is empty", path)
+        _LOGGER.warning("%s is empty and holds no documents", path)
     kept = tuple(infer_kept_fields(found, config.read))
     plan = plan_embedding(config)
     previous = check_output(table)
