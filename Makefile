@@ -28,7 +28,7 @@ lint: $(READY)
 	@$(BIN)/mypy
 
 bench: $(READY)
-	$(VENV)/bin/python -m benchmarks
+	$(BIN)/python -m benchmarks
 
 # Keeps the environment; to start that over too: rm -rf .venv
 clean:

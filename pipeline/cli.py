@@ -53,13 +53,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         known, rest = parser.parse_known_args(arguments)
         if not known.verb:
+            refuse(rest, parser.flags())
             raise ConfigError("name a verb: embeam embed, embeam show or embeam query; embeam --help says more")
         debug = getattr(known, "debug", False)
         set_up_logging(debug)
         if known.verb == "embed":
             run_embed(known, rest, embed_parser.flags())
         else:
-            refuse(rest, known.parser.flags())
+            refuse(rest, known.parser.flags(), stray="put a text of several words in quotes")
             known.run(known)
     except EmbeamError as error:
         if debug:
@@ -96,14 +97,20 @@ def build_parsers() -> tuple[Parser, Parser]:
     )
     engine.add_argument("--debug", action="store_true", help="show Beam's log and where an error comes from")
 
-    show = verbs.add_parser("show", help="print what a table holds")
+    show = verbs.add_parser(
+        "show", help="print what a table holds", description="Prints a table's manifest in short, and rows."
+    )
     show.add_argument("table", metavar="DIR", help="folder of the table")
     show.add_argument("--rows", type=at_least_one, default=3, metavar="N", help="how many rows to print (default: 3)")
     show.set_defaults(run=run_show, parser=show)
 
-    query = verbs.add_parser("query", help="print the rows nearest to a text")
+    query = verbs.add_parser(
+        "query",
+        help="print the rows nearest to a text",
+        description="Embeds a text exactly as the table was made, and prints the rows nearest to it.",
+    )
     query.add_argument("table", metavar="DIR", help="folder of the table")
-    query.add_argument("text", help="what to look for")
+    query.add_argument("text", metavar="TEXT", help="what to look for")
     query.add_argument("--pair", metavar="TEXT", help="second segment, for a table of pairs")
     query.add_argument("--top", type=at_least_one, default=5, metavar="N", help="how many rows to print (default: 5)")
     query.set_defaults(run=run_query, parser=query)
@@ -115,8 +122,6 @@ def set_up_logging(debug: bool = False) -> None:
     logging.basicConfig(format="embeam: %(message)s", level=logging.INFO if debug else logging.WARNING)
     if not debug:
         logging.getLogger("apache_beam").setLevel(logging.CRITICAL)
-        # Beam 2.77 says so of every load, wherever torch is not installed.
-        logging.getLogger().addFilter(lambda record: "Resource module is not available" not in record.getMessage())
 
 
 def run_embed(known: argparse.Namespace, rest: list[str], own: list[str]) -> None:
@@ -137,9 +142,7 @@ def run_embed(known: argparse.Namespace, rest: list[str], own: list[str]) -> Non
     from pipeline.engine import is_local
     from pipeline.job import build_table
     from pipeline.report.summary import format_summary
-    from pipeline.runtime import load_tensorflow
 
-    load_tensorflow()
     options = PipelineOptions([*flags, f"--runner={'FnApiRunner' if is_local(runner) else runner}"])
     print(format_summary(build_table(config, options, show_progress=True), config.write.output))
 
@@ -150,17 +153,13 @@ def engine_list(value: str | list[str]) -> list[str]:
 
 def run_show(known: argparse.Namespace) -> None:
     from pipeline.report.summary import format_table
-    from pipeline.runtime import load_tensorflow
 
-    load_tensorflow()
     print(format_table(known.table, known.rows))
 
 
 def run_query(known: argparse.Namespace) -> None:
     from pipeline.report.query import find_nearest, format_hits
-    from pipeline.runtime import load_tensorflow
 
-    load_tensorflow()
     print(format_hits(known.table, known.text, find_nearest(known.table, known.text, known.top, known.pair)))
 
 

@@ -94,11 +94,13 @@ class ReadConfig(_Checked):
         ("auto", "text", "jsonl", "csv", "tsv", "parquet", "tfrecord"),
     )
     text_mode: str = setting("what one document is in a text file", "line", ("line", "paragraph", "file"))
-    id_field: str = setting("field that holds the document's id; without it ids are FILE@POSITION", "")
+    id_field: str = setting("field that holds the document's id; without it ids are FILE@POSITION", "", metavar="NAME")
     text_field: tuple[str, ...] = setting("field with the text; several are joined by a blank: title,body", ("text",))
-    pair_field: str = setting("field with a second segment (input_type_ids 1)", "")
-    keep_fields: tuple[str, ...] = setting("fields to copy into the table: name or name:type, comma-separated", ())
-    limit: int = setting("stop after about so many documents, for a trial; 0 reads everything", 0)
+    pair_field: str = setting("field with a second segment (input_type_ids 1)", "", metavar="NAME")
+    keep_fields: tuple[str, ...] = setting(
+        "fields to copy into the table: name or name:type, comma-separated", (), metavar="FIELDS"
+    )
+    limit: int = setting("stop after so many documents, for a trial; 0 reads everything", 0)
     max_document_bytes: int = setting("larger records become dead letters", 10 * MIB)
     on_empty: str = setting("what to do with blank texts", "reject", ("reject", "skip", "embed"))
     split_bytes: int = setting("size of the pieces that the input is read in", 64 * MIB)
@@ -128,12 +130,12 @@ class PreprocessConfig(_Checked):
     """Preprocessing"""
 
     preprocessor: str = setting(
-        "folder or handle of the preprocessor SavedModel; default: the encoder's own vocabulary", ""
+        "folder or handle of the preprocessor SavedModel; default: the encoder's own vocabulary", "", metavar="PATH"
     )
     max_tokens: int = setting("tokens per input with [CLS] and [SEP]; 0 means all that the encoder takes", 0)
     on_long: str = setting("what to do with longer texts", "truncate", ("truncate", "chunk", "average", "reject"))
     chunk_overlap: int = setting("tokens that neighbouring chunks share", 0)
-    text_prefix: str = setting("put before every text, such as 'query: '", "")
+    text_prefix: str = setting("put before every text, such as 'query: '", "", metavar="TEXT")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -162,9 +164,13 @@ class BatchConfig(_Checked):
 class EncoderConfig(_Checked):
     """Encoder"""
 
-    encoder: str = setting("folder, gs:// or s3:// path or hub handle; default: the built-in encoder", "")
+    encoder: str = setting(
+        "folder, gs:// or s3:// path or hub handle; default: the built-in encoder", "", metavar="PATH"
+    )
     vector: str = setting(
-        "pooled_output, sequence_output:mean|max|cls|tokens or encoder_outputs/N:mean|max|cls", "pooled_output"
+        "pooled_output, or sequence_output or encoder_outputs/N with :mean, :max, :cls or :tokens",
+        "pooled_output",
+        metavar="OUTPUT",
     )
 
     def __post_init__(self) -> None:
@@ -207,7 +213,7 @@ class WriteConfig(_Checked):
 
 @dataclass(frozen=True)
 class EmbedConfig:
-    """All settings of a run; `EmbedDocuments` uses the parts between `read` and `write`."""
+    """All settings of a run. `EmbedDocuments` uses the four parts in the middle, and `write.keep_text`."""
 
     read: ReadConfig = ReadConfig()
     preprocess: PreprocessConfig = PreprocessConfig()

@@ -23,3 +23,8 @@ class TableError(EmbeamError):
 
 class RunError(EmbeamError):
     """A run that was stopped on purpose: too many dead letters, a full disk, no documents."""
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message: TensorFlow's have dozens."""
+    return (str(error) or type(error).__name__).splitlines()[0]

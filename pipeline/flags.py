@@ -78,19 +78,28 @@ def check_beam_flags(rest: Sequence[str], own: Sequence[str]) -> list[str]:
     for options in _subclasses(PipelineOptions):
         if "_add_argparse_args" in vars(options):
             options._add_argparse_args(parser)  # type: ignore[attr-defined]
+    unknown = parser.parse_known_args(list(rest))[1]
     refuse(
-        parser.parse_known_args(list(rest))[1],
+        unknown,
         [*own, *parser.flags()],
-        "; an option of the runner itself goes into --runner_option=NAME=VALUE",
+        advice="; an option of the runner itself goes into --runner_option=NAME=VALUE",
+        stray="every setting is a flag, and a glob needs quotes: --input='...'",
     )
     return list(rest)
 
 
-def refuse(rest: Sequence[str], flags: Iterable[str], advice: str = "") -> None:
-    """Raises ConfigError for the first of the arguments that nobody took."""
+def refuse(rest: Sequence[str], flags: Iterable[str], advice: str = "", stray: str = "leave it out") -> None:
+    """Raises ConfigError for the first of the arguments that nobody took.
+
+    Args:
+      rest: the arguments.
+      flags: all flags that there are; the nearest one is named.
+      advice: what to do where no flag is near.
+      stray: what to do about an argument that is no flag.
+    """
     for argument in rest:
         if not argument.startswith("-"):
-            raise ConfigError(f"unexpected argument {argument!r}; every setting is a flag: --input={argument}")
+            raise ConfigError(f"unexpected argument {argument!r}; {stray}")
         flag = argument.split("=")[0]
         close = difflib.get_close_matches(flag.lower().replace("-", "_").replace("__", "--", 1), list(flags), 1, 0.6)
         raise ConfigError(f"unknown flag {flag}" + (f"; did you mean {close[0]}?" if close else advice))

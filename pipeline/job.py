@@ -22,6 +22,7 @@ from pipeline.failures import explain_failure, on_stop
 from pipeline.plan import plan_embedding
 from pipeline.progress import Progress
 from pipeline.report.progress import ProgressReporter
+from pipeline.runtime import load_tensorflow
 from pipeline.sources.planning import estimate_documents, infer_kept_fields, plan_input
 from pipeline.tables.attempts import abandon_attempt, claim_attempt, sweep_dead_attempts
 from pipeline.tables.manifest import Manifest, open_table
@@ -47,6 +48,7 @@ def build_table(config: EmbedConfig, options: PipelineOptions | None = None, sho
       EmbeamError: if the configuration cannot work, the output cannot be written, or the run is stopped; the table's
         live snapshot is then what it was before.
     """
+    load_tensorflow()
     options = options or PipelineOptions([])
     distributed = not is_local(options.view_as(StandardOptions).runner or "")
     runner = make_runner(options)
@@ -121,12 +123,12 @@ def prepare_job(config: EmbedConfig, distributed: bool = False, status_folder: s
     layout = plan.layout(kept)
     row_bytes = _OTHER_ROW_BYTES + int(plan.dimension * _STORED_BYTES[layout.dtype])
     n_documents = estimate_documents(found, config.read)
-    check_free_space(table, min(n_documents, config.read.limit or n_documents), row_bytes)
+    check_free_space(table, n_documents, row_bytes)
     name = name_snapshot()
     settings = config.flat() | {
-        name: os.path.abspath(path)  # a later query may run in another folder
-        for name in ("encoder", "preprocessor")
-        if (path := config.flat()[name]) and "://" not in path
+        flag: os.path.abspath(path)  # a later query may run in another folder
+        for flag in ("encoder", "preprocessor")
+        if (path := config.flat()[flag]) and "://" not in path
     }
     facts = {
         "embeam": __version__,

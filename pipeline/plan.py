@@ -15,6 +15,7 @@ from pipeline.errors import ConfigError, EncoderError
 from pipeline.preprocess.batching import Buckets, bucket_lengths
 from pipeline.preprocess.chunking import PreprocessorRule, SplitRule, TextRule, WordpieceRule
 from pipeline.preprocess.wordpiece import agrees_with_preprocessor, find_vocabulary
+from pipeline.runtime import load_tensorflow
 from pipeline.saved_model import TOKEN_INPUTS, SavedModelSpec, describe_saved_model, resolve_handle
 from pipeline.sinks.layout import TableLayout
 from pipeline.vectors.finishing import VectorRule
@@ -59,6 +60,7 @@ def plan_embedding(config: EmbedConfig) -> EmbedPlan:
       ConfigError: if settings do not fit the encoder or each other.
       EncoderError: if encoder or preprocessor are none.
     """
+    load_tensorflow()  # before anything else imports it with all its noise
     encoder, model = describe_encoder(config.encoder)
     if encoder.takes == "texts" and config.read.pair_field:
         raise ConfigError(f"--pair_field={config.read.pair_field}: this encoder takes one string; join the fields")

@@ -23,12 +23,19 @@ def load_tensorflow() -> Any:
         import tensorflow_text  # noqa: F401  registers ops that encoders of strings use
 
         devices = tf.config.list_physical_devices("GPU")
+    # Beam 2.77 says so of every load, wherever torch is not installed.
+    if _is_news not in logging.getLogger().filters:
+        logging.getLogger().addFilter(_is_news)
     for device in devices:
         try:
             tf.config.experimental.set_memory_growth(device, True)
         except RuntimeError:  # already in use: somebody else's choice stands
             _LOGGER.debug("the memory growth of %s was set elsewhere", device.name)
     return tf
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+    return "Resource module is not available" not in record.getMessage()
 
 
 @contextmanager

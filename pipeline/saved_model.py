@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Optional
 
 from pipeline.cache import cached_folder
-from pipeline.errors import EncoderError
+from pipeline.errors import EncoderError, first_line
 
 TOKEN_INPUTS = frozenset(("input_word_ids", "input_mask", "input_type_ids"))
 Shape = tuple[Optional[int], ...]
@@ -140,9 +140,7 @@ def _read_tensor(reader: Any, folder: str, key: str) -> Any:
     try:
         return reader.get_tensor(key)
     except Exception as error:
-        raise EncoderError(
-            f"the weights in {folder}/variables are damaged ({_first_line(error)}); download the model again"
-        ) from error
+        raise _damaged(folder, error) from error
 
 
 def _open_checkpoint(folder: str) -> Any:
@@ -154,13 +152,13 @@ def _open_checkpoint(folder: str) -> Any:
     try:
         return py_checkpoint_reader.NewCheckpointReader(prefix)
     except Exception as error:
-        raise EncoderError(
-            f"the weights in {folder}/variables are damaged ({_first_line(error)}); download the model again"
-        ) from error
+        raise _damaged(folder, error) from error
 
 
-def _first_line(error: Exception) -> str:
-    return (str(error) or type(error).__name__).splitlines()[0]
+def _damaged(folder: str, error: Exception) -> EncoderError:
+    return EncoderError(
+        f"the weights in {folder}/variables are damaged ({first_line(error)}); download the model again"
+    )
 
 
 def resolve_handle(handle: str) -> str:

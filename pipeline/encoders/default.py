@@ -15,8 +15,8 @@ from pipeline.encoders.export import FORMAT, export_encoder, initial_weights
 
 IS_TRAINED = False
 DEFAULT_NOTE = (
-    "The built-in encoder is untrained: its weights are random, so neighbours share words at best, not meaning; "
-    "name a trained one with --encoder."
+    "the built-in encoder is untrained: neighbours share words at best, not meaning; "
+    "embeam embed --encoder=... takes a trained one"
 )
 LAYERS, WIDTH, HEADS, SEED = 2, 128, 4, 20031
 VOCABULARY_FILE = os.path.join(os.path.dirname(os.path.abspath(__file__)), "vocabulary.txt")

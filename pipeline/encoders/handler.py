@@ -14,6 +14,7 @@ from apache_beam.ml.inference.base import ModelHandler, RunInference
 
 from pipeline.encoders.published import Encoder, load_encoder
 from pipeline.encoders.spec import EncoderSpec
+from pipeline.errors import first_line
 from pipeline.records import Batch, Encoded
 from pipeline.saved_model import resolve_handle
 
@@ -45,12 +46,12 @@ class LoadedEncoder:
             return list(self.encoder.encode(batch)), [""] * len(batch)
         except (tf.errors.ResourceExhaustedError, MemoryError) as error:
             if batch.rows == 1:
-                return [None], [f"one input of {batch.length} tokens does not fit into memory: {_first_line(error)}"]
+                return [None], [f"one input of {batch.length} tokens does not fit into memory: {first_line(error)}"]
             self.most_tokens = min(self.most_tokens, batch.rows * batch.length / 2)
             _LOGGER.warning("out of memory at %d x %d tokens; batches are halved", batch.rows, batch.length)
         except (tf.errors.InvalidArgumentError, tf.errors.OutOfRangeError, ValueError, IndexError) as error:
             if len(batch) == 1:
-                return [None], [_first_line(error)]
+                return [None], [first_line(error)]
         return self._encode_halves(batch)
 
     def _encode_halves(self, batch: Batch) -> tuple[list, list[str]]:
@@ -99,7 +100,3 @@ class Encode(beam.PTransform):
 
     def expand(self, batches: beam.PCollection) -> beam.PCollection:
         return batches | "RunInference" >> RunInference(EncoderHandler(self.spec).with_no_batching())
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error) or type(error).__name__).splitlines()[0]

@@ -7,7 +7,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from pipeline.encoders.spec import EncoderSpec
-from pipeline.errors import EncoderError
+from pipeline.errors import EncoderError, first_line
 from pipeline.preprocess.packing import pack_batch, pack_texts
 from pipeline.records import Batch, Chunk, Document
 from pipeline.runtime import load_tensorflow
@@ -106,7 +106,7 @@ def _load_and_measure(spec: EncoderSpec) -> tuple[Encoder, int]:
         return encoder, encoder.warm_up()
     except Exception as error:
         raise EncoderError(
-            f"{spec.handle or spec.folder} loads but fails on a first small input: {_first_line(error)}"
+            f"{spec.handle or spec.folder} loads but fails on a first small input: {first_line(error)}"
         ) from error
 
 
@@ -115,12 +115,8 @@ def _load_saved_model(spec: EncoderSpec) -> Any:
     try:
         return tf.saved_model.load(spec.folder)
     except Exception as error:
-        raise EncoderError(f"{spec.handle or spec.folder} cannot be loaded: {_first_line(error)}") from error
+        raise EncoderError(f"{spec.handle or spec.folder} cannot be loaded: {first_line(error)}") from error
 
 
 def _probe_chunk(ids: bytes) -> Chunk:
     return Chunk(Document("", ""), "", 0, 1, ids, len(ids) // 4, 1, 0)
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error) or type(error).__name__).splitlines()[0]

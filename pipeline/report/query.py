@@ -51,9 +51,10 @@ def find_nearest(table: str, text: str, top: int = 5, pair: str | None = None) -
 def format_hits(table: str, text: str, hits: list[Hit]) -> str:
     """What `embeam query` prints."""
     lines = [f'nearest to "{shorten_line(text)}":']
-    for hit in hits:
-        name = hit.id + (f" chunk {hit.chunk}" if hit.chunk else "")
-        lines.append(f"  {hit.score:6.3f}  {name:<24} {shorten_line(hit.text or '')}".rstrip())
+    names = [hit.id + (f" chunk {hit.chunk}" if hit.chunk else "") for hit in hits]
+    width = max(map(len, names), default=0)
+    for hit, name in zip(hits, names, strict=True):
+        lines.append(f"  {hit.score:6.3f}  {name:<{width}}  {shorten_line(hit.text or '')}".rstrip())
     if note := describe_training(open_table(table)[0]):
-        lines.append(f"  note: {note}")
+        lines.append(f"note: {note}")
     return "\n".join(lines)

@@ -6,11 +6,12 @@ from itertools import islice
 from typing import Any
 
 import numpy as np
+from apache_beam.io.filesystems import FileSystems
 
 from pipeline.encoders import default
 from pipeline.records import REASONS
 from pipeline.report.progress import format_seconds
-from pipeline.tables.manifest import Manifest, open_table
+from pipeline.tables.manifest import Manifest, open_table, snapshot_folder
 from pipeline.tables.read import iter_table
 
 
@@ -22,31 +23,33 @@ def format_summary(manifest: Manifest, table: str) -> str:
     rate = manifest.rows / manifest.seconds if manifest.seconds else 0
     lines = [
         f"{table} is published: {manifest.rows:,} rows of {manifest.layout.dimension} x {manifest.layout.dtype}",
-        f"  documents   {int(read.get('records', 0)):,} read in {format_seconds(manifest.seconds)}"
-        f", {rate:,.0f} rows/s with start-up",
+        f"  documents    {int(read.get('records', 0)):,} read in {format_seconds(manifest.seconds)}"
+        f", {rate:,.0f} rows/s",
     ]
     if skipped := read.get("skipped_empty"):
-        lines.append(f"  skipped     {int(skipped):,} blank texts")
+        lines.append(f"  skipped      {int(skipped):,} blank texts")
     if manifest.layout.counts_tokens:
         tokens, cut = preprocess.get("tokens", 0), preprocess.get("truncated_tokens", 0)
         share = cut / (tokens + cut) if tokens + cut else 0
-        lines.append(f"  tokens      {int(tokens):,} encoded, {int(cut):,} cut: {share:.2%} of the corpus never got in")
+        lines.append(f"  tokens       {int(tokens):,} encoded, {int(cut):,} cut ({share:.2%})")
     if padded := batch.get("padded_tokens"):
         unit = "tokens" if manifest.layout.counts_tokens else "bytes"
         used = batch.get("used_tokens", 0) / padded
-        lines.append(f"  batches     {int(batch.get('batches', 0)):,}, {used:.1%} of their {unit} are not padding")
-    lines.append(f"  dead        {sum(manifest.dead_letters.values()):,} dead letters")
-    for reason, n in sorted(manifest.dead_letters.items(), key=lambda item: -item[1]):
-        lines.append(f"    {n:>7,} {reason}: {REASONS[reason]}")
+        lines.append(f"  batches      {int(batch.get('batches', 0)):,}, {used:.1%} of their {unit} are not padding")
+    where = f", in {FileSystems.join(snapshot_folder(table, manifest.snapshot), 'dead_letters-*')}"
+    n_dead = sum(manifest.dead_letters.values())
+    lines.append(f"  dead letters {n_dead:,}" + (where if n_dead else ""))
+    for reason, n in _by_count(manifest):
+        lines.append(f"    {n:>9,} {reason}: {REASONS[reason]}")
     seconds = {
         "reading": read.get("read_seconds", 0),
         "tokenising": preprocess.get("tokenize_seconds", 0),
         "encoding": encode.get("encode_seconds", 0),
         "writing": write.get("write_seconds", 0),
     }
-    lines.append("  seconds     " + ", ".join(f"{value:.1f} {name}" for name, value in seconds.items()))
+    lines.append("  seconds      " + ", ".join(f"{value:.1f} {name}" for name, value in seconds.items()))
     if note := describe_training(manifest):
-        lines.append(f"  note        {note}")
+        lines.append(f"  note         {note}")
     return "\n".join(lines)
 
 
@@ -60,7 +63,7 @@ def format_table(table: str, n_rows: int) -> str:
     manifest, folder = open_table(table)
     layout = manifest.layout
     n_bytes = sum(file.n_bytes for file in manifest.files)
-    dead = ", ".join(f"{n:,} {reason}" for reason, n in manifest.dead_letters.items()) or "none"
+    dead = ", ".join(f"{n:,} {reason}" for reason, n in _by_count(manifest)) or "none"
     lines = [
         f"table        {table}",
         f"snapshot     {manifest.snapshot}, published {manifest.created_at} by embeam {manifest.embeam}",
@@ -68,7 +71,7 @@ def format_table(table: str, n_rows: int) -> str:
         + (" per token" if layout.tokens else ""),
         f"encoder      {manifest.settings['encoder'] or 'the built-in one'}, {manifest.identity['vector']}",
         f"fingerprint  {manifest.fingerprint}",
-        f"files        {len(manifest.files):,} {manifest.file_format}, {n_bytes / 1e6:,.1f} MB in {folder}",
+        f"files        {len(manifest.files):,} of {manifest.file_format}, {format_bytes(n_bytes)}, in {folder}",
         f"columns      {', '.join([*layout.columns(), 'embedding'])}",
         f"dead letters {dead}",
     ]
@@ -76,6 +79,18 @@ def format_table(table: str, n_rows: int) -> str:
         lines.append("")
         lines += [f"  {name:<13}{_shorten(value)}" for name, value in row.items()]
     return "\n".join(lines)
+
+
+def format_bytes(n: int) -> str:
+    """Such as 512 bytes, 20.8 kB, 1.7 MB, 12.0 GB."""
+    for factor, unit in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
+        if n >= factor:
+            return f"{n / factor:,.1f} {unit}"
+    return f"{n} bytes"
+
+
+def _by_count(manifest: Manifest) -> list[tuple[str, int]]:
+    return sorted(manifest.dead_letters.items(), key=lambda item: -item[1])
 
 
 def _shorten(value: Any) -> str:

@@ -142,18 +142,6 @@ def as_text(value: Any, name: str, expected: str = "a string") -> str:
         raise BadRecord("invalid_utf8", f"field {name!r} is not valid UTF-8: {error.reason}") from None
 
 
-_KINDS = {
-    str: "text",
-    bytes: "bytes",
-    bool: "true or false",
-    int: "a whole number",
-    float: "a number",
-    list: "a list",
-    dict: "an object",
-    type(None): "null",
-}
-
-
 def infer_type(values: Sequence[Any]) -> str:
     """The type that fits all values: ints widen to float, any other mixture and all nulls are strings.
 
@@ -205,6 +193,18 @@ _FROM_STRING: dict[str, Callable[[str], Any]] = {"int": int, "float": float, "bo
 _KINDS = {bool: "bool", int: "int", float: "float", str: "string", bytes: "string"}
 
 
+_SPOKEN = {
+    str: "text",
+    bytes: "bytes",
+    bool: "true or false",
+    int: "a whole number",
+    float: "a number",
+    list: "a list",
+    dict: "an object",
+    type(None): "null",
+}
+
+
 def _name_kind(value: Any) -> str:
     """What a value is, without saying its content, which may be private."""
-    return _KINDS.get(type(value), "another type")
+    return _SPOKEN.get(type(value), "something else")

@@ -52,7 +52,8 @@ class Embedder:
                 raise ConfigError(f"text {chunk.id}: {chunk.message}; shorten it")
             if chunk.n_chunks > 1 and not self.plan.vectors.average:
                 raise ConfigError(
-                    f"text {chunk.document.id} is longer than one chunk of this table; shorten it or split it"
+                    f"text {chunk.document.id} is longer than one chunk of this table, "
+                    f"{self.plan.buckets.lengths[-1]} tokens; shorten it"
                 )
             size = chunk.n_tokens if self.plan.vectors.counts_tokens else len(chunk.ids)
             if batch := batcher.add(chunk, size):

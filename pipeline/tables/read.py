@@ -10,6 +10,7 @@ import numpy as np
 from apache_beam.io.filesystems import FileSystems
 
 from pipeline.errors import TableError
+from pipeline.runtime import load_tensorflow
 from pipeline.sinks import SINKS
 from pipeline.sources.compression import FileError
 from pipeline.tables.manifest import Manifest, open_table
@@ -22,7 +23,7 @@ def read_table(table: str) -> tuple[list[str], np.ndarray]:
       table: the table's folder, on any file system that Beam reads.
 
     Returns:
-      The ids, and the vectors as float32 `[rows, D]`, in the table's order. With `--on_long=chunk` an id occurs
+      The ids, and the vectors as float32 `[rows, D]`, in no particular order. With `--on_long=chunk` an id occurs
       once for each of its chunks. int8 and binary vectors are restored as far as they can be.
 
     Raises:
@@ -75,6 +76,7 @@ def iter_columns(table: str) -> Iterator[tuple[dict[str, list], np.ndarray | Non
 
 
 def _iter_files(manifest: Manifest, folder: str) -> Iterator[dict[str, list]]:
+    load_tensorflow()  # tfx-bsl would import it with all its noise
     read_rows = SINKS[manifest.file_format][2]
     for file in manifest.files:
         path = FileSystems.join(folder, file.name)

@@ -1,11 +1,11 @@
 """Starts Beam's own job service and a pool of workers on this machine, for runs through Beam's portable API.
 
-    python -m runners.portable embeam embed --input=corpus.jsonl --output=table
+    .venv/bin/python -m runners.portable embeam embed --input=corpus.jsonl --output=table
 
 runs a command with the flags that send it there, and stops both when it ends. Without a command it prints the flags
 and serves until it is interrupted:
 
-    python -m runners.portable
+    .venv/bin/python -m runners.portable
 """
 
 from __future__ import annotations
@@ -118,7 +118,12 @@ def signal_session(process: subprocess.Popen, number: signal.Signals) -> None:
 
 def run_command(command: Sequence[str]) -> int:
     """Runs a command to its end and returns its exit code."""
-    process = subprocess.Popen(command)
+    folders = [os.path.dirname(sys.executable), os.environ.get("PATH", os.defpath)]  # where `embeam` is, too
+    try:
+        process = subprocess.Popen(command, env=os.environ | {"PATH": os.pathsep.join(folders)})
+    except OSError as error:
+        print(f"{command[0]} cannot be run: {error.strerror}", file=sys.stderr)
+        return 127
     try:
         return process.wait()
     finally:
