@@ -83,7 +83,7 @@ def check_beam_flags(rest: Sequence[str], own: Sequence[str]) -> list[str]:
         unknown,
         [*own, *parser.flags()],
         advice="; an option of the runner itself goes into --runner_option=NAME=VALUE",
-        stray="every setting is a flag, and a glob needs quotes: --input='...'",
+        stray="every setting is a flag, and a glob needs quotes: --input={}",
     )
     return list(rest)
 
@@ -95,11 +95,11 @@ def refuse(rest: Sequence[str], flags: Iterable[str], advice: str = "", stray: s
       rest: the arguments.
       flags: all flags that there are; the nearest one is named.
       advice: what to do where no flag is near.
-      stray: what to do about an argument that is no flag.
+      stray: what to do about an argument that is no flag; `{}` stands for it.
     """
     for argument in rest:
         if not argument.startswith("-"):
-            raise ConfigError(f"unexpected argument {argument!r}; {stray}")
+            raise ConfigError(f"unexpected argument {argument!r}; {stray.format(argument)}")
         flag = argument.split("=")[0]
         close = difflib.get_close_matches(flag.lower().replace("-", "_").replace("__", "--", 1), list(flags), 1, 0.6)
         raise ConfigError(f"unknown flag {flag}" + (f"; did you mean {close[0]}?" if close else advice))

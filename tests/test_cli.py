@@ -92,7 +92,7 @@ def table(tmp_path_factory):
         (["show"], "DIR"),
         (["show", "DIR", "--rows=many"], "--rows"),
         (["show", "DIR", "--rows=-1"], "--rows"),
-        (["query", "DIR"], "text"),
+        (["query", "DIR"], "TEXT"),
         (["query", "DIR", "text", "--top=0"], "--top"),
         (["query", "DIR", "text", "--top=-1"], "--top"),
     ],
