@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import shutil
 import tempfile
 import time
@@ -23,6 +22,7 @@ from pipeline.plan import plan_embedding
 from pipeline.progress import Progress
 from pipeline.report.progress import ProgressReporter
 from pipeline.runtime import load_tensorflow
+from pipeline.saved_model import absolute_path
 from pipeline.sources.planning import estimate_documents, infer_kept_fields, plan_input
 from pipeline.tables.attempts import abandon_attempt, claim_attempt, sweep_dead_attempts
 from pipeline.tables.manifest import Manifest, open_table
@@ -104,7 +104,7 @@ def prepare_job(config: EmbedConfig, distributed: bool = False, status_folder: s
         raise ConfigError("--output is missing; name the folder of the table: --output=table")
     if config.write.output_format == "parquet" and config.write.compression == "gzip":
         raise ConfigError("--compression=gzip: Parquet files are compressed inside; leave it out")
-    table = config.write.output if "://" in config.write.output else os.path.abspath(config.write.output)
+    table = absolute_path(config.write.output)
     started = time.time()
     found = plan_input(config.read)
     if not found.files:
@@ -126,9 +126,9 @@ def prepare_job(config: EmbedConfig, distributed: bool = False, status_folder: s
     check_free_space(table, n_documents, row_bytes)
     name = name_snapshot()
     settings = config.flat() | {
-        flag: os.path.abspath(path)  # a later query may run in another folder
+        flag: absolute_path(path)  # a later query may run in another folder
         for flag in ("encoder", "preprocessor")
-        if (path := config.flat()[flag]) and "://" not in path
+        if (path := config.flat()[flag])
     }
     facts = {
         "embeam": __version__,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from pipeline.cache import hash_file
@@ -20,7 +21,7 @@ from pipeline.saved_model import TOKEN_INPUTS, SavedModelSpec, describe_saved_mo
 from pipeline.sinks.layout import TableLayout
 from pipeline.vectors.finishing import VectorRule
 
-FIXED_PREPROCESSOR_LENGTH = 128  # of a preprocessor that cannot pack to other lengths
+FIXED_PREPROCESSOR_LENGTH = 128  # of a preprocessor that can pack to one length only and does not tell which
 
 
 @dataclass(frozen=True)
@@ -159,9 +160,13 @@ def _use_preprocessor_as_is(
     if not {"tokenize", "bert_pack_inputs"} <= model.methods:
         if pair_field:
             raise ConfigError(f"{shown}: it cannot pack two segments; leave out --pair_field={pair_field}")
-        if config.max_tokens not in (0, FIXED_PREPROCESSOR_LENGTH):
-            raise ConfigError(f"{shown}: it packs to {FIXED_PREPROCESSOR_LENGTH} tokens; leave out --max_tokens")
-        max_tokens = FIXED_PREPROCESSOR_LENGTH
-    files = ["saved_model.pb", *model.assets]
-    hashes = [hash_file(f"{model.folder}/{name}") for name in files]
+        length = model.outputs["input_word_ids"][-1] or FIXED_PREPROCESSOR_LENGTH
+        if config.max_tokens not in (0, length):
+            raise ConfigError(f"{shown}: it packs to {length} tokens; leave out --max_tokens")
+        if length > max_tokens:
+            raise ConfigError(f"{shown}: it packs to {length} tokens, and the encoder takes {max_tokens}; use another")
+        max_tokens = length
+    weights = sorted(str(path) for path in Path(model.folder, "variables").glob("*"))
+    hashes = [hash_file(path) for path in (f"{model.folder}/saved_model.pb", *weights)]
+    hashes += [hash_file(f"{model.folder}/{name}") for name in model.assets]
     return PreprocessorRule(model.folder, max_tokens, config.text_prefix), {"kind": "as is", "files": hashes, **cutting}

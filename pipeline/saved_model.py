@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -120,7 +121,9 @@ def list_variables(folder: str) -> dict[str, tuple[str, Shape]]:
         if attribute.checkpoint_key in shapes
     }
     listed = {key: name for key, name in found.items() if key.startswith("variables/")} or found
-    return {name or key: (key, tuple(shapes[key])) for key, name in listed.items()}
+    names = Counter(listed.values())
+    # Nothing keeps variables from having no name or the same one.
+    return {name if name and names[name] == 1 else key: (key, tuple(shapes[key])) for key, name in listed.items()}
 
 
 def read_variables(folder: str, names: Iterable[str]) -> Iterator[tuple[str, Any]]:
@@ -175,7 +178,12 @@ def resolve_handle(handle: str) -> str:
         return _resolve_hub(handle)
     if "://" in handle:
         return _copy_remote(handle)
-    return os.path.abspath(os.path.expanduser(handle))
+    return absolute_path(handle)
+
+
+def absolute_path(path: str) -> str:
+    """A local path in full, `~` included; paths of other file systems as they are."""
+    return path if "://" in path else os.path.abspath(os.path.expanduser(path))
 
 
 def _resolve_hub(handle: str) -> str:

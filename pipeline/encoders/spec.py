@@ -13,6 +13,7 @@ from pipeline.cache import hash_file
 from pipeline.config import EncoderConfig, VectorChoice
 from pipeline.encoders.architecture import canonical_names, recognise_architecture
 from pipeline.encoders.default import default_encoder
+from pipeline.encoders.parity import computes_architecture
 from pipeline.errors import ConfigError, EncoderError
 from pipeline.saved_model import (
     TOKEN_INPUTS,
@@ -125,8 +126,8 @@ def choose_output(choice: VectorChoice, outputs: Mapping[str, Shape], shown: str
 def identify_encoder(folder: str, model: SavedModelSpec) -> dict[str, object]:
     """Everything about an encoder that its vectors depend on, and nothing else.
 
-    The graph of the talking-heads family is known, so its names and shapes stand for it; of any other the SavedModel's
-    own bytes do. The folder's name and its fingerprint.pb change with every copy and every export, and stay out.
+    Where the SavedModel is proven to compute the talking-heads family, the sizes stand for its graph; of any other its
+    own bytes and assets do. The folder's name and its fingerprint.pb, which change with every copy or export, stay out.
     """
     architecture = recognise_architecture(model.variables)
     names = canonical_names(model.variables)
@@ -134,10 +135,11 @@ def identify_encoder(folder: str, model: SavedModelSpec) -> dict[str, object]:
     for name, value in read_variables(folder, sorted(names, key=names.__getitem__)):
         digest.update(f"{names[name]} {value.dtype} {value.shape}\n".encode())
         digest.update(np.ascontiguousarray(value).data)
-    if architecture:
+    if architecture and computes_architecture(folder, architecture):
         graph: dict[str, object] = {"family": "talking_heads_ggelu_bert", **architecture._asdict()}
     else:
-        graph = {"graph": hash_file(os.path.join(folder, "saved_model.pb"))}
+        files = ("saved_model.pb", *model.assets)
+        graph = {"files": [hash_file(os.path.join(folder, name)) for name in files]}
     return {**graph, "weights": digest.hexdigest()}
 
 

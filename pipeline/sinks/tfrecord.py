@@ -1,7 +1,7 @@
 """Tables as TFRecord files of tf.Example, through tfx-bsl's Arrow coder; any tf.data pipeline or TFXIO reads them.
 
 A float32 vector is a FLOAT feature; other dtypes are one BYTES feature, because a tf.Example has no smaller numbers.
-A null is an absent feature.
+A null is a feature without values.
 """
 
 from __future__ import annotations
@@ -111,9 +111,11 @@ def build_record_batch(rows: list[Row], layout: TableLayout) -> pa.RecordBatch:
 def _one_value_lists(values: list, kind: str) -> pa.Array:
     if kind == "string":
         values = [None if value is None else value.encode() for value in values]
+    elif kind == "bool":
+        values = [None if value is None else int(value) for value in values]
     if None in values:
         return pa.array([None if value is None else [value] for value in values], pa.large_list(_ARROW[kind]))
-    return _lists(pa.array([int(v) for v in values] if kind == "bool" else values, _ARROW[kind]))
+    return _lists(pa.array(values, _ARROW[kind]))
 
 
 def _lists(values: pa.Array) -> pa.Array:

@@ -145,9 +145,13 @@ class HashingStream:
 
     def finish(self) -> str:
         """Makes the file durable, closes it and returns the sha256 of its content."""
-        if hasattr(self._stream, "fileno"):
-            self._stream.flush()
-            os.fsync(self._stream.fileno())
+        self._stream.flush()
+        try:
+            number = self._stream.fileno()
+        except (AttributeError, OSError):  # not a local file
+            number = None
+        if number is not None:
+            os.fsync(number)
         self._stream.close()
         self.closed = True
         return self._digest.hexdigest()

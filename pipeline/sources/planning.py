@@ -102,7 +102,7 @@ def match_files(pattern: str) -> list[FoundFile]:
     """
     given = pattern
     if "://" not in pattern:
-        pattern = os.path.abspath(pattern) + ("/" if pattern.endswith("/") else "")
+        pattern = os.path.abspath(os.path.expanduser(pattern)) + ("/" if pattern.endswith("/") else "")
         if os.path.isdir(pattern) and not pattern.endswith("/"):
             raise InputError(f"--input={given} is a folder; name its files, as in --input='{given}/*'")
     if pattern.endswith("/"):

@@ -3,32 +3,38 @@
 from __future__ import annotations
 
 import fcntl
-import logging
 import os
+import time
 from typing import Any, BinaryIO
-
-from apache_beam.io.filesystems import FileSystems
 
 from pipeline.tables.manifest import (
     ATTEMPTS,
     MANIFEST,
-    POINTER,
     attempts_folder,
+    delete_file,
     delete_folder,
+    list_files,
     make_folder,
     read_pointer,
     snapshot_folder,
 )
 
 LOCK = "lock"
-_LOGGER = logging.getLogger(__name__)
+FORGOTTEN_SECONDS = 3600
 
 
 def claim_attempt(table: str, name: str) -> BinaryIO | None:
     """Makes a run's folder and, on a local disk, locks it for as long as the returned file stays open."""
     folder = attempts_folder(table, name)
     make_folder(folder)
-    return _lock(os.path.join(folder, LOCK), "wb") if "://" not in table else None
+    if "://" in table:
+        return None
+    path = os.path.join(folder, LOCK)
+    while True:  # a sweep may take the new folder for a dead one
+        lock = _lock(path, "wb")
+        if lock is not None and os.path.exists(path) and os.path.samestat(os.fstat(lock.fileno()), os.stat(path)):
+            return lock
+        make_folder(folder)
 
 
 def sweep_dead_attempts(table: str) -> None:
@@ -40,10 +46,15 @@ def sweep_dead_attempts(table: str) -> None:
     if "://" in table or not os.path.isdir(attempts):
         return
     for name in sorted(os.listdir(attempts)):
+        folder = os.path.join(attempts, name)
         try:
-            lock = _lock(os.path.join(attempts, name, LOCK), "rb")
-        except FileNotFoundError:
-            continue  # being made, or not ours
+            lock = _lock(os.path.join(folder, LOCK), "rb")
+        except FileNotFoundError:  # being made, or left by somebody who was killed while making it
+            if time.time() - os.stat(folder).st_mtime > FORGOTTEN_SECONDS:
+                delete_folder(folder)
+            continue
+        except OSError:
+            continue  # not ours
         if lock is not None:
             with lock:
                 _delete_unfinished_snapshot(table, name)
@@ -65,20 +76,14 @@ def abandon_attempt(table: str, name: str, previous: str) -> str:
     if live == previous:
         delete_folder(snapshot_folder(table, name))
     folder = attempts_folder(table, name)
-    if "://" in table:
-        paths = [found.path for found in FileSystems.match([folder + "/*"])[0].metadata_list]
-    else:
-        _remove(os.path.join(table, f"{POINTER}.new"))
-        paths = [os.path.join(folder, entry) for entry in os.listdir(folder)] if os.path.isdir(folder) else []
+    paths = list_files(folder)
     letters = [path for path in paths if os.path.basename(path).startswith("dead_letters-")]
     if not letters:
         delete_folder(folder)
         return ""
     for path in set(paths) - set(letters):
-        if "://" in path:
-            FileSystems.delete([path])
-        elif os.path.basename(path) != LOCK:
-            os.remove(path)
+        if os.path.basename(path) != LOCK:
+            delete_file(path)
     return folder
 
 
@@ -97,10 +102,3 @@ def _lock(path: str, mode: str) -> Any:
         file.close()
         return None
     return file
-
-
-def _remove(path: str) -> None:
-    try:
-        os.remove(path)
-    except FileNotFoundError:
-        _LOGGER.debug("%s was not there", path)

@@ -40,7 +40,9 @@ class Embedder:
         Raises:
           ConfigError: if a text cannot be one vector of this table.
         """
-        seconds = pairs or [None] * len(texts)
+        seconds = [None] * len(texts) if pairs is None else pairs
+        if len(seconds) != len(texts):
+            raise ConfigError(f"{len(texts)} texts have {len(seconds)} pairs; give one for each, or None")
         documents = [Document(str(i), text, pair) for i, (text, pair) in enumerate(zip(texts, seconds, strict=True))]
         for document in documents:
             if not (is_encodable(document.text) and is_encodable(document.pair or "")):

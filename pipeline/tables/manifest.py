@@ -13,6 +13,8 @@ import json
 import os
 import re
 import shutil
+import uuid
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -110,6 +112,7 @@ def open_table(table: str) -> tuple[Manifest, str]:
     Raises:
       TableError: if there is no readable table.
     """
+    table = os.path.expanduser(table) if "://" not in table else table
     name = read_pointer(table)
     if not name:
         raise TableError(f"{table} is no table: it has no file {POINTER}; embeam embed --output={table} makes one")
@@ -161,12 +164,17 @@ def write_atomically(path: str, text: str) -> None:
         with FileSystems.create(path, compression_type="uncompressed") as f:
             f.write(text.encode())
         return
-    partial = f"{path}.new"
-    with open(partial, "wb") as f:
-        f.write(text.encode())
-        f.flush()
-        os.fsync(f.fileno())
-    os.replace(partial, path)
+    partial = f"{path}.{uuid.uuid4().hex[:8]}.new"
+    try:
+        with open(partial, "wb") as f:
+            f.write(text.encode())
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(partial, path)
+    except BaseException:
+        with suppress(FileNotFoundError):
+            os.remove(partial)
+        raise
     folder = os.open(os.path.dirname(path), os.O_RDONLY)
     try:
         os.fsync(folder)  # the rename itself must survive a power cut
@@ -181,6 +189,21 @@ def make_folder(path: str) -> None:
         except OSError:
             if not FileSystems.exists(path):
                 raise
+
+
+def list_files(folder: str) -> list[str]:
+    """Paths of the files in a folder; none if there is no such folder."""
+    if "://" in folder:
+        return [found.path for found in FileSystems.match([folder + "/*"])[0].metadata_list]
+    return [entry.path for entry in os.scandir(folder) if entry.is_file()] if os.path.isdir(folder) else []
+
+
+def delete_file(path: str) -> None:
+    """Removes one file; Beam's own deletion would take brackets in a local name for a pattern."""
+    if "://" in path:
+        FileSystems.delete([path])
+    else:
+        os.remove(path)
 
 
 def delete_folder(path: str) -> None:

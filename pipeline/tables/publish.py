@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import fcntl
 import json
 import os
 import shutil
@@ -31,7 +32,9 @@ from pipeline.tables.manifest import (
     Manifest,
     TableFile,
     attempts_folder,
+    delete_file,
     delete_folder,
+    list_files,
     make_folder,
     read_manifest,
     read_pointer,
@@ -81,7 +84,8 @@ def check_output(table: str) -> str:
     if "://" not in table and os.path.exists(table):
         if not os.path.isdir(table):
             raise TableError(f"--output={table} is a file; give a folder")
-        foreign = sorted(set(os.listdir(table)) - {SNAPSHOTS, ATTEMPTS, POINTER, f"{POINTER}.new"})
+        ours = (SNAPSHOTS, ATTEMPTS, POINTER, ".")  # a dot: what file managers leave behind
+        foreign = sorted(name for name in os.listdir(table) if not name.startswith(ours))
         if foreign:
             raise TableError(
                 f"--output={table} holds {foreign[0]!r} and is no table; give an empty or new folder, or a table's"
@@ -127,6 +131,7 @@ def publish_snapshot(plan: Publication, shards: Iterable[Shard], tallies: Iterab
     if FileSystems.exists(FileSystems.join(folder, MANIFEST)):  # a repeated attempt at the same commit
         manifest = read_manifest(plan.table, plan.name)
         _make_live(plan)
+        delete_folder(attempts_folder(plan.table, plan.name))
         return manifest
     counts = sum_tallies(tallies)
     dead = {reason: int(n) for reason, n in counts.get("write_dead_letters", {}).items() if reason in REASONS}
@@ -153,6 +158,7 @@ def publish_snapshot(plan: Publication, shards: Iterable[Shard], tallies: Iterab
         seconds=round(time.time() - plan.started, 3),
         **plan.facts,
     )
+    _delete_unlisted(folder, manifest)
     if manifest.file_format == "tfrecord":
         write_atomically(FileSystems.join(folder, "schema.pbtxt"), _schema_text(manifest.layout))
     write_atomically(FileSystems.join(folder, MANIFEST), manifest.to_json())
@@ -185,7 +191,30 @@ def _move_shards(shards: list[Shard], folder: str) -> tuple[TableFile, ...]:
     return tuple(files)
 
 
+def _delete_unlisted(folder: str, manifest: Manifest) -> None:
+    """Removes what an earlier attempt at the same commit may have moved here: a glob would read it."""
+    listed = {file.name for file in (*manifest.files, *manifest.dead_letter_files)}
+    for path in list_files(folder):
+        if os.path.basename(path) not in listed:
+            delete_file(path)
+
+
 def _make_live(plan: Publication) -> None:
+    """Points to the new snapshot if the pointer is what the run started from; locally no other run can come between.
+
+    On object stores two runs that publish within the same moment may both believe that they did; the last one is live.
+    """
+    if "://" in plan.table:
+        return _replace_pointer(plan)
+    folder = os.open(os.path.join(plan.table, SNAPSHOTS), os.O_RDONLY)
+    try:
+        fcntl.flock(folder, fcntl.LOCK_EX)
+        _replace_pointer(plan)
+    finally:
+        os.close(folder)
+
+
+def _replace_pointer(plan: Publication) -> None:
     live = read_pointer(plan.table)
     if live == plan.name:
         return

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
+
 from pipeline.config import VectorChoice
 
 
@@ -32,7 +34,8 @@ def pool_outputs(outputs: Mapping[str, Any], mask: Any, choice: VectorChoice) ->
         return selected[:, 0]  # [B, D]
     keep = tf.cast(mask, tf.float32)[:, :, tf.newaxis]  # [B, L, 1]
     if choice.pooling == "mean":
-        return tf.reduce_sum(selected * keep, 1) / tf.maximum(tf.reduce_sum(keep, 1), 1.0)  # [B, D]
+        total = tf.reduce_sum(tf.where(keep > 0, selected, 0.0), 1)  # [B, D]; NaN in padding times 0 would be NaN
+        return total / tf.maximum(tf.reduce_sum(keep, 1), 1.0)  # [B, D]
     if choice.pooling == "max":
-        return tf.reduce_max(tf.where(keep > 0, selected, selected.dtype.min), 1)  # [B, D]
+        return tf.reduce_max(tf.where(keep > 0, selected, -np.inf), 1)  # [B, D]
     return selected
