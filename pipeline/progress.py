@@ -19,7 +19,7 @@ from pipeline.records import DeadLetter
 
 TESTED_FROM_DOCUMENTS = 1000
 _WRITE_SECONDS = 1.0
-_counts: dict[str, Counter] = {}  # folder -> this process's counts
+_counts: dict[str, Counter] = {}  # run -> this process's counts
 _reasons: dict[str, Counter] = {}
 _written: dict[str, float] = {}
 _lock = threading.Lock()

@@ -16,6 +16,7 @@ from apache_beam.transforms.window import GlobalWindows
 from pipeline.errors import ConfigError
 from pipeline.preprocess.wordpiece import Vocabulary, load_tokenizer
 from pipeline.records import Chunk, DeadLetter, Document, Tally
+from pipeline.runtime import load_tensorflow
 
 BUFFERED_DOCUMENTS = 1024  # the tokeniser's kernel costs about 0.2 ms a call, whatever it is given
 BUFFERED_CHARACTERS = 4_000_000
@@ -149,11 +150,9 @@ class PreprocessorRule:
 
 class PreprocessorSplitter:
     def __init__(self, rule: PreprocessorRule) -> None:
-        import tensorflow as tf
-        import tensorflow_text  # noqa: F401  registers the ops that the SavedModel uses
-
         self.rule = rule
-        self._model = tf.saved_model.load(rule.folder)
+        self._tf = load_tensorflow()
+        self._model = self._tf.saved_model.load(rule.folder)
 
     def split(self, documents: Sequence[Document]) -> Iterator[Union[Chunk, DeadLetter]]:
         texts = [self.rule.prefix + document.text for document in documents]
@@ -184,8 +183,7 @@ class PreprocessorSplitter:
             yield chunks[i]
 
     def _pack(self, segments: list[list[str]]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        import tensorflow as tf
-
+        tf = self._tf
         if hasattr(self._model, "tokenize") and hasattr(self._model, "bert_pack_inputs"):
             tokens = [self._model.tokenize(tf.constant(segment)) for segment in segments]
             packed = self._model.bert_pack_inputs(tokens, seq_length=tf.constant(self.rule.max_tokens))

@@ -14,6 +14,7 @@ import numpy as np
 
 from pipeline.cache import hash_file, remembered
 from pipeline.errors import EncoderError
+from pipeline.runtime import load_tensorflow
 from pipeline.saved_model import SavedModelSpec, read_flag
 
 # Code points that tensorflow_text's FastBertTokenizer treats unlike the ops inside the published preprocessor. The
@@ -84,9 +85,7 @@ def agrees_with_preprocessor(vocabulary: Vocabulary, folder: str) -> bool:
 
 
 def _compare_tokens(vocabulary: Vocabulary, folder: str) -> bool:
-    import tensorflow as tf
-    import tensorflow_text  # noqa: F401  registers the ops that the SavedModel uses
-
+    tf = load_tensorflow()
     expected = tf.saved_model.load(folder).tokenize(tf.constant(PROBE_TEXTS))
     while expected.ragged_rank > 1:
         expected = expected.merge_dims(-2, -1)

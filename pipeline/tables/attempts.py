@@ -58,7 +58,7 @@ def sweep_dead_attempts(table: str) -> None:
         if lock is not None:
             with lock:
                 _delete_unfinished_snapshot(table, name)
-                delete_folder(os.path.join(attempts, name))
+                delete_folder(folder)
 
 
 def abandon_attempt(table: str, name: str, previous: str) -> str:
