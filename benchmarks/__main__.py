@@ -14,6 +14,7 @@ from benchmarks.report import format_hardware, format_report, write_json
 
 BENCHMARKS = {
     "stock": "from text to table, against an ordinary Beam pipeline",
+    "encoder": "the fast encoder from text to table, against stock Beam and bare matmuls",
     "overhead": "the whole pipeline, against a bare loop around its encoder",
     "tokenize": "text to token ids on one core, against the published preprocessor",
     "memory": "peak memory at a tenth of the documents and at all of them",

@@ -62,7 +62,7 @@ def encode_in_loop(encoder: str, packed: str) -> dict[str, float]:
     import numpy as np
 
     from pipeline.config import EncoderConfig
-    from pipeline.encoders.published import load_encoder
+    from pipeline.encoders.load import load_encoder
     from pipeline.encoders.spec import describe_encoder
     from pipeline.records import Batch
 

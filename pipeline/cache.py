@@ -44,19 +44,19 @@ def cached_folder(name: str, make: Callable[[str], None]) -> str:
         ) from error
 
 
-def remembered(name: str, find_out: Callable[[], bool]) -> bool:
-    """Returns what was found out once about something whose name holds a hash of all that it depends on."""
+def remembered(name: str, find_out: Callable[[], list]) -> list:
+    """Returns what was found out once, as JSON values, about something whose name tells all that it depends on."""
     path = os.path.join(cache_dir(), "remembered", name)
     try:
-        with open(path, encoding="ascii") as file:
-            return file.read() == "yes"
-    except OSError:
+        with open(path, encoding="utf-8") as file:
+            return list(json.load(file))
+    except (OSError, ValueError, TypeError):
         found = find_out()
     try:
         os.makedirs(os.path.dirname(path), exist_ok=True)
         partial = f"{path}.{os.getpid()}"
-        with open(partial, "w", encoding="ascii") as file:
-            file.write("yes" if found else "no")
+        with open(partial, "w", encoding="utf-8") as file:
+            json.dump(found, file)
         os.replace(partial, path)
     except OSError:  # a cache that cannot be written to only costs time
         return found

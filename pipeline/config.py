@@ -153,11 +153,14 @@ class PreprocessConfig(_Checked):
 class BatchConfig(_Checked):
     """Batching"""
 
-    batch_tokens: int = setting("budget of one batch: rows x padded length, in tokens (bytes for text encoders)", 4096)
+    batch_tokens: int = setting(
+        "budget of one batch: rows x padded length, in tokens (bytes for text encoders); 0 fits it to the device", 0
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self._require_positive("batch_tokens")
+        if self.batch_tokens < 0:
+            raise ConfigError(f"--batch_tokens={self.batch_tokens} is negative; leave it out to fit it to the device")
 
 
 @dataclass(frozen=True)
@@ -172,10 +175,24 @@ class EncoderConfig(_Checked):
         "pooled_output",
         metavar="OUTPUT",
     )
+    encoder_graph: str = setting(
+        "fast: our own graph of the encoder, proven against the published one; auto: fast where it can be proven",
+        "auto",
+        ("auto", "fast", "published"),
+    )
+    precision: str = setting(
+        "of the fast graph's matmuls; auto: 16 bits where processor or GPU have them natively",
+        "float32",
+        ("float32", "bfloat16", "float16", "auto"),
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
         VectorChoice.parse(self.vector)
+        if self.encoder_graph == "published" and self.precision in ("bfloat16", "float16"):
+            raise ConfigError(
+                f"--precision={self.precision} needs the fast graph; leave out --encoder_graph=published"
+            )
 
 
 @dataclass(frozen=True)

@@ -130,6 +130,7 @@ def prepare_job(config: EmbedConfig, distributed: bool = False, status_folder: s
         for flag in ("encoder", "preprocessor")
         if (path := config.flat()[flag])
     }
+    settings |= {"encoder_graph": plan.encoder.graph, "precision": plan.encoder.precision}  # as settled
     facts = {
         "embeam": __version__,
         "file_format": config.write.output_format,
@@ -138,6 +139,7 @@ def prepare_job(config: EmbedConfig, distributed: bool = False, status_folder: s
         "fingerprint": plan.fingerprint,
         "identity": plan.identity,
         "settings": settings,
+        "parity": plan.encoder.parity._asdict() if plan.encoder.parity else {},
     }
     publication = Publication(table, name, previous, started, facts, config.write.max_dead_fraction)
     progress = Progress(status_folder, name, config.write.max_dead_fraction)

@@ -10,7 +10,7 @@ from typing import Any
 
 from pipeline.cache import hash_file
 from pipeline.config import EmbedConfig, KeptField, PreprocessConfig
-from pipeline.encoders.published import measure_dimension
+from pipeline.encoders.load import measure_dimension
 from pipeline.encoders.spec import EncoderSpec, describe_encoder
 from pipeline.errors import ConfigError, EncoderError
 from pipeline.preprocess.batching import Buckets, bucket_lengths
@@ -21,6 +21,7 @@ from pipeline.saved_model import TOKEN_INPUTS, SavedModelSpec, describe_saved_mo
 from pipeline.sinks.layout import TableLayout
 from pipeline.vectors.finishing import VectorRule
 
+CPU_BATCH_TOKENS, GPU_BATCH_TOKENS, TEXT_BATCH_BYTES = 2048, 16384, 16384
 FIXED_PREPROCESSOR_LENGTH = 128  # of a preprocessor that can pack to one length only and does not tell which
 
 
@@ -80,7 +81,8 @@ def plan_embedding(config: EmbedConfig) -> EmbedPlan:
         "encoder": dict(encoder.identity),
         "vector": str(encoder.choice),
         "preprocessing": preprocessing,
-        "precision": "float32",
+        "graph": encoder.graph,
+        "precision": encoder.precision,
         "normalize": config.vectors.normalize,
         "dimensions": dimension,
         "dtype": config.vectors.dtype,
@@ -92,8 +94,18 @@ def plan_embedding(config: EmbedConfig) -> EmbedPlan:
         counts_tokens=encoder.takes == "tokens",
         keep_text=config.write.keep_text,
     )
-    buckets = Buckets(lengths, config.batching.batch_tokens)
+    buckets = Buckets(lengths, config.batching.batch_tokens or choose_batch_tokens(encoder.takes))
     return EmbedPlan(encoder, split, buckets, rule, dimension, identity)
+
+
+def choose_batch_tokens(takes: str) -> int:
+    """The budget of a batch: enough to keep the device busy, and no more than its caches like.
+
+    On processors a feed-forward's numbers should stay in the last cache; GPUs want thousands of tokens at once.
+    """
+    if takes == "texts":
+        return TEXT_BATCH_BYTES
+    return GPU_BATCH_TOKENS if load_tensorflow().config.list_physical_devices("GPU") else CPU_BATCH_TOKENS
 
 
 def choose_split_rule(
@@ -123,7 +135,7 @@ def choose_split_rule(
     cutting = {"max_tokens": max_tokens, "on_long": config.on_long, "prefix": config.text_prefix}
     if config.preprocessor:
         model = describe_saved_model(resolve_handle(config.preprocessor), config.preprocessor)
-        if not TOKEN_INPUTS <= set(model.outputs):
+        if not set(TOKEN_INPUTS) <= set(model.outputs):
             raise EncoderError(
                 f"--preprocessor={config.preprocessor} gives {', '.join(sorted(model.outputs))}, not the encoder's "
                 "three inputs; is it an encoder?"

@@ -18,7 +18,7 @@ from typing import Any, Optional
 from pipeline.cache import cached_folder
 from pipeline.errors import EncoderError, first_line
 
-TOKEN_INPUTS = frozenset(("input_word_ids", "input_mask", "input_type_ids"))
+TOKEN_INPUTS = ("input_word_ids", "input_mask", "input_type_ids")
 Shape = tuple[Optional[int], ...]
 
 

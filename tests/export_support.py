@@ -4,7 +4,7 @@ from pathlib import Path
 
 import numpy as np
 
-from pipeline.encoders.export import INPUTS
+from pipeline.saved_model import TOKEN_INPUTS as INPUTS
 
 ROOT = Path(__file__).resolve().parents[1]
 REFERENCE = ROOT / "tests" / "reference"

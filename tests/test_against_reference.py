@@ -32,7 +32,7 @@ from support import (
 
 import pipeline
 from pipeline.config import EncoderConfig
-from pipeline.encoders.published import load_encoder
+from pipeline.encoders.load import load_encoder
 from pipeline.encoders.spec import describe_encoder
 from pipeline.errors import ConfigError
 from pipeline.records import Batch, Chunk, Document
@@ -44,6 +44,7 @@ VECTORS = [
     "encoder_outputs/-1:mean",
     "encoder_outputs/-2:cls",
 ]
+both_graphs = pytest.mark.parametrize("graph", ["fast", "published"])
 # More than one bucket, more than one batch of some, texts of every script, one without tokens and some that are cut.
 TEXTS = [*golden_texts(), *some_texts(40)]
 FEW_TEXTS = ["", "one", *some_texts(20, seed=2), golden_texts()[40]]
@@ -71,10 +72,12 @@ def by_id(texts: list[str], prefix: str = "") -> dict[str, list[str]]:
     return {str(i): [prefix + text] for i, text in enumerate(texts)}
 
 
+@both_graphs
 @pytest.mark.parametrize("vector", VECTORS)
-def test_a_row_is_what_the_official_encoder_gives_for_its_text_alone(vector, tmp_path):
+def test_a_row_is_what_the_official_encoder_gives_for_its_text_alone(vector, graph, tmp_path):
     texts = TEXTS if vector in ("pooled_output", "sequence_output:mean") else FEW_TEXTS
-    rows, manifest = embed_records(tmp_path, as_records(texts), vector=vector, preprocessor=PREPROCESSOR)
+    settings = {"vector": vector, "encoder_graph": graph}
+    rows, manifest = embed_records(tmp_path, as_records(texts), preprocessor=PREPROCESSOR, **settings)
     assert manifest.counts["batch"]["batches"] > 4
     assert_rows_equal(rows, by_id(texts), vector)
 
@@ -90,29 +93,32 @@ def test_a_row_is_what_the_official_pair_of_models_gives_at_its_own_length_of_12
         assert_close(rows[str(i), 0]["embedding"], expected, text)
 
 
+@both_graphs
 @pytest.mark.parametrize("batch_tokens", [1, 700, 10_000_000])
-def test_rows_do_not_depend_on_the_size_of_batches(batch_tokens, tmp_path):
+def test_rows_do_not_depend_on_the_size_of_batches(batch_tokens, graph, tmp_path):
     texts = some_texts(150)
-    rows, manifest = embed_records(tmp_path, as_records(texts), batch_tokens=batch_tokens)
+    rows, manifest = embed_records(tmp_path, as_records(texts), batch_tokens=batch_tokens, encoder_graph=graph)
     batches = manifest.counts["batch"]["batches"]
     assert batches == 150 if batch_tokens == 1 else batches < 75
     assert_rows_equal(rows, by_id(texts), "pooled_output")
 
 
-def test_rows_do_not_depend_on_the_order_of_documents_or_on_their_files(tmp_path):
+@both_graphs
+def test_rows_do_not_depend_on_the_order_of_documents_or_on_their_files(graph, tmp_path):
     texts = some_texts(150)
     records = as_records(texts)
     np.random.default_rng(3).shuffle(records)
     for i, part in enumerate(np.array_split(records, 7)):
         write_jsonl(tmp_path / f"{i}.jsonl", part)
-    run_pipeline(tmp_path)
+    run_pipeline(tmp_path, encoder_graph=graph)
     assert_rows_equal(read_rows(str(tmp_path / "table")), by_id(texts), "pooled_output")
 
 
-def test_rows_do_not_depend_on_bundles(tmp_path):
+@both_graphs
+def test_rows_do_not_depend_on_bundles(graph, tmp_path):
     texts = some_texts(150)
     threads = ["--direct_running_mode=multi_threading", "--direct_num_workers=3"]
-    rows, manifest = embed_records(tmp_path, as_records(texts), threads, split_bytes=2000)
+    rows, manifest = embed_records(tmp_path, as_records(texts), threads, split_bytes=2000, encoder_graph=graph)
     assert len(manifest.files) > 1, "the corpus fits into one bundle, which proves nothing"
     assert_rows_equal(rows, by_id(texts), "pooled_output")
 
@@ -218,8 +224,9 @@ def test_rejecting_looks_at_both_segments_of_a_pair(tmp_path):
     assert [letter["id"] for letter in read_dead_letters(str(tmp_path / "table"))] == ["7"]
 
 
+@both_graphs
 @pytest.mark.parametrize("case", ["b1_s8_full", "b4_s8_ragged", "b5_s16_ragged", "b8_s128_ragged", "b2_s37_oddlen"])
-def test_the_loaded_encoder_gives_the_golden_vectors(case):
+def test_the_loaded_encoder_gives_the_golden_vectors(case, graph):
     with np.load(REFERENCE / "golden_tiny_v1000.npz") as golden:
         ids, mask, types = (golden[f"{case}/{name}"] for name in INPUTS)
         expected = golden[f"{case}/pooled_output"]
@@ -232,9 +239,13 @@ def test_the_loaded_encoder_gives_the_golden_vectors(case):
             continue  # no text is typed like that
         chunks.append((row, Chunk(Document("", ""), "", 0, 1, ids[row, :n].astype("<i4").tobytes(), n_first, n, 0)))
     assert chunks, "no row of the case can be a chunk"
-    spec, _ = describe_encoder(EncoderConfig(encoder=str(REFERENCE / "tiny_v1000")))
-    vectors = load_encoder(spec).encode(Batch([chunk for _, chunk in chunks], ids.shape[1]))
-    assert_close(np.asarray(vectors), expected[[row for row, _ in chunks]], case)
+    spec, _ = describe_encoder(EncoderConfig(encoder=str(REFERENCE / "tiny_v1000"), encoder_graph=graph))
+    assert spec.graph == graph
+    encoder, batch = load_encoder(spec), Batch([chunk for _, chunk in chunks], ids.shape[1])
+    vectors = np.asarray(encoder.encode(batch))
+    assert_close(vectors, expected[[row for row, _ in chunks]], case)
+    assert vectors.dtype == np.float32
+    assert np.array_equal(vectors, encoder.encode(batch)), "the same batch gives other numbers"
 
 
 # --- preprocessors of another kind: called as they are ---------------------------------------------------------------
@@ -309,14 +320,16 @@ def test_a_preprocessor_that_cannot_pack_pairs_is_refused_for_pairs(tmp_path):
         embed_records(tmp_path, [{"id": "0", "text": "a", "b": "b"}], preprocessor=folder, pair_field="b")
 
 
-def test_a_token_beyond_the_vocabulary_costs_its_own_row_only(tmp_path):
+@both_graphs
+def test_a_token_beyond_the_vocabulary_costs_its_own_row_only(graph, tmp_path):
     folder = save_hashing_preprocessor(tmp_path / "hashing", 1200, can_pack=False)  # the encoder knows 1000 ids
     texts = [f"w{i}" for i in range(60)]
     preprocessor = tf.saved_model.load(folder)
     highest = preprocessor(tf.constant(texts))["input_word_ids"].numpy().max(1)
     beyond = {str(i) for i in range(60) if highest[i] >= 1000}
     assert 0 < len(beyond) < 60
-    rows, manifest = embed_records(tmp_path, as_records(texts), preprocessor=folder, max_dead_fraction=1)
+    settings = {"preprocessor": folder, "max_dead_fraction": 1, "encoder_graph": graph}
+    rows, manifest = embed_records(tmp_path, as_records(texts), **settings)
     letters = read_dead_letters(str(tmp_path / "table"))
     assert {letter["id"] for letter in letters} == beyond
     assert {(letter["stage"], letter["reason"]) for letter in letters} == {("encode", "encoder_error")}

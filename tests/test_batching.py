@@ -14,7 +14,7 @@ from support import ENCODER, TOLERANCE
 
 from pipeline.config import EncoderConfig
 from pipeline.encoders.handler import LoadedEncoder
-from pipeline.encoders.published import load_encoder
+from pipeline.encoders.load import load_encoder
 from pipeline.encoders.spec import describe_encoder
 from pipeline.preprocess.batching import Batcher, Buckets, bucket_lengths
 from pipeline.records import Batch, Chunk, Document

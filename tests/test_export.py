@@ -13,8 +13,9 @@ import pytest
 import tensorflow as tf
 import tensorflow_text  # noqa: F401  registers the preprocessor's ops
 
-from pipeline.encoders.export import INPUTS, export_encoder, initial_weights
+from pipeline.encoders.export import export_encoder, initial_weights
 from pipeline.errors import EncoderError
+from pipeline.saved_model import TOKEN_INPUTS as INPUTS
 from tests.export_support import REFERENCE, TOLERANCE, read_vocabulary, some_inputs, some_vocabulary
 
 # A key's bias shifts all logits of a query alike, which the softmax does not notice: its gradient is rounding noise.

@@ -1,4 +1,7 @@
-"""The talking-heads gated-GELU BERT as names and shapes of weights: what one must have, and whether these are one's."""
+"""The families of BERT encoders as names and shapes of weights: what one must have, and whether these are one's.
+
+Both families come from TensorFlow's model library. They differ in two parts, attention and feed-forward, and in names.
+"""
 
 from __future__ import annotations
 
@@ -8,11 +11,67 @@ from typing import NamedTuple
 
 from pipeline.errors import EncoderError
 
-_LAYER = re.compile(r"transformer_scaffold(?:_(\d+))?/")
+
+class Family(NamedTuple):
+    """What tells one family from another.
+
+    Attributes:
+      name: stands in fingerprints.
+      layer: the prefix of a layer's weights, up to its number.
+      first_is_bare: whether the first layer goes without a number.
+      talks: whether heads are mixed before and after the softmax (talking heads) or not (multi-head attention).
+      up: name of the feed-forward's first projection, which goes through GELU.
+      gate: name of the linear projection that the GELU scales (gated GELU), or "" (one dense layer).
+      down: name of the projection back.
+      forward_norm: name of the normalisation after the feed-forward.
+      pooler: name of the dense layer over the first token.
+    """
+
+    name: str
+    layer: str
+    first_is_bare: bool
+    talks: bool
+    up: str
+    gate: str
+    down: str
+    forward_norm: str
+    pooler: str
+
+    def layer_name(self, number: int) -> str:
+        """The prefix of a layer's weights, counted from 0."""
+        if self.first_is_bare:
+            return f"{self.layer}_{number}" if number else self.layer
+        return f"{self.layer}_{number}"
+
+
+TALKING_HEADS = Family(
+    name="talking_heads_ggelu_bert",
+    layer="transformer_scaffold",
+    first_is_bare=True,
+    talks=True,
+    up="feedforward/intermediate_0",
+    gate="feedforward/gate_0",
+    down="feedforward/output_0",
+    forward_norm="feedforward/output_layer_norm_0",
+    pooler="cls_transform",
+)
+PLAIN = Family(
+    name="bert",
+    layer="transformer/layer",
+    first_is_bare=False,
+    talks=False,
+    up="intermediate",
+    gate="",
+    down="output",
+    forward_norm="output_layer_norm",
+    pooler="pooler_transform",
+)
+FAMILIES = {family.name: family for family in (TALKING_HEADS, PLAIN)}
+_LAYER = {family: re.compile(rf"{re.escape(family.layer)}(?:_(\d+))?/") for family in FAMILIES.values()}
 
 
 class Architecture(NamedTuple):
-    """The sizes that follow from the weights' shapes."""
+    """A family and the sizes that follow from the weights' shapes."""
 
     layers: int
     width: int
@@ -22,16 +81,13 @@ class Architecture(NamedTuple):
     vocabulary: int
     positions: int
     types: int = 2
-
-
-def layer_name(number: int) -> str:
-    """Returns the prefix of a layer's weights; the first has no number."""
-    return f"transformer_scaffold_{number}" if number else "transformer_scaffold"
+    family: str = TALKING_HEADS.name
 
 
 def weight_shapes(a: Architecture) -> dict[str, tuple[int, ...]]:
     """Returns every weight's name and shape, in the order of the TF Hub module's variables."""
     d, heads, k, f = a.width, a.heads, a.head_size, a.feedforward
+    family = FAMILIES[a.family]
 
     def norm(name: str) -> dict:
         return {f"{name}/gamma": (d,), f"{name}/beta": (d,)}
@@ -39,17 +95,17 @@ def weight_shapes(a: Architecture) -> dict[str, tuple[int, ...]]:
     def dense(name: str, kernel: tuple, bias: tuple) -> dict:
         return {f"{name}/kernel": kernel, f"{name}/bias": bias}
 
+    mixing = {f"self_attention/{place}_softmax_weight": (heads, heads) for place in ("pre", "post")}
     layer = {
-        "self_attention/pre_softmax_weight": (heads, heads),
-        "self_attention/post_softmax_weight": (heads, heads),
+        **(mixing if family.talks else {}),
         **dense("self_attention/query", (d, heads, k), (heads, k)),
         **dense("self_attention/key", (d, heads, k), (heads, k)),
         **dense("self_attention/value", (d, heads, k), (heads, k)),
         **dense("self_attention/attention_output", (heads, k, d), (d,)),
-        **dense("feedforward/intermediate_0", (d, f), (f,)),
-        **dense("feedforward/gate_0", (d, f), (f,)),
-        **dense("feedforward/output_0", (f, d), (d,)),
-        **norm("feedforward/output_layer_norm_0"),
+        **dense(family.up, (d, f), (f,)),
+        **(dense(family.gate, (d, f), (f,)) if family.gate else {}),
+        **dense(family.down, (f, d), (d,)),
+        **norm(family.forward_norm),
         **norm("self_attention_layer_norm"),
     }
     return {
@@ -57,13 +113,13 @@ def weight_shapes(a: Architecture) -> dict[str, tuple[int, ...]]:
         "position_embedding/embeddings": (a.positions, d),
         "type_embeddings/embeddings": (a.types, d),
         **norm("embeddings/layer_norm"),
-        **{f"{layer_name(i)}/{name}": shape for i in range(a.layers) for name, shape in layer.items()},
-        **dense("cls_transform", (d, d), (d,)),
+        **{f"{family.layer_name(i)}/{name}": shape for i in range(a.layers) for name, shape in layer.items()},
+        **dense(family.pooler, (d, d), (d,)),
     }
 
 
 def infer_architecture(shapes: Mapping[str, tuple[int, ...]]) -> Architecture:
-    """Reads the sizes off the shapes of the weights, by official name, and checks that all weights fit.
+    """Reads the family and the sizes off the weights, by official name, and checks that all weights fit.
 
     Raises:
       EncoderError: if weights are missing, left over or of another shape; the message names them.
@@ -77,11 +133,13 @@ def infer_architecture(shapes: Mapping[str, tuple[int, ...]]) -> Architecture:
 
     vocabulary, width = shape("word_embeddings/embeddings", 2)
     positions, types = (shape(f"{table}/embeddings", 2)[0] for table in ("position_embedding", "type_embeddings"))
-    _, heads, head_size = shape(f"{layer_name(0)}/self_attention/query/kernel", 3)
-    feedforward = shape(f"{layer_name(0)}/feedforward/intermediate_0/kernel", 2)[1]
-    numbers = (_LAYER.match(name) for name in shapes)
+    family = next((f for f in FAMILIES.values() if any(map(_LAYER[f].match, shapes))), TALKING_HEADS)
+    first = family.layer_name(0)
+    _, heads, head_size = shape(f"{first}/self_attention/query/kernel", 3)
+    feedforward = shape(f"{first}/{family.up}/kernel", 2)[1]
+    numbers = (_LAYER[family].match(name) for name in shapes)
     layers = 1 + max(int(match[1] or 0) for match in numbers if match)
-    found = Architecture(layers, width, heads, head_size, feedforward, vocabulary, positions, types)
+    found = Architecture(layers, width, heads, head_size, feedforward, vocabulary, positions, types, family.name)
     expected = weight_shapes(found)
     problems = [f"{name} is missing" for name in expected if name not in shapes]
     problems += [f"{name} is unused" for name in shapes if name not in expected]
@@ -98,18 +156,20 @@ def infer_architecture(shapes: Mapping[str, tuple[int, ...]]) -> Architecture:
 
 def canonical_names(names: Iterable[str]) -> dict[str, str]:
     """Numbers the layers from 0, whatever number the exporting process began with: given name -> official name."""
-    matches = {name: _LAYER.match(name) for name in names}
-    numbers = sorted({int(match[1] or 0) for match in matches.values() if match})
-    return {
-        name: f"{layer_name(numbers.index(int(match[1] or 0)))}/{name[match.end() :]}" if match else name
-        for name, match in matches.items()
-    }
+    canonical = {name: name for name in names}
+    for family, pattern in _LAYER.items():
+        matches = {name: match for name in canonical if (match := pattern.match(name))}
+        numbers = sorted({int(match[1] or 0) for match in matches.values()})
+        for name, match in matches.items():
+            place = numbers.index(int(match[1] or 0))
+            canonical[name] = f"{family.layer_name(place)}/{name[match.end() :]}"
+    return canonical
 
 
-def recognise_architecture(variables: Mapping[str, tuple]) -> Architecture | None:
-    """The sizes of a SavedModel's encoder, or None if its variables are not exactly those of this architecture."""
+def recognise_architecture(variables: Mapping[str, tuple]) -> Architecture | str:
+    """The architecture of a SavedModel's encoder, or why its variables are not exactly those of a known family."""
     names = canonical_names(variables)
     try:
         return infer_architecture({names[name]: shape for name, shape in variables.items()})
-    except EncoderError:
-        return None
+    except EncoderError as error:
+        return str(error)

@@ -18,9 +18,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from pipeline.encoders.architecture import Architecture, infer_architecture, layer_name, weight_shapes
+from pipeline.encoders.architecture import TALKING_HEADS, Architecture, infer_architecture, weight_shapes
 from pipeline.errors import EncoderError
 from pipeline.preprocess.export import check_vocabulary, new_folder, saveable, vocabulary_file
+from pipeline.saved_model import TOKEN_INPUTS
 
 if TYPE_CHECKING:
     import tensorflow as tf
@@ -32,7 +33,6 @@ FORMAT = 1  # part of the names of cached encoders: raise it when the same weigh
 DROPOUT = 0.1
 LAYER_NORM_EPSILON = 1e-12
 MASKED_LOGIT = -1e9
-INPUTS = ("input_word_ids", "input_mask", "input_type_ids")
 
 
 def initial_weights(
@@ -157,7 +157,7 @@ def encode(weights: Weights, inputs: Mapping[str, tf.Tensor], training: bool = F
     mask = tf.cast(inputs["input_mask"], tf.float32)  # [B, L]
     x = dropout(embed(weights, inputs["input_word_ids"], inputs["input_type_ids"]))  # [B, L, D]
     outputs: list[tf.Tensor] = []
-    while w := scoped(weights, layer_name(len(outputs))):
+    while w := scoped(weights, TALKING_HEADS.layer_name(len(outputs))):
         attended = dropout(attend(scoped(w, "self_attention"), x, mask, dropout))  # [B, L, D]
         x = layer_norm(scoped(w, "self_attention_layer_norm"), x + attended)  # [B, L, D]
         forward = dropout(feed_forward(scoped(w, "feedforward"), x))  # [B, L, D]
@@ -185,6 +185,8 @@ def export_encoder(
 
     weights = {name.removesuffix(":0"): np.asarray(weight, np.float32) for name, weight in weights.items()}
     architecture = infer_architecture({name: np.shape(weight) for name, weight in weights.items()})
+    if architecture.family != TALKING_HEADS.name:
+        raise EncoderError(f"the weights are of the family {architecture.family}; only {TALKING_HEADS.name} is written")
     check_vocabulary(vocabulary)
     if len(vocabulary) != (n_rows := architecture.vocabulary):
         raise EncoderError(f"{len(vocabulary)} pieces do not fit {n_rows} word embeddings; give one piece for each")
@@ -198,7 +200,7 @@ def export_encoder(
         flat = tf.nest.flatten(encode(variables, inputs))
         return {f"encoder_scaffold_{i}" if i else "encoder_scaffold": tensor for i, tensor in enumerate(flat)}
 
-    specs = {name: tf.TensorSpec([None, None], tf.int32, name=name) for name in INPUTS}
+    specs = {name: tf.TensorSpec([None, None], tf.int32, name=name) for name in TOKEN_INPUTS}
     called, served = tf.function(call, autograph=False), tf.function(serve, autograph=False)
     for training in (True, False):
         called.get_concrete_function(specs, training, None)

@@ -12,7 +12,8 @@ from typing import Any
 import apache_beam as beam
 from apache_beam.ml.inference.base import ModelHandler, RunInference
 
-from pipeline.encoders.published import Encoder, load_encoder
+from pipeline.encoders.base import Encoder
+from pipeline.encoders.load import load_encoder
 from pipeline.encoders.spec import EncoderSpec
 from pipeline.errors import first_line
 from pipeline.records import Batch, Encoded

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
@@ -11,10 +12,11 @@ import numpy as np
 
 from pipeline.cache import hash_file
 from pipeline.config import EncoderConfig, VectorChoice
-from pipeline.encoders.architecture import canonical_names, recognise_architecture
+from pipeline.encoders.architecture import Architecture, canonical_names, recognise_architecture
 from pipeline.encoders.default import default_encoder
-from pipeline.encoders.parity import computes_architecture
+from pipeline.encoders.parity import Parity, prove_parity
 from pipeline.errors import ConfigError, EncoderError
+from pipeline.runtime import native_half_precision
 from pipeline.saved_model import (
     TOKEN_INPUTS,
     SavedModelSpec,
@@ -24,6 +26,7 @@ from pipeline.saved_model import (
     resolve_handle,
 )
 
+_LOGGER = logging.getLogger(__name__)
 DEFAULT_POSITIONS = 512  # where the SavedModel does not tell
 
 
@@ -40,6 +43,11 @@ class EncoderSpec:
       positions: the most tokens of one input.
       vocabulary_size: rows of the word embedding, or None where unknown.
       identity: what its vectors depend on, for the fingerprint.
+      graph: `fast` or `published`.
+      precision: of the matmuls: float32, bfloat16 or float16.
+      native: whether the machine that planned the run multiplies in that precision natively.
+      architecture: family and sizes, where they are known and proven.
+      parity: how near the fast graph is to the published one, where it runs.
     """
 
     handle: str
@@ -50,6 +58,11 @@ class EncoderSpec:
     positions: int
     vocabulary_size: int | None
     identity: Mapping[str, object]
+    graph: str = "published"
+    precision: str = "float32"
+    native: bool = True
+    architecture: Architecture | None = None
+    parity: Parity | None = None
 
 
 def describe_encoder(config: EncoderConfig) -> tuple[EncoderSpec, SavedModelSpec]:
@@ -62,7 +75,7 @@ def describe_encoder(config: EncoderConfig) -> tuple[EncoderSpec, SavedModelSpec
     folder = resolve_handle(config.encoder) if config.encoder else default_encoder()
     model = describe_saved_model(folder, config.encoder)
     shown = config.encoder or "the built-in encoder"
-    if TOKEN_INPUTS == set(model.inputs):
+    if set(TOKEN_INPUTS) == set(model.inputs):
         takes = "tokens"
     elif len(model.inputs) == 1 and model.input_dtypes == ("string",):
         takes = "texts"
@@ -71,7 +84,7 @@ def describe_encoder(config: EncoderConfig) -> tuple[EncoderSpec, SavedModelSpec
             f"{shown} is no text encoder: it takes {_list(model.inputs) or 'nothing'} instead of input_word_ids, "
             "input_mask and input_type_ids, or one tensor of strings; give another model"
         )
-    if TOKEN_INPUTS <= set(model.outputs):
+    if set(TOKEN_INPUTS) <= set(model.outputs):
         raise EncoderError(
             f"--encoder={config.encoder} is a preprocessor; give it as --preprocessor and name its encoder"
         )
@@ -80,6 +93,15 @@ def describe_encoder(config: EncoderConfig) -> tuple[EncoderSpec, SavedModelSpec
     positions, vocabulary_size = (
         _rows_of(model.variables, f"{name}/embeddings") for name in ("position_embedding", "word_embeddings")
     )
+    weights_hash = hash_variables(folder, model)
+    found: Architecture | str = (
+        recognise_architecture(model.variables) if takes == "tokens" else "it takes strings and tokenises itself"
+    )
+    parity = None
+    if isinstance(found, Architecture):
+        parity = prove_parity(folder, found, weights_hash, "float32")
+        if not parity.holds:
+            found = f"it does not compute what its variables suggest ({parity})"
     spec = EncoderSpec(
         handle=config.encoder,
         folder=folder,
@@ -88,9 +110,52 @@ def describe_encoder(config: EncoderConfig) -> tuple[EncoderSpec, SavedModelSpec
         dimension=shape[-1] if shape else None,
         positions=positions or DEFAULT_POSITIONS,
         vocabulary_size=vocabulary_size,
-        identity=identify_encoder(folder, model),
+        identity=identify_encoder(folder, model, weights_hash, found),
     )
+    if isinstance(found, Architecture):
+        return choose_graph(replace(spec, architecture=found, parity=parity), config, weights_hash), model
+    refuse_fast_graph(config, shown, found)
+    if takes == "tokens" and config.encoder_graph == "auto":
+        _LOGGER.warning("%s runs as published, not in the fast graph: %s", shown, found)
     return spec, model
+
+
+def choose_graph(spec: EncoderSpec, config: EncoderConfig, weights_hash: str) -> EncoderSpec:
+    """Settles graph and precision of an encoder of a known family, once for all workers.
+
+    Raises:
+      EncoderError: if the precision that is asked for would spoil the vectors.
+    """
+    assert spec.architecture is not None
+    if config.encoder_graph == "published":
+        return replace(spec, parity=None)
+    native = native_half_precision()
+    precision = (native or "float32") if config.precision == "auto" else config.precision
+    spec = replace(spec, graph="fast")
+    if precision == "float32":
+        return spec
+    if precision != native:
+        _LOGGER.warning(
+            "--precision=%s: this machine multiplies it no faster than float32; the vectors are rounded alike",
+            precision,
+        )
+    parity = prove_parity(spec.folder, spec.architecture, weights_hash, precision)
+    if parity.holds:
+        return replace(spec, precision=precision, native=precision == native, parity=parity)
+    if config.precision == "auto":
+        _LOGGER.warning("float32 instead of %s, which would spoil the vectors: %s", precision, parity)
+        return spec
+    raise EncoderError(f"--precision={precision} would spoil this encoder's vectors ({parity}); use float32")
+
+
+def refuse_fast_graph(config: EncoderConfig, shown: str, why: str) -> None:
+    """Raises an EncoderError if something was asked for that only the fast graph can do."""
+    if config.encoder_graph == "fast":
+        raise EncoderError(f"--encoder_graph=fast: {shown} has none: {why}; leave it out")
+    if config.precision in ("bfloat16", "float16"):
+        raise EncoderError(
+            f"--precision={config.precision} needs the fast graph, and {shown} has none: {why}; leave it out"
+        )
 
 
 def choose_output(choice: VectorChoice, outputs: Mapping[str, Shape], shown: str, takes: str) -> VectorChoice:
@@ -123,24 +188,30 @@ def choose_output(choice: VectorChoice, outputs: Mapping[str, Shape], shown: str
     return choice
 
 
-def identify_encoder(folder: str, model: SavedModelSpec) -> dict[str, object]:
-    """Everything about an encoder that its vectors depend on, and nothing else.
-
-    Where the SavedModel is proven to compute the talking-heads family, the sizes stand for its graph; of any other its
-    own bytes and assets do. The folder's name and its fingerprint.pb, which change with every copy or export, stay out.
-    """
-    architecture = recognise_architecture(model.variables)
+def hash_variables(folder: str, model: SavedModelSpec) -> str:
+    """The sha256 over the sorted official names and the values of a SavedModel's variables."""
     names = canonical_names(model.variables)
     digest = hashlib.sha256()
     for name, value in read_variables(folder, sorted(names, key=names.__getitem__)):
         digest.update(f"{names[name]} {value.dtype} {value.shape}\n".encode())
         digest.update(np.ascontiguousarray(value).data)
-    if architecture and computes_architecture(folder, architecture):
-        graph: dict[str, object] = {"family": "talking_heads_ggelu_bert", **architecture._asdict()}
+    return digest.hexdigest()
+
+
+def identify_encoder(
+    folder: str, model: SavedModelSpec, weights_hash: str, found: Architecture | str
+) -> dict[str, object]:
+    """Everything about an encoder that its vectors depend on, and nothing else.
+
+    Where the SavedModel is proven to compute a known family, the sizes stand for its graph; of any other its own bytes
+    and assets do. The folder's name and its fingerprint.pb, which change with every copy or export, stay out.
+    """
+    if isinstance(found, Architecture):
+        graph: dict[str, object] = found._asdict()
     else:
         files = ("saved_model.pb", *model.assets)
         graph = {"files": [hash_file(os.path.join(folder, name)) for name in files]}
-    return {**graph, "weights": digest.hexdigest()}
+    return {**graph, "weights": weights_hash}
 
 
 def _output_key(choice: VectorChoice) -> str:

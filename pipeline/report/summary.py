@@ -9,6 +9,7 @@ import numpy as np
 from apache_beam.io.filesystems import FileSystems
 
 from pipeline.encoders import default
+from pipeline.encoders.parity import Parity
 from pipeline.records import REASONS
 from pipeline.report.progress import format_seconds
 from pipeline.tables.manifest import Manifest, open_table, snapshot_folder
@@ -48,9 +49,19 @@ def format_summary(manifest: Manifest, table: str) -> str:
         "writing": write.get("write_seconds", 0),
     }
     lines.append("  seconds      " + ", ".join(f"{value:.1f} {name}" for name, value in seconds.items()))
+    lines.append(f"  encoder      {describe_graph(manifest)}")
     if note := describe_training(manifest):
         lines.append(f"  note         {note}")
     return "\n".join(lines)
+
+
+def describe_graph(manifest: Manifest) -> str:
+    """Which graph made the vectors, in which precision, and how near it is to the published one."""
+    settings, parity = manifest.settings, manifest.parity
+    line = f"{settings.get('encoder_graph', 'published')} graph, {settings.get('precision', 'float32')}"
+    if not parity:
+        return line
+    return f"{line}; against the published one {Parity(**parity)}"
 
 
 def describe_training(manifest: Manifest) -> str:
@@ -70,6 +81,7 @@ def format_table(table: str, n_rows: int) -> str:
         f"rows         {manifest.rows:,} of {layout.dimension} x {layout.dtype}"
         + (" per token" if layout.tokens else ""),
         f"encoder      {manifest.settings['encoder'] or 'the built-in one'}, {manifest.identity['vector']}",
+        f"graph        {describe_graph(manifest)}",
         f"fingerprint  {manifest.fingerprint}",
         f"files        {len(manifest.files):,} of {manifest.file_format}, {format_bytes(n_bytes)}, in {folder}",
         f"columns      {', '.join([*layout.columns(), 'embedding'])}",

@@ -8,7 +8,7 @@ import numpy as np
 
 from pipeline.config import EmbedConfig
 from pipeline.encoders.handler import LoadedEncoder
-from pipeline.encoders.published import load_encoder
+from pipeline.encoders.load import load_encoder
 from pipeline.errors import ConfigError, TableError
 from pipeline.plan import EmbedPlan, plan_embedding
 from pipeline.preprocess.batching import Batcher

@@ -63,6 +63,8 @@ class Manifest:
       dead_letters: count by reason.
       previous: the snapshot that was live before, or "".
       seconds: wall-clock time of the run, from its start to its publication.
+      parity: how near the fast graph came to the published one on this machine before the run (`precision`, `max_abs`,
+        `min_cosine` over a few rows); empty where the published graph ran.
     """
 
     snapshot: str
@@ -81,6 +83,7 @@ class Manifest:
     dead_letters: dict[str, int]
     previous: str = ""
     seconds: float = 0.0
+    parity: dict[str, Any] = field(default_factory=dict)
     format_version: int = field(default=FORMAT_VERSION)
 
     def to_json(self) -> str:

@@ -29,13 +29,19 @@ def pool_outputs(outputs: Mapping[str, Any], mask: Any, choice: VectorChoice) ->
     selected = outputs[choice.output]
     if choice.layer is not None:
         selected = selected[choice.layer]  # [B, L, D]
-    selected = tf.cast(selected, tf.float32)
-    if choice.pooling == "cls":
-        return selected[:, 0]  # [B, D]
+    return pool_tokens(tf.cast(selected, tf.float32), mask, choice.pooling)
+
+
+def pool_tokens(tokens: Any, mask: Any, pooling: str) -> Any:
+    """Pools float32 `[B, L, D]` to `[B, D]`; without a pooling, or for `tokens`, it stays what it is."""
+    import tensorflow as tf
+
+    if pooling == "cls":
+        return tokens[:, 0]  # [B, D]
     keep = tf.cast(mask, tf.float32)[:, :, tf.newaxis]  # [B, L, 1]
-    if choice.pooling == "mean":
-        total = tf.reduce_sum(tf.where(keep > 0, selected, 0.0), 1)  # [B, D]; NaN in padding times 0 would be NaN
+    if pooling == "mean":
+        total = tf.reduce_sum(tf.where(keep > 0, tokens, 0.0), 1)  # [B, D]; NaN in padding times 0 would be NaN
         return total / tf.maximum(tf.reduce_sum(keep, 1), 1.0)  # [B, D]
-    if choice.pooling == "max":
-        return tf.reduce_max(tf.where(keep > 0, selected, -np.inf), 1)  # [B, D]
-    return selected
+    if pooling == "max":
+        return tf.reduce_max(tf.where(keep > 0, tokens, -np.inf), 1)  # [B, D]
+    return tokens

@@ -1,0 +1,72 @@
+"""From what is known of an encoder to one that is ready to run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from pipeline.encoders.base import Encoder, TextEncoder, TokenEncoder
+from pipeline.encoders.fast import build_graph, choose_mode, read_weights
+from pipeline.encoders.published import build_published_graph, load_saved_model
+from pipeline.encoders.spec import EncoderSpec
+from pipeline.errors import EncoderError, first_line
+from pipeline.runtime import native_half_precision
+
+
+def load_fast(spec: EncoderSpec) -> Encoder:
+    assert spec.architecture is not None
+    mode = choose_mode(spec.precision)
+    weights = read_weights(spec.folder, spec.architecture, spec.choice, mode)
+    return TokenEncoder(spec.choice, build_graph(weights, spec.architecture, spec.choice, mode))
+
+
+def load_published(spec: EncoderSpec) -> Encoder:
+    return TokenEncoder(spec.choice, build_published_graph(load_saved_model(spec.folder, spec.handle), spec.choice))
+
+
+def load_published_text(spec: EncoderSpec) -> Encoder:
+    return TextEncoder(spec.choice, load_saved_model(spec.folder, spec.handle))
+
+
+# By the graph that runs and by what it takes.
+ENCODERS: dict[tuple[str, str], Callable[[EncoderSpec], Encoder]] = {
+    ("fast", "tokens"): load_fast,
+    ("published", "tokens"): load_published,
+    ("published", "texts"): load_published_text,
+}
+
+
+def load_encoder(spec: EncoderSpec) -> Encoder:
+    """Loads and warms up an encoder.
+
+    Raises:
+      EncoderError: if it cannot be loaded, fails on a small input, or this machine lacks what it was planned for.
+    """
+    return _load_and_measure(spec)[0]
+
+
+def measure_dimension(spec: EncoderSpec) -> int:
+    """D by running the encoder once, for a SavedModel that leaves it open.
+
+    Raises:
+      EncoderError: if the SavedModel cannot be loaded or fails on a small input.
+    """
+    return _load_and_measure(spec)[1]
+
+
+def _load_and_measure(spec: EncoderSpec) -> tuple[Encoder, int]:
+    shown = spec.handle or spec.folder
+    if spec.native and spec.precision != "float32" and not native_half_precision():
+        raise EncoderError(
+            f"--precision={spec.precision} was planned on a machine whose processor or GPU has it, and this worker's "
+            "has not; use workers of one kind, or --precision=float32"
+        )
+    try:
+        encoder = ENCODERS[spec.graph, spec.takes](spec)
+    except EncoderError:
+        raise
+    except Exception as error:
+        raise EncoderError(f"{shown} cannot be loaded: {first_line(error)}") from error
+    try:
+        return encoder, encoder.warm_up()
+    except Exception as error:
+        raise EncoderError(f"{shown} loads but fails on a first small input: {first_line(error)}") from error
