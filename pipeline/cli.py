@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from pipeline import __version__
 from pipeline.config import EmbedConfig
 from pipeline.errors import ConfigError, EmbeamError
+from pipeline.export_verbs import add_export_verbs
 from pipeline.failures import watch_signals
 from pipeline.flags import (
     Parser,
@@ -54,13 +55,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
         known, rest = parser.parse_known_args(arguments)
         if not known.verb:
             refuse(rest, parser.flags())
-            raise ConfigError("name a verb: embeam embed, embeam show or embeam query; embeam --help says more")
+            raise ConfigError("name a verb, such as embeam embed; embeam --help lists them")
         debug = getattr(known, "debug", False)
         set_up_logging(debug)
         if known.verb == "embed":
             run_embed(known, rest, embed_parser.flags())
         else:
-            refuse(rest, known.parser.flags(), stray="put a text of several words in quotes")
+            refuse(rest, known.parser.flags(), stray=known.stray)
             known.run(known)
     except EmbeamError as error:
         if debug:
@@ -102,7 +103,7 @@ def build_parsers() -> tuple[Parser, Parser]:
     )
     show.add_argument("table", metavar="DIR", help="folder of the table")
     show.add_argument("--rows", type=at_least_one, default=3, metavar="N", help="how many rows to print (default: 3)")
-    show.set_defaults(run=run_show, parser=show)
+    show.set_defaults(run=run_show, parser=show, stray="name one table")
 
     query = verbs.add_parser(
         "query",
@@ -113,7 +114,8 @@ def build_parsers() -> tuple[Parser, Parser]:
     query.add_argument("text", metavar="TEXT", help="what to look for")
     query.add_argument("--pair", metavar="TEXT", help="second segment, for a table of pairs")
     query.add_argument("--top", type=at_least_one, default=5, metavar="N", help="how many rows to print (default: 5)")
-    query.set_defaults(run=run_query, parser=query)
+    query.set_defaults(run=run_query, parser=query, stray="put a text of several words in quotes")
+    add_export_verbs(verbs)
     return parser, embed
 
 

@@ -190,9 +190,7 @@ class EncoderConfig(_Checked):
         super().__post_init__()
         VectorChoice.parse(self.vector)
         if self.encoder_graph == "published" and self.precision in ("bfloat16", "float16"):
-            raise ConfigError(
-                f"--precision={self.precision} needs the fast graph; leave out --encoder_graph=published"
-            )
+            raise ConfigError(f"--precision={self.precision} needs the fast graph; leave out --encoder_graph=published")
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import sys
 import tomllib
 from collections.abc import Iterable, Sequence
 from dataclasses import fields
@@ -29,8 +30,18 @@ class Parser(argparse.ArgumentParser):
 
 
 def at_least_one(text: str) -> int:
-    if not text.isdecimal() or not int(text):
-        raise argparse.ArgumentTypeError(f"{text} is not a whole number from 1")
+    return _whole_number(text, 1)
+
+
+def at_least_zero(text: str) -> int:
+    return _whole_number(text, 0)
+
+
+def _whole_number(text: str, lowest: int) -> int:
+    if not text.isdecimal() or int(text) < lowest:
+        raise argparse.ArgumentTypeError(f"{text} is not a whole number from {lowest}")
+    if int(text) > sys.maxsize:
+        raise argparse.ArgumentTypeError(f"{text} is too large; stay below 2^63")
     return int(text)
 
 

@@ -95,6 +95,9 @@ def table(tmp_path_factory):
         (["query", "DIR"], "TEXT"),
         (["query", "DIR", "text", "--top=0"], "--top"),
         (["query", "DIR", "text", "--top=-1"], "--top"),
+        (["query", "DIR", "text", "--top=99999999999999999999"], "too large"),
+        (["query", "DIR", "half", "text"], "in quotes"),
+        (["show", "DIR", "DIR"], "name one table"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else None,
 )
@@ -192,7 +195,7 @@ def test_a_file_of_settings_that_cannot_work_is_one_line(call, tmp_path, monkeyp
 # Help.
 
 
-@pytest.mark.parametrize("verb", ["", "embed", "show", "query"])
+@pytest.mark.parametrize("verb", ["", "embed", "show", "query", "export-encoder", "export-preprocessor"])
 def test_help_fits_80_columns_and_goes_to_stdout(call, monkeypatch, verb):
     monkeypatch.setenv("COLUMNS", "80")
     code, out, err = call(*([verb] if verb else []), "--help")
@@ -203,7 +206,7 @@ def test_help_fits_80_columns_and_goes_to_stdout(call, monkeypatch, verb):
             assert f"\n{group}:\n" in out
         flat = " ".join(out.split())
         for shown in (
-            "(default: 4096)",
+            "(default: 0)",
             "(default: truncate)",
             "(default: 0.1)",
             "(default: text)",

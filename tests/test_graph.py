@@ -187,6 +187,7 @@ def list_modules(code: str) -> set[str]:
         "from pipeline import EmbedConfig",
         "from pipeline.cli import main; main(['--help'])",
         "from pipeline.cli import main; main(['embed', '--help'])",
+        "from pipeline.cli import main; main(['export-encoder', '--help'])",
         "from pipeline.cli import main; main(['--version'])",
     ],
 )

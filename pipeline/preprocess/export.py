@@ -20,6 +20,7 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from pipeline.errors import EncoderError
+from pipeline.failures import on_stop
 
 if TYPE_CHECKING:
     import tensorflow as tf
@@ -130,6 +131,7 @@ def new_folder(folder: str) -> Iterator[str]:
     folder = os.path.abspath(folder)
     os.makedirs(os.path.dirname(folder), exist_ok=True)
     temporary = tempfile.mkdtemp(prefix=f".{os.path.basename(folder)}.", dir=os.path.dirname(folder))
+    forget = on_stop(lambda: shutil.rmtree(temporary, ignore_errors=True))
     try:
         yield temporary
         # mkdtemp makes folders that only their owner may read.
@@ -141,6 +143,7 @@ def new_folder(folder: str) -> Iterator[str]:
                 raise
             raise EncoderError(f"{folder} exists already; remove it or name another folder") from error
     finally:
+        forget()
         shutil.rmtree(temporary, ignore_errors=True)
 
 
