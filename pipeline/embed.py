@@ -58,7 +58,7 @@ def embed_documents(documents: beam.PCollection, plan: EmbedPlan) -> tuple[beam.
     """Documents -> rows, the dead letters of each stage, the tallies of each stage."""
     chunks, bad_documents, preprocess_tallies = documents | "Preprocess" >> Preprocess(plan.split)
     batches, batch_tallies = chunks | "Batch" >> BatchByTokens(plan.buckets, plan.vectors.counts_tokens)
-    encoded = batches | "Encode" >> Encode(plan.encoder)
+    encoded = batches | "Encode" >> Encode(plan.encoder, plan.buckets.full_shapes())
     rows, bad_vectors, encode_tallies = encoded | "Finish" >> Finish(plan.vectors)
     return rows, (bad_documents, bad_vectors), (preprocess_tallies, batch_tallies, encode_tallies)
 

@@ -13,15 +13,16 @@ from pipeline.config import EmbedConfig, KeptField, PreprocessConfig
 from pipeline.encoders.load import measure_dimension
 from pipeline.encoders.spec import EncoderSpec, describe_encoder
 from pipeline.errors import ConfigError, EncoderError
-from pipeline.preprocess.batching import Buckets, bucket_lengths
+from pipeline.preprocess.batching import COMPILED_STEPS, LENGTH_STEPS, Buckets, bucket_lengths
 from pipeline.preprocess.chunking import PreprocessorRule, SplitRule, TextRule, WordpieceRule
 from pipeline.preprocess.wordpiece import agrees_with_preprocessor, find_vocabulary
-from pipeline.runtime import load_tensorflow
+from pipeline.runtime import has_gpu, load_tensorflow
 from pipeline.saved_model import TOKEN_INPUTS, SavedModelSpec, describe_saved_model, resolve_handle
 from pipeline.sinks.layout import TableLayout
 from pipeline.vectors.finishing import VectorRule
 
-CPU_BATCH_TOKENS, GPU_BATCH_TOKENS, TEXT_BATCH_BYTES = 2048, 16384, 16384
+GPU_BATCH_TOKENS, TEXT_BATCH_BYTES = 16384, 16384
+CPU_BATCH_NUMBERS, CPU_BATCH_TOKENS = 6 << 20, 2048  # of a feed-forward's output; where its width is unknown
 FIXED_PREPROCESSOR_LENGTH = 128  # of a preprocessor that can pack to one length only and does not tell which
 
 
@@ -71,7 +72,7 @@ def plan_embedding(config: EmbedConfig) -> EmbedPlan:
         lengths = tuple(1 << power for power in range(4, 32))
     else:
         assert not isinstance(split, TextRule)
-        lengths = tuple(bucket_lengths(split.max_tokens))
+        lengths = tuple(bucket_lengths(split.max_tokens, COMPILED_STEPS if has_gpu() else LENGTH_STEPS))
     native = encoder.dimension or measure_dimension(encoder)
     encoder = replace(encoder, dimension=native)
     if config.vectors.dimensions > native:
@@ -94,18 +95,22 @@ def plan_embedding(config: EmbedConfig) -> EmbedPlan:
         counts_tokens=encoder.takes == "tokens",
         keep_text=config.write.keep_text,
     )
-    buckets = Buckets(lengths, config.batching.batch_tokens or choose_batch_tokens(encoder.takes))
+    buckets = Buckets(lengths, config.batching.batch_tokens or choose_batch_tokens(encoder))
     return EmbedPlan(encoder, split, buckets, rule, dimension, identity)
 
 
-def choose_batch_tokens(takes: str) -> int:
+def choose_batch_tokens(encoder: EncoderSpec) -> int:
     """The budget of a batch: enough to keep the device busy, and no more than its caches like.
 
-    On processors a feed-forward's numbers should stay in the last cache; GPUs want thousands of tokens at once.
+    On processors a feed-forward's output should stay in the last cache; GPUs want thousands of tokens at once.
     """
-    if takes == "texts":
+    if encoder.takes == "texts":
         return TEXT_BATCH_BYTES
-    return GPU_BATCH_TOKENS if load_tensorflow().config.list_physical_devices("GPU") else CPU_BATCH_TOKENS
+    if has_gpu():
+        return GPU_BATCH_TOKENS
+    if encoder.architecture is None:
+        return CPU_BATCH_TOKENS
+    return min(2 * CPU_BATCH_TOKENS, max(CPU_BATCH_TOKENS // 4, CPU_BATCH_NUMBERS // encoder.architecture.feedforward))
 
 
 def choose_split_rule(

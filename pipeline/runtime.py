@@ -43,6 +43,10 @@ def load_tensorflow() -> Any:
     return tf
 
 
+def has_gpu() -> bool:
+    return bool(load_tensorflow().config.list_physical_devices("GPU"))
+
+
 def native_half_precision() -> str:
     """The 16-bit type that this machine multiplies natively, a GPU before the processor: bfloat16, float16 or ""."""
     tf = load_tensorflow()

@@ -10,7 +10,7 @@ import hashlib
 import os
 import shutil
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Optional
@@ -132,6 +132,27 @@ def read_variables(folder: str, names: Iterable[str]) -> Iterator[tuple[str, Any
     reader = _open_checkpoint(folder)
     for name in names:
         yield name, _read_tensor(reader, folder, keys[name][0])
+
+
+def tensor_reader(folder: str) -> Callable[[str], Any]:
+    """Returns a function from the name of a float32 variable to its value, a tensor.
+
+    By way of NumPy there would be a second copy: TensorFlow holds on to the memory behind the arrays that it gives.
+    """
+    import tensorflow as tf
+
+    keys = list_variables(folder)
+    prefix = os.path.join(folder, "variables", "variables")
+
+    def read(name: str) -> Any:
+        try:
+            return tf.raw_ops.RestoreV2(
+                prefix=prefix, tensor_names=[keys[name][0]], shape_and_slices=[""], dtypes=[tf.float32]
+            )[0]
+        except tf.errors.OpError as error:
+            raise _damaged(folder, error) from error
+
+    return read
 
 
 def read_flag(folder: str, name: str) -> bool:

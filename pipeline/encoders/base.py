@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, Protocol
 
 import numpy as np
@@ -29,14 +29,19 @@ class Encoder(Protocol):
         """Runs one small input, so that the first batch finds everything built, and returns D, the vector's size."""
         ...
 
+    def compile_shapes(self, shapes: Iterable[tuple[int, int]]) -> None:
+        """Compiles for batches of these rows and lengths, where the graph is compiled at all."""
+        ...
+
 
 class TokenEncoder:
     """The TF Hub text encoder interface: three int32 `[B, L]` tensors in, one float32 tensor out."""
 
-    def __init__(self, choice: VectorChoice, graph: Callable[..., Any]) -> None:
+    def __init__(self, choice: VectorChoice, graph: Callable[..., Any], compiled: bool = False) -> None:
         self._tf = load_tensorflow()
         self._choice = choice
         self._graph = graph
+        self._compiled = compiled
 
     def run(self, inputs: dict[str, np.ndarray]) -> np.ndarray:
         """Runs the graph over the three inputs, padding and all: float32 `[B, D]`, or `[B, L, D]` for tokens."""
@@ -50,6 +55,10 @@ class TokenEncoder:
 
     def warm_up(self) -> int:
         return self.encode(Batch([_probe_chunk(np.zeros(8, "<i4").tobytes())], length=8))[0].shape[-1]
+
+    def compile_shapes(self, shapes: Iterable[tuple[int, int]]) -> None:
+        for rows, length in shapes if self._compiled else ():
+            self.run({name: np.ones((rows, length), np.int32) for name in TOKEN_INPUTS})
 
 
 class TextEncoder:
@@ -67,6 +76,9 @@ class TextEncoder:
 
     def warm_up(self) -> int:
         return self.encode(Batch([_probe_chunk(b"warm up")]))[0].shape[-1]
+
+    def compile_shapes(self, shapes: Iterable[tuple[int, int]]) -> None:
+        pass
 
 
 def _probe_chunk(ids: bytes) -> Chunk:

@@ -14,16 +14,14 @@ Sources: post-layer-norm BERT, arXiv 1810.04805; talking heads, arXiv 2003.02436
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NamedTuple
-
-import numpy as np
 
 from pipeline.config import VectorChoice
 from pipeline.encoders.architecture import FAMILIES, Architecture, canonical_names
 from pipeline.encoders.export import LAYER_NORM_EPSILON, MASKED_LOGIT
-from pipeline.runtime import hear_onednn_out, load_tensorflow, native_half_precision
-from pipeline.saved_model import list_variables, read_variables
+from pipeline.runtime import has_gpu, hear_onednn_out, load_tensorflow, native_half_precision
+from pipeline.saved_model import list_variables, tensor_reader
 from pipeline.vectors.pooling import pool_tokens
 
 if TYPE_CHECKING:
@@ -86,12 +84,11 @@ class Mode(NamedTuple):
 
 def choose_mode(precision: str) -> Mode:
     """The mode for this machine's devices."""
-    tf = load_tensorflow()
     native = native_half_precision() == precision
     emulated = precision != "float32" and not native
     if emulated:
         hear_onednn_out()
-    if tf.config.list_physical_devices("GPU"):
+    if has_gpu():
         return Mode(precision, compiled=True, packed=False, emulated=emulated)
     return Mode(precision, frozen=native, emulated=emulated)
 
@@ -102,33 +99,34 @@ def read_weights(folder: str, a: Architecture, choice: VectorChoice, mode: Mode)
     family = FAMILIES[a.family]
     names = {official: given for given, official in canonical_names(list_variables(folder)).items()}
 
-    def read(prefix: str, *wanted: str) -> Iterator[np.ndarray]:
-        for _, value in read_variables(folder, [names[f"{prefix}/{name}"] for name in wanted]):
-            yield value
+    read_tensor = tensor_reader(folder)
 
-    def make_dense(kernel: np.ndarray, bias: np.ndarray) -> Dense:
-        kernel = kernel.astype(tf.as_dtype(mode.precision).as_numpy_dtype, copy=False)
-        return Dense(tf.constant(kernel.astype(np.float32) if mode.emulated else kernel), tf.constant(bias))
+    def read(prefix: str, *wanted: str) -> list[tf.Tensor]:
+        return [read_tensor(names[f"{prefix}/{name}"]) for name in wanted]
+
+    def make_dense(kernel: tf.Tensor, bias: tf.Tensor) -> Dense:
+        kernel = tf.cast(kernel, mode.precision)
+        return Dense(tf.cast(kernel, tf.float32) if mode.emulated else kernel, bias)
 
     def dense(prefix: str, n_inputs: int = a.width) -> Dense:
         kernel, bias = read(prefix, "kernel", "bias")
-        return make_dense(kernel.reshape(n_inputs, -1), bias.reshape(-1))
+        return make_dense(tf.reshape(kernel, [n_inputs, -1]), tf.reshape(bias, [-1]))
 
     def norm(prefix: str) -> Norm:
-        return Norm(*map(tf.constant, read(prefix, "gamma", "beta")))
+        return Norm(*read(prefix, "gamma", "beta"))
 
     def queries_keys_values(prefix: str) -> Dense:
         kernels, biases = [], []
         for name, scale in (("query", 1 / math.sqrt(a.head_size)), ("key", 1.0), ("value", 1.0)):
             kernel, bias = read(f"{prefix}/{name}", "kernel", "bias")  # [D, A, K], [A, K]
-            kernels.append(kernel.reshape(a.width, -1) * np.float32(scale))
-            biases.append(bias.reshape(-1) * np.float32(scale))
-        return make_dense(np.concatenate(kernels, 1), np.concatenate(biases))
+            kernels.append(tf.reshape(kernel, [a.width, -1]) * scale)
+            biases.append(tf.reshape(bias, [-1]) * scale)
+        return make_dense(tf.concat(kernels, 1), tf.concat(biases, 0))
 
     def layer(prefix: str) -> Layer:
         attention = f"{prefix}/self_attention"
         mixing = read(attention, "pre_softmax_weight", "post_softmax_weight") if family.talks else (None, None)
-        before, after = (None if mix is None else tf.constant(np.ascontiguousarray(mix.T)) for mix in mixing)
+        before, after = (None if mix is None else tf.transpose(mix) for mix in mixing)
         return Layer(
             qkv=queries_keys_values(attention),
             mix_before=before,
@@ -142,7 +140,7 @@ def read_weights(folder: str, a: Architecture, choice: VectorChoice, mode: Mode)
         )
 
     def table(name: str) -> tf.Tensor:
-        return tf.constant(*read(name, "embeddings"))
+        return read(name, "embeddings")[0]
 
     n_layers = a.layers if choice.layer is None else choice.layer + 1
     with tf.device("CPU"):  # a GPU would get every array in float32 first
@@ -154,17 +152,25 @@ def read_weights(folder: str, a: Architecture, choice: VectorChoice, mode: Mode)
             layers=tuple(layer(family.layer_name(i)) for i in range(n_layers)),
             pooler=dense(family.pooler) if _is_pooled(choice) else None,
         )
-    if not tf.config.list_physical_devices("GPU"):
+    if not has_gpu():
         return weights
     with tf.device("GPU"):
         return tf.nest.map_structure(lambda tensor: None if tensor is None else tf.identity(tensor), weights)
 
 
 def build_graph(weights: Weights, a: Architecture, choice: VectorChoice, mode: Mode) -> Callable[..., tf.Tensor]:
-    """Makes the function from the three int32 inputs `[B, L]` to float32 vectors `[B, D]`, or `[B, L, D]` for tokens.
+    """Makes the graph from the three int32 inputs `[B, L]` to float32 vectors `[B, D]`, or `[B, L, D]` for tokens.
 
     Rows of padding tokens hold numbers without meaning, as in the published module.
     """
+    tf = load_tensorflow()
+    inputs = [tf.TensorSpec([None, None], tf.int32)] * 3
+    run = define_graph(weights, a, choice, mode)
+    return tf.function(run, input_signature=inputs, autograph=False).get_concrete_function()
+
+
+def define_graph(weights: Weights, a: Architecture, choice: VectorChoice, mode: Mode) -> Callable[..., tf.Tensor]:
+    """The Python function that `build_graph` makes a graph of."""
     tf = load_tensorflow()
     first_only = _is_pooled(choice) or choice.pooling == "cls"
 
@@ -188,11 +194,7 @@ def build_graph(weights: Weights, a: Architecture, choice: VectorChoice, mode: M
             return x  # [B, D]
         return pool_tokens(spread(x, rows), input_mask, choice.pooling)
 
-    inputs = [tf.TensorSpec([None, None], tf.int32)] * 3
-    graph = tf.function(run, input_signature=inputs, autograph=False).get_concrete_function()
-    if mode.frozen:
-        weights = None  # type: ignore[assignment]  # they are constants of the graph now
-    return graph
+    return run
 
 
 class Rows(NamedTuple):

@@ -68,15 +68,18 @@ class LoadedEncoder:
 class EncoderHandler(ModelHandler[Batch, Encoded, LoadedEncoder]):
     """Beam's model handler for an encoder; its elements are whole batches."""
 
-    def __init__(self, spec: EncoderSpec) -> None:
+    def __init__(self, spec: EncoderSpec, shapes: Sequence[tuple[int, int]] = ()) -> None:
         super().__init__()
         self.spec = spec
+        self.shapes = shapes
 
     def load_model(self) -> LoadedEncoder:
         spec = self.spec
         if spec.handle:  # this machine may not be the one that inspected it
             spec = replace(spec, folder=resolve_handle(spec.handle))
-        encoder = LoadedEncoder(load_encoder(spec))
+        loaded = load_encoder(spec)
+        loaded.compile_shapes(self.shapes)
+        encoder = LoadedEncoder(loaded)
         gc.collect()
         gc.freeze()  # else every full collection walks the heaps of TensorFlow and Beam: 0.3 s each
         return encoder
@@ -95,9 +98,15 @@ class EncoderHandler(ModelHandler[Batch, Encoded, LoadedEncoder]):
 
 @dataclass
 class Encode(beam.PTransform):
-    """PCollection[Batch] -> PCollection[Encoded]."""
+    """PCollection[Batch] -> PCollection[Encoded].
+
+    Attributes:
+      spec: what is loaded.
+      shapes: rows and length of full batches, which a compiled graph is compiled for before the first one comes.
+    """
 
     spec: EncoderSpec
+    shapes: Sequence[tuple[int, int]] = ()
 
     def expand(self, batches: beam.PCollection) -> beam.PCollection:
-        return batches | "RunInference" >> RunInference(EncoderHandler(self.spec).with_no_batching())
+        return batches | "RunInference" >> RunInference(EncoderHandler(self.spec, self.shapes).with_no_batching())

@@ -16,7 +16,7 @@ def load_fast(spec: EncoderSpec) -> Encoder:
     assert spec.architecture is not None
     mode = choose_mode(spec.precision)
     weights = read_weights(spec.folder, spec.architecture, spec.choice, mode)
-    return TokenEncoder(spec.choice, build_graph(weights, spec.architecture, spec.choice, mode))
+    return TokenEncoder(spec.choice, build_graph(weights, spec.architecture, spec.choice, mode), mode.compiled)
 
 
 def load_published(spec: EncoderSpec) -> Encoder:

@@ -21,12 +21,13 @@ from pipeline.records import Batch, Chunk, Tally
 
 # (up to this length, steps of): a finer grid wastes less on padding, a coarser one compiles fewer shapes.
 LENGTH_STEPS = ((64, 4), (128, 8), (256, 16), (512, 32))
+COMPILED_STEPS = ((128, 16), (512, 64))  # where every shape takes seconds to compile
 
 
-def bucket_lengths(max_tokens: int) -> list[int]:
+def bucket_lengths(max_tokens: int, steps: tuple[tuple[int, int], ...] = LENGTH_STEPS) -> list[int]:
     """The padded lengths in use, ascending; the last one is `max_tokens`."""
     lengths, length = [], 0
-    for limit, step in LENGTH_STEPS:
+    for limit, step in steps:
         while length < limit:
             length += step
             lengths.append(length)
@@ -52,6 +53,10 @@ class Buckets:
 
     def full_rows(self, length: int) -> int:
         return max(1, self.budget // length)
+
+    def full_shapes(self) -> list[tuple[int, int]]:
+        """Rows and length of full batches, for every length."""
+        return [(self.full_rows(length), length) for length in self.lengths]
 
     def padded_rows(self, rows: int, length: int) -> int:
         """The row count of the grid that holds `rows`: a power of two, or a full batch."""
