@@ -1,6 +1,6 @@
 """Runs the programs of `benchmarks.stablehlo` through JAX and reports their share of the chip's own matmul rate.
 
-`python benchmarks/accelerator.py DIR [DIR ...]`: needs JAX and NumPy alone, nothing of the project and no TensorFlow.
+`python -m benchmarks.accelerator DIR [DIR ...]`: needs JAX and NumPy alone, nothing of the product and no TensorFlow.
 """
 
 from __future__ import annotations
@@ -44,17 +44,19 @@ def load_program(path: str, arguments: list[Any], result: Any) -> Callable[..., 
         module_kept_var_idx=tuple(range(len(avals))),
         uses_global_constants=False,
         _get_vjp=None,
-        **_OPTIONAL_FIELDS,
+        **_fields_of_newer_versions(len(avals)),
     )
     return jax.jit(exported.call)
 
 
-# Fields that newer versions of JAX ask for.
-_OPTIONAL_FIELDS = {
-    name: ((None,) if name.startswith("_out") else ())
-    for name in ("_in_named_shardings", "_out_named_shardings")
-    if name in getattr(jax.export.Exported, "__dataclass_fields__", {})
-}
+def _fields_of_newer_versions(n_arguments: int) -> dict[str, Any]:
+    """What this version of JAX asks for beyond the documented fields: that nothing is sharded."""
+    known = {
+        "_has_named_shardings": False,
+        "_in_named_shardings": (None,) * n_arguments,
+        "_out_named_shardings": (None,),
+    }
+    return {name: value for name, value in known.items() if name in jax.export.Exported.__dataclass_fields__}
 
 
 def count_flops(a: dict[str, Any], rows: int, length: int) -> float:
