@@ -599,7 +599,7 @@ def test_a_run_that_was_overtaken_does_not_replace_the_others_table(tmp_path, ta
         ({"compression": "zip"}, "--compression=zip is not one of none"),
         ({"dead_letter_text": "some"}, "--dead_letter_text=some is not one of full"),
         ({"output_format": "parquet", "compression": "gzip"}, "--compression=gzip: Parquet"),
-        ({"batch_tokens": 0}, "--batch_tokens=0 must be at least 1"),
+        ({"batch_tokens": -1}, "--batch_tokens=-1 is negative"),
         ({"split_bytes": 0}, "--split_bytes=0 must be at least 1"),
         ({"shard_bytes": -1}, "--shard_bytes=-1 must be at least 1"),
         ({"max_document_bytes": 0}, "--max_document_bytes=0 must be at least 1"),

@@ -206,7 +206,7 @@ def test_help_fits_80_columns_and_goes_to_stdout(call, monkeypatch, verb):
             assert f"\n{group}:\n" in out
         flat = " ".join(out.split())
         for shown in (
-            "(default: 0)",
+            "(default: float32)",
             "(default: truncate)",
             "(default: 0.1)",
             "(default: text)",
