@@ -28,6 +28,7 @@ from pipeline.encoders.load import load_encoder
 from pipeline.encoders.spec import describe_encoder
 from pipeline.errors import ConfigError, EncoderError
 from pipeline.plan import plan_embedding
+from pipeline.runtime import native_half_precision
 from pipeline.saved_model import list_variables
 from pipeline.tables.embedder import load_embedder
 
@@ -287,15 +288,20 @@ def test_erf_instead_of_tanh_is_noticed(tmp_path, monkeypatch):
 
 def test_the_table_says_which_graph_and_how_near_it_is_and_a_query_runs_the_same(tmp_path):
     texts = ["one", "the two of them", "three " * 30]
-    _, manifest = embed_records(tmp_path, as_records(texts), precision="auto", encoder_graph="auto")
+    _, manifest = embed_records(tmp_path, as_records(texts), encoder_graph="auto")
     assert manifest.settings["encoder_graph"] == manifest.identity["graph"] == "fast"
-    assert manifest.settings["precision"] == manifest.identity["precision"] != "auto"
+    assert manifest.settings["precision"] == manifest.identity["precision"] == "float32"
     assert 0 < manifest.parity["max_abs"] < parity.LARGEST_DIFFERENCE
     assert 0.999 < manifest.parity["min_cosine"] < 1.0001
     rows = read_rows(str(tmp_path / "table"))
     again = load_embedder(str(tmp_path / "table")).embed(texts)
     for i in range(3):
         assert np.abs(again[i] - rows[str(i), 0]["embedding"]).max() < 1e-5
+
+
+def test_auto_takes_the_precision_of_the_machine():
+    found = describe(ENCODER, precision="auto")
+    assert found.precision == (native_half_precision() or "float32") and found.native
 
 
 def test_graph_and_precision_are_part_of_the_fingerprint():
