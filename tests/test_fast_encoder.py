@@ -35,7 +35,11 @@ from pipeline.tables.embedder import load_embedder
 TOLERANCES = {"tiny": 2e-5, "small": 1e-4, "base": 1e-4, "large": 5e-4}  # max abs, two orders of summation in float32
 HOME = Path(os.environ.get("EMBEAM_REFERENCE", REFERENCE))
 FIXTURES = ["tiny_v1000", "bert_v1000"]
-LARGER = [p.name for p in sorted(HOME.iterdir()) if (HOME / f"golden_{p.name}.npz").exists() and p.name not in FIXTURES]
+LARGER = [
+    path.name
+    for path in sorted(HOME.iterdir())
+    if (HOME / f"golden_{path.name}.npz").exists() and not path.name.startswith(("preprocess", *FIXTURES))
+]
 MODELS = [*FIXTURES, *LARGER]
 MODES = {
     "packed": Mode(),
