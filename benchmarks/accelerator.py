@@ -59,14 +59,6 @@ def _fields_of_newer_versions(n_arguments: int) -> dict[str, Any]:
     return {name: value for name, value in known.items() if name in jax.export.Exported.__dataclass_fields__}
 
 
-def count_flops(a: dict[str, Any], rows: int, length: int) -> float:
-    """FLOPs of a batch by the formula of the architecture, a multiply-add being two."""
-    gated = a["family"] == "talking_heads_ggelu_bert"
-    dense = 8 * a["width"] ** 2 + (6 if gated else 4) * a["width"] * a["feedforward"]
-    per_key = 4 * a["width"] + (4 * a["heads"] ** 2 if gated else 0)
-    return rows * (a["layers"] * length * (dense + per_key * length) + 2 * a["width"] ** 2)
-
-
 def time_calls(function: Callable[[], Any]) -> float:
     """Seconds a call, with a few calls under way at once, after compiling."""
     jax.block_until_ready(function())
@@ -114,7 +106,7 @@ def main(folders: list[str]) -> None:
             jax.block_until_ready(encode(*inputs, *weights))
             compiled = time.perf_counter() - begun
             seconds = time_calls(lambda: encode(*inputs, *weights))  # noqa: B023  called at once, transfers and all
-            rate = count_flops(a, rows, length) / seconds
+            rate = rows * program["flops_of_a_text"] / seconds
             print(
                 f"  length {length}: {rows / seconds:,.0f} texts/s, {rows * length / seconds:,.0f} tokens/s, "
                 f"{rate / 1e12:.2f} TFLOP/s, {rate / machine:.0%} of the matmul; compiled in {compiled:.1f} s",

@@ -16,7 +16,7 @@ from typing import Any
 from benchmarks.measure import BenchmarkError, Ratio, Report, alternate, median, run_side, steady_rate
 from benchmarks.models import find_models
 from benchmarks.plot import plot_bars
-from benchmarks.stock import STOCK_TOKENS, compare_tables  # noqa: F401  the latter runs in a child
+from benchmarks.stock import STOCK_TOKENS
 from benchmarks.texts import make_sentences, write_lines
 
 SIZE, COUNT, REPETITIONS = "base", 600, 3
@@ -24,21 +24,27 @@ FLOORS = {"float32": 0.75, "bfloat16": 0.5}  # of the machine's matmul rate
 TOLERANCES = {"float32": 2e-4, "bfloat16": 0.3}  # largest difference of a number from stock's
 
 
+def text_flops(a: Any, n_tokens: int) -> float:
+    """FLOPs of one text, a multiply-add being two, by the formula of its `Architecture`."""
+    from pipeline.encoders.architecture import FAMILIES
+
+    family = FAMILIES[a.family]
+    dense = 8 * a.width**2 + (6 if family.gate else 4) * a.width * a.feedforward
+    per_key = 4 * a.width + (4 * a.heads**2 if family.talks else 0)  # scores and context; both mixes
+    return float(a.layers * n_tokens * (dense + per_key * n_tokens) + 2 * a.width**2)
+
+
 def count_flops(table: str, encoder: str) -> dict[str, float]:
-    """FLOPs of the real tokens of a table's documents, a multiply-add being two. Runs in a child."""
+    """FLOPs of the real tokens of a table's documents. Runs in a child."""
     from pipeline import iter_table
-    from pipeline.encoders.architecture import FAMILIES, Architecture, recognise_architecture
+    from pipeline.encoders.architecture import Architecture, recognise_architecture
     from pipeline.saved_model import describe_saved_model
 
     a = recognise_architecture(describe_saved_model(encoder).variables)
     if not isinstance(a, Architecture):
         raise SystemExit(f"{encoder}: the FLOPs of an unknown architecture cannot be counted: {a}")
-    family = FAMILIES[a.family]
-    dense = 8 * a.width**2 + (6 if family.gate else 4) * a.width * a.feedforward
-    per_key = 4 * a.width + (4 * a.heads**2 if family.talks else 0)  # scores and context; both mixes
     sizes = [row["n_tokens"] for row in iter_table(table)]
-    flops = sum(a.layers * n * (dense + per_key * n) + 2 * a.width**2 for n in sizes)
-    return {"flops": float(flops), "documents": len(sizes), "tokens": sum(sizes)}
+    return {"flops": sum(text_flops(a, n) for n in sizes), "documents": len(sizes), "tokens": sum(sizes)}
 
 
 def has_native_bfloat16() -> dict[str, bool]:

@@ -17,6 +17,7 @@ TOKENS = 32768  # rows x length of a batch
 
 def export_programs(encoder: str, precision: str, tokens: int, output: str) -> None:
     """Writes `length-L.mlir` for each length, and `signature.json`."""
+    from benchmarks.encoder import text_flops
     from pipeline.config import VectorChoice
     from pipeline.encoders.architecture import Architecture, recognise_architecture
     from pipeline.encoders.fast import Mode, define_graph, read_weights
@@ -30,7 +31,6 @@ def export_programs(encoder: str, precision: str, tokens: int, output: str) -> N
     choice, mode = VectorChoice("pooled_output"), Mode(precision, packed=False)
     weights = read_weights(encoder, a, choice, mode)
     flat = [tensor for tensor in tf.nest.flatten(weights) if tensor is not None]
-    # The compiler sorts out unused arguments and captured tensors by itself; plain arguments keep their order.
     os.makedirs(output, exist_ok=True)
     programs = {}
     for length in LENGTHS:
@@ -47,7 +47,7 @@ def export_programs(encoder: str, precision: str, tokens: int, output: str) -> N
         name = f"length-{length}.mlir"
         with open(os.path.join(output, name), "wb") as file:
             file.write(text)
-        programs[name] = {"rows": rows, "length": length}
+        programs[name] = {"rows": rows, "length": length, "flops_of_a_text": text_flops(a, length)}
         print(f"{name}: {rows} rows, {len(text):,} bytes", flush=True)
     signature = {
         "architecture": a._asdict(),

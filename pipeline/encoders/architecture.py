@@ -39,9 +39,7 @@ class Family(NamedTuple):
 
     def layer_name(self, number: int) -> str:
         """The prefix of a layer's weights, counted from 0."""
-        if self.first_is_bare:
-            return f"{self.layer}_{number}" if number else self.layer
-        return f"{self.layer}_{number}"
+        return self.layer if self.first_is_bare and number == 0 else f"{self.layer}_{number}"
 
 
 TALKING_HEADS = Family(
