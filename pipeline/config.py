@@ -113,7 +113,7 @@ class ReadConfig(_Checked):
         if not self.text_field:
             raise ConfigError("--text_field is empty; name the field that holds the text")
         names = [f.name for f in self.kept_fields()]
-        reserved = {"id", "chunk", "embedding", "scale", "n_tokens", "n_truncated", "content_hash", "text"}
+        reserved = {"id", "chunk", "n_chunks", "embedding", "scale", "n_tokens", "n_truncated", "content_hash", "text"}
         for name in names:
             if name in reserved:
                 cure = "use --keep_text" if name == "text" else "rename it in the input"
@@ -227,6 +227,33 @@ class WriteConfig(_Checked):
 
 
 @dataclass(frozen=True)
+class ReindexConfig(_Checked):
+    """Keeping a table true"""
+
+    deletes: str = setting(
+        "rows of documents that are gone from the input: apply drops them", "apply", ("apply", "keep")
+    )
+    max_delete_fraction: float = setting("stop when more than this share of the table's documents is gone", 0.2)
+    on_model_change: str = setting(
+        "when the table was made by another encoder or other settings of vectors: embed everything again, or stop",
+        "embed",
+        ("embed", "stop"),
+    )
+    retry_dead_letters: bool = setting("try the table's dead letters again, instead of reading --input", False)
+    gate: str = setting("check a snapshot before it goes live; off publishes whatever came out", "on", ("on", "off"))
+    keep_snapshots: int = setting("how many snapshots are kept, the live one included", 2)
+    grace_seconds: int = setting("how long a snapshot that is no longer live stays for its readers", 3600)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._require_positive("keep_snapshots")
+        if not 0 <= self.max_delete_fraction <= 1:
+            raise ConfigError(f"--max_delete_fraction={self.max_delete_fraction} is no share; use a number from 0 to 1")
+        if self.grace_seconds < 0:
+            raise ConfigError(f"--grace_seconds={self.grace_seconds} is negative; use 0 or more")
+
+
+@dataclass(frozen=True)
 class EmbedConfig:
     """All settings of a run. `EmbedDocuments` uses the four parts in the middle, and `write.keep_text`."""
 
@@ -236,6 +263,7 @@ class EmbedConfig:
     encoder: EncoderConfig = EncoderConfig()
     vectors: VectorConfig = VectorConfig()
     write: WriteConfig = WriteConfig()
+    reindex: ReindexConfig = ReindexConfig()
 
     def __post_init__(self) -> None:
         choice = VectorChoice.parse(self.encoder.vector)
@@ -281,6 +309,7 @@ STAGE_CONFIGS: tuple[type, ...] = (
     EncoderConfig,
     VectorConfig,
     WriteConfig,
+    ReindexConfig,
 )
 
 

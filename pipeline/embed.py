@@ -13,12 +13,15 @@ from pipeline.plan import EmbedPlan, plan_embedding
 from pipeline.preprocess.batching import BatchByTokens
 from pipeline.preprocess.chunking import Preprocess
 from pipeline.progress import Progress
-from pipeline.sinks.writing import DeadLetterFormat, RowFormat, WriteTo
+from pipeline.sinks.writing import WriteTo
 from pipeline.sources.planning import InputPlan
 from pipeline.sources.read import ReadDocuments
-from pipeline.tables.manifest import attempts_folder
-from pipeline.tables.publish import Publication, Publish
+from pipeline.tables.commit import Commit, FolderCommit
+from pipeline.tables.journal import Journal
+from pipeline.tables.recall import Recall
 from pipeline.vectors.finishing import Finish
+
+SAFE_DOCUMENTS = 1000  # at most so many are encoded again after a crash, or what half a minute brings
 
 
 class Embedded(NamedTuple):
@@ -50,17 +53,30 @@ class EmbedDocuments(beam.PTransform):
     def expand(self, documents: beam.PCollection) -> Embedded:
         if not documents.windowing.is_default():
             raise ValueError("EmbedDocuments works on batch pipelines only: give it the global window")
-        rows, dead_letters, _ = embed_documents(documents, self.plan)
-        return Embedded(rows, dead_letters | "DeadLetters" >> beam.Flatten())
+        outputs = embed_documents(documents, self.plan)
+        return Embedded(outputs.rows, outputs.dead_letters | "DeadLetters" >> beam.Flatten())
 
 
-def embed_documents(documents: beam.PCollection, plan: EmbedPlan) -> tuple[beam.PCollection, tuple, tuple]:
+class Outputs(NamedTuple):
+    """What the stages from documents to rows give."""
+
+    rows: beam.PCollection  # of Row
+    probes: beam.PCollection  # of Row, for comparison only
+    dead_letters: tuple  # of PCollections of DeadLetter, one for each stage
+    tallies: tuple  # of PCollections of Tally
+
+
+def embed_documents(documents: beam.PCollection, plan: EmbedPlan) -> Outputs:
     """Documents -> rows, the dead letters of each stage, the tallies of each stage."""
+    vectors = plan.vectors
+    # A document of several chunks is safe only with its last one, which must not wait for its bucket to fill.
+    max_waiting = SAFE_DOCUMENTS if vectors.average or vectors.chunked else 0
     chunks, bad_documents, preprocess_tallies = documents | "Preprocess" >> Preprocess(plan.split)
-    batches, batch_tallies = chunks | "Batch" >> BatchByTokens(plan.buckets, plan.vectors.counts_tokens)
+    batches, batch_tallies = chunks | "Batch" >> BatchByTokens(plan.buckets, vectors.counts_tokens, max_waiting)
     encoded = batches | "Encode" >> Encode(plan.encoder, plan.buckets.full_shapes())
-    rows, bad_vectors, encode_tallies = encoded | "Finish" >> Finish(plan.vectors)
-    return rows, (bad_documents, bad_vectors), (preprocess_tallies, batch_tallies, encode_tallies)
+    rows, probes, bad_vectors, encode_tallies = encoded | "Finish" >> Finish(vectors)
+    tallies = (preprocess_tallies, batch_tallies, encode_tallies)
+    return Outputs(rows, probes, (bad_documents, bad_vectors), tallies)
 
 
 @dataclass(frozen=True)
@@ -72,7 +88,9 @@ class Job:
       input: the files and how they are split.
       kept: the kept fields, all with a type.
       plan: how documents become rows.
-      publication: the snapshot that comes out.
+      attempts: folder for what the run writes before it is published.
+      journal: folder for finished vectors.
+      commit: how the table comes out.
       distributed: whether the engine may shuffle what grows with the corpus.
       progress: what the stages report to.
     """
@@ -81,7 +99,9 @@ class Job:
     input: InputPlan
     kept: tuple[KeptField, ...]
     plan: EmbedPlan
-    publication: Publication
+    attempts: str
+    journal: str
+    commit: FolderCommit
     distributed: bool
     progress: Progress
 
@@ -90,27 +110,25 @@ def build_pipeline(pipeline: beam.Pipeline, job: Job) -> beam.PCollection:
     """Adds the whole job to a pipeline.
 
     Returns:
-      PCollection[str]: the name of the published snapshot.
+      PCollection[str]: the name of what was published.
     """
-    write = job.config.write
-    attempts = attempts_folder(job.publication.table, job.publication.name)
+    write, commit = job.config.write, job.commit
     documents, unread, read_tallies = pipeline | "Read" >> ReadDocuments(
-        job.input, job.config.read, job.kept, attempts, job.distributed, job.progress
+        job.input, job.config.read, job.kept, job.attempts, job.distributed, job.progress
     )
-    rows, bad, tallies = embed_documents(documents, job.plan)
-
-    row_format = RowFormat(write.output_format, job.plan.layout(job.kept), write.compression)
-    shards, row_tallies = rows | "WriteRows" >> WriteTo(attempts, row_format, write.shard_bytes, job.progress)
-    all_shards, all_tallies = [shards], [read_tallies, *tallies, row_tallies]
+    to_encode, notes, recall_tallies = documents | "Recall" >> Recall(commit.takeover.rule)
+    outputs = embed_documents(to_encode, job.plan)
+    rows = outputs.rows | "Journal" >> Journal(job.journal)
+    shards, row_tallies = rows | "WriteRows" >> WriteTo(job.attempts, commit.form, write.shard_bytes, job.progress)
+    all_shards, all_tallies = [shards], [read_tallies, recall_tallies, *outputs.tallies, row_tallies]
 
     # One writer per stage instead of one for all: the local engine would hold what crosses a Flatten in memory.
-    letter_format = DeadLetterFormat(write.dead_letter_text)
-    for stage, letters in zip(("Read", "Preprocess", "Encode"), (unread, *bad), strict=True):
-        to = WriteTo(attempts, letter_format, write.shard_bytes, job.progress)
+    for stage, letters in zip(("Read", "Preprocess", "Encode"), (unread, *outputs.dead_letters), strict=True):
+        to = WriteTo(job.attempts, commit.letter_format, write.shard_bytes, job.progress)
         letter_shards, letter_tallies = letters | f"Write{stage}DeadLetters" >> to
         all_shards.append(letter_shards)
         all_tallies.append(letter_tallies)
 
     shards = tuple(all_shards) | "Shards" >> beam.Flatten()
     counted = tuple(all_tallies) | "Tallies" >> beam.Flatten()
-    return pipeline | "Publish" >> Publish(job.publication, shards, counted)
+    return pipeline | "Commit" >> Commit(commit, shards, counted, notes, outputs.probes)

@@ -25,6 +25,10 @@ class RunError(EmbeamError):
     """A run that was stopped on purpose: too many dead letters, a full disk, no documents."""
 
 
+class GateError(RunError):
+    """A finished snapshot that must not become the live one."""
+
+
 def first_line(error: BaseException) -> str:
     """The first line of an error's message: TensorFlow's have dozens."""
     return (str(error) or type(error).__name__).splitlines()[0]

@@ -53,7 +53,8 @@ class EmbedPlan:
 
     def layout(self, kept: tuple[KeptField, ...] = ()) -> TableLayout:
         rule = self.vectors
-        return TableLayout(rule.vectors.dtype, self.dimension, rule.tokens, rule.counts_tokens, rule.keep_text, kept)
+        flags = (rule.tokens, rule.counts_tokens, rule.keep_text)
+        return TableLayout(rule.vectors.dtype, self.dimension, *flags, rule.chunked, kept)
 
 
 def plan_embedding(config: EmbedConfig) -> EmbedPlan:
@@ -91,6 +92,7 @@ def plan_embedding(config: EmbedConfig) -> EmbedPlan:
     rule = VectorRule(
         vectors=config.vectors,
         average=config.preprocess.on_long == "average",
+        chunked=config.preprocess.on_long == "chunk",
         tokens=encoder.choice.pooling == "tokens",
         counts_tokens=encoder.takes == "tokens",
         keep_text=config.write.keep_text,

@@ -6,6 +6,7 @@ pickles), except `Batch`, which is a list because Beam takes `len()` of it for i
 Annotations are not postponed here and optional fields are `Optional[X]`: RowCoder silently pickles what it cannot read.
 """
 
+import hashlib
 import json
 from typing import Any, NamedTuple, Optional
 
@@ -29,6 +30,7 @@ class Document(NamedTuple):
       pair: the second segment, or None; its tokens get type id 1.
       kept: JSON list of the kept fields' values, in the order of the table's kept fields; empty if there are none.
       origin: where the document came from, for dead letters.
+      is_probe: it is encoded once more to be compared with the row that the table has of it, and makes no row itself.
     """
 
     id: str
@@ -36,6 +38,7 @@ class Document(NamedTuple):
     pair: Optional[str] = None
     kept: bytes = b""
     origin: Origin = Origin()
+    is_probe: bool = False
 
 
 class Chunk(NamedTuple):
@@ -95,28 +98,65 @@ class Encoded(NamedTuple):
 
 
 class Row(NamedTuple):
-    """What lands in the table: `vector` is little-endian bytes of the table's dtype."""
+    """What lands in the table.
+
+    Attributes:
+      id: of the document.
+      chunk: number of the chunk in its document, from 0.
+      vector: little-endian bytes of the table's dtype.
+      scale: int8 only: value = scale * stored integer; 0 elsewhere.
+      n_tokens: tokens that were encoded; None where tokens are not counted.
+      n_truncated: tokens that were cut; None where that is not known.
+      content_hash: hash over all of the document that reaches the encoder.
+      kept: JSON list of the kept fields' values.
+      text: of the document, if the table keeps it.
+      n_chunks: how many rows the document has when it is whole.
+      source: path of the file that the document came from.
+    """
 
     id: str
     chunk: int
     vector: bytes
-    scale: float  # int8 only: value = scale * stored integer; 0 elsewhere
+    scale: float
     n_tokens: Optional[int]
     n_truncated: Optional[int]
     content_hash: str
     kept: bytes
     text: Optional[str]
+    n_chunks: int = 1
+    source: str = ""
 
 
 class DeadLetter(NamedTuple):
-    """A document that could not be embedded, with stage, reason and where it came from."""
+    """A document that could not be embedded, with stage, reason and where it came from.
+
+    Attributes:
+      stage: read, preprocess or encode.
+      reason: a key of REASONS.
+      message: what is wrong, for people.
+      origin: where the document came from.
+      id: of the document, or None where it could not be told.
+      text: of the document, or what can be shown of it.
+      content_hash: as in a row; None if the document was not read that far.
+      pair: the document's second segment.
+      kept: the document's kept fields.
+    """
 
     stage: str
-    reason: str  # a key of REASONS
+    reason: str
     message: str
     origin: Origin
     id: Optional[str] = None
     text: Optional[str] = None
+    content_hash: Optional[str] = None
+    pair: Optional[str] = None
+    kept: bytes = b""
+
+    @classmethod
+    def of(cls, stage: str, reason: str, message: str, document: Document, content_hash: str = "") -> "DeadLetter":
+        """The dead letter of a document that was read, with all that it takes to try again."""
+        d = document
+        return cls(stage, reason, message, d.origin, d.id, d.text, content_hash or None, d.pair, d.kept)
 
 
 class Tally(NamedTuple):
@@ -128,6 +168,11 @@ class Tally(NamedTuple):
     @classmethod
     def of(cls, stage: str, counts: dict[str, float]) -> "Tally":
         return cls(stage, json.dumps(counts).encode())
+
+
+def digest_id(document_id: str) -> bytes:
+    """16 bytes of BLAKE2b: of a billion ids, two collide with a probability under 1e-20."""
+    return hashlib.blake2b(document_id.encode(), digest_size=16).digest()
 
 
 REASONS = {

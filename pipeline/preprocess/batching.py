@@ -92,17 +92,27 @@ class Batcher:
 
 
 class CollectBatches(beam.DoFn):
-    def __init__(self, buckets: Buckets, counts_tokens: bool) -> None:
+    def __init__(self, buckets: Buckets, counts_tokens: bool, max_waiting: int = 0) -> None:
         self.buckets = buckets
         self.counts_tokens = counts_tokens
+        self.max_waiting = max_waiting
 
     def start_bundle(self) -> None:
         self._batcher = Batcher(self.buckets)
         self._counts: Counter = Counter()
+        self._document = ""
+        self._documents = 0
 
     def process(self, chunk: Chunk) -> list[Batch]:
-        batch = self._batcher.add(chunk, chunk.n_tokens if self.counts_tokens else len(chunk.ids))
-        return [self._count(batch)] if batch else []
+        batches = []
+        if self.max_waiting and chunk.document.id != self._document:
+            self._document = chunk.document.id
+            self._documents += 1
+            if self._documents % self.max_waiting == 0:
+                batches += self._batcher.drain()
+        if batch := self._batcher.add(chunk, chunk.n_tokens if self.counts_tokens else len(chunk.ids)):
+            batches.append(batch)
+        return [self._count(batch) for batch in batches]
 
     def finish_bundle(self) -> Iterator[Any]:
         for batch in self._batcher.drain():
@@ -124,13 +134,16 @@ class BatchByTokens(beam.PTransform):
     Attributes:
       buckets: the grid of shapes.
       counts_tokens: sizes are tokens; False for text encoders, whose sizes are bytes.
+      max_waiting: after so many documents what waits for its bucket to fill is sent off; 0 waits for the bundle's end.
+        A document of several chunks is finished, and safe from a crash, only with its last one.
     """
 
     buckets: Buckets
     counts_tokens: bool = True
+    max_waiting: int = 0
 
     def expand(self, chunks: beam.PCollection) -> tuple:
         outputs = chunks | "CollectBatches" >> beam.ParDo(
-            CollectBatches(self.buckets, self.counts_tokens)
+            CollectBatches(self.buckets, self.counts_tokens, self.max_waiting)
         ).with_outputs("tallies", main="batches")
         return outputs.batches, outputs.tallies

@@ -111,7 +111,7 @@ class WordpieceSplitter:
             ids = self._cls + tokens[: 4 * kept] + self._sep
             yield Chunk(document, content_hash, 0, 1, ids, kept + 2, kept, n - kept)
         elif self.rule.on_long == "reject":
-            yield self._reject(document, n + 2)
+            yield self._reject(document, content_hash, n + 2)
         else:
             starts = window_starts(n, window, self.rule.overlap)
             for index, start in enumerate(starts):
@@ -127,13 +127,13 @@ class WordpieceSplitter:
         kept_first, kept_second = trim_pair(n_first, n_second, self.rule.max_tokens - 3)
         n_cut = n_first + n_second - kept_first - kept_second
         if n_cut and self.rule.on_long == "reject":
-            return self._reject(document, n_first + n_second + 3)
+            return self._reject(document, content_hash, n_first + n_second + 3)
         ids = self._cls + first[: 4 * kept_first] + self._sep + second[: 4 * kept_second] + self._sep
         return Chunk(document, content_hash, 0, 1, ids, kept_first + 2, kept_first + kept_second, n_cut)
 
-    def _reject(self, document: Document, n_tokens: int) -> DeadLetter:
+    def _reject(self, document: Document, content_hash: str, n_tokens: int) -> DeadLetter:
         message = f"{n_tokens} tokens exceed --max_tokens={self.rule.max_tokens} and --on_long=reject"
-        return DeadLetter("preprocess", "too_long", message, document.origin, document.id, document.text)
+        return DeadLetter.of("preprocess", "too_long", message, document, content_hash)
 
 
 @dataclass(frozen=True)
@@ -255,10 +255,12 @@ class SplitDocuments(beam.DoFn):
         documents, self._buffer, self._characters = self._buffer, [], 0
         if not documents:
             return
+        probes = [document for document in documents if document.is_probe]
+        wanted = [document for document in documents if not document.is_probe] if probes else documents
         begun = time.perf_counter()
-        outputs = list(self._splitter.split(documents))
+        outputs = list(self._splitter.split(wanted))
         self._counts["tokenize_seconds"] += time.perf_counter() - begun
-        self._counts["documents"] += len(documents)
+        self._counts["documents"] += len(wanted)
         for output in outputs:
             if isinstance(output, DeadLetter):
                 self._counts["dead_letters"] += 1
@@ -268,6 +270,8 @@ class SplitDocuments(beam.DoFn):
                 self._counts["tokens"] += output.n_content
                 self._counts["truncated_tokens"] += output.n_truncated or 0
                 yield output
+        if probes:
+            yield from (output for output in self._splitter.split(probes) if isinstance(output, Chunk))
 
 
 @dataclass

@@ -23,6 +23,7 @@ class TableLayout:
       tokens: a row holds `n_tokens` x D numbers instead of D.
       counts_tokens: rows have n_tokens and n_truncated.
       keep_text: rows have their text.
+      chunked: a document may have several rows, and each says how many.
       kept: the kept fields, all with a type.
     """
 
@@ -31,6 +32,7 @@ class TableLayout:
     tokens: bool = False
     counts_tokens: bool = True
     keep_text: bool = False
+    chunked: bool = False
     kept: tuple[KeptField, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
@@ -43,6 +45,8 @@ class TableLayout:
     def columns(self) -> dict[str, str]:
         """All columns but the vector: name to string, int, float or bool."""
         columns = {"id": "string", "chunk": "int"}
+        if self.chunked:
+            columns["n_chunks"] = "int"
         if self.dtype == "int8":
             columns["scale"] = "float"
         if self.counts_tokens:
@@ -55,7 +59,7 @@ class TableLayout:
 
     def values(self, rows: list[Row]) -> dict[str, list]:
         """The values of `columns()` for some rows, column by column."""
-        plain = {"id", "chunk", "scale", "n_tokens", "n_truncated", "content_hash", "text"}
+        plain = {"id", "chunk", "n_chunks", "scale", "n_tokens", "n_truncated", "content_hash", "text"}
         kept = [json.loads(row.kept) for row in rows] if self.kept else []
         position = {field.name: i for i, field in enumerate(self.kept)}
         return {

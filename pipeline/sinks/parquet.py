@@ -17,15 +17,17 @@ SUFFIX = ".parquet"
 _ARROW = {"string": pa.string(), "int": pa.int64(), "float": pa.float64(), "bool": pa.bool_()}
 _NUMBERS = {"float32": pa.float32(), "float16": pa.float16(), "int8": pa.int8(), "binary": pa.uint8()}
 _READ_ROWS = 1024
+_GROUP_ROWS = 1024
 
 
 class ParquetWriter:
-    """Writes rows to one file; every `write` becomes a row group."""
+    """Writes rows to one file, in row groups of about a thousand."""
 
     def __init__(self, stream: BinaryIO, layout: TableLayout) -> None:
         self._layout = layout
         self._schema = build_arrow_schema(layout)
         self._writer = pq.ParquetWriter(stream, self._schema, write_page_checksum=True)
+        self._waiting: list[pa.RecordBatch] = []
 
     def write(self, rows: list[Row]) -> None:
         values = self._layout.values(rows)
@@ -39,11 +41,22 @@ class ParquetWriter:
             width = np.dtype(STORED_DTYPES[self._layout.dtype]).itemsize
             ends = np.cumsum([0, *(len(row.vector) // width for row in rows)])
             embedding = pa.LargeListArray.from_arrays(pa.array(ends, pa.int64()), numbers)
-        self._writer.write_batch(pa.RecordBatch.from_arrays([*columns, embedding], schema=self._schema))
+        self.write_stored(pa.RecordBatch.from_arrays([*columns, embedding], schema=self._schema))
+
+    def write_stored(self, batch: pa.RecordBatch) -> None:
+        self._waiting.append(batch)
+        if sum(map(len, self._waiting)) >= _GROUP_ROWS:
+            self._flush()
 
     def close(self) -> None:
-        """Writes the footer; the stream stays open."""
+        """Writes what waits and the footer; the stream stays open."""
+        self._flush()
         self._writer.close()
+
+    def _flush(self) -> None:
+        if self._waiting:
+            self._writer.write_table(pa.Table.from_batches(self._waiting, self._schema).combine_chunks())
+            self._waiting = []
 
 
 def build_arrow_schema(layout: TableLayout) -> pa.Schema:
@@ -54,11 +67,22 @@ def build_arrow_schema(layout: TableLayout) -> pa.Schema:
     return pa.schema([*fields, pa.field("embedding", embedding)])
 
 
-def read_rows(stream: BinaryIO, layout: TableLayout) -> Iterator[dict[str, list]]:
-    """Yields the rows of a file, about a thousand at a time: column name to values; `embedding` is stored bytes."""
+def read_stored(stream: BinaryIO, layout: TableLayout) -> Iterator[pa.RecordBatch]:
+    """Yields the rows of a file as Arrow batches, about a thousand at a time.
+
+    Raises:
+      ValueError, OSError: if the file is damaged.
+    """
+    schema = build_arrow_schema(layout)
     for batch in pq.ParquetFile(stream, page_checksum_verification=True).iter_batches(_READ_ROWS):
-        read = {name: batch.column(name).to_pylist() for name in layout.columns()}
-        read["embedding"] = [
-            scalar.values.to_numpy(zero_copy_only=False).tobytes() for scalar in batch.column("embedding")
-        ]
-        yield read
+        yield pa.RecordBatch.from_arrays(batch.columns, schema=schema)
+
+
+def select_stored(batch: pa.RecordBatch, positions: np.ndarray) -> pa.RecordBatch:
+    return batch.take(pa.array(positions))
+
+
+def decode_stored(batch: pa.RecordBatch, layout: TableLayout) -> dict[str, list]:
+    read = {name: batch.column(name).to_pylist() for name in layout.columns()}
+    read["embedding"] = [scalar.values.to_numpy(zero_copy_only=False).tobytes() for scalar in batch.column("embedding")]
+    return read

@@ -6,6 +6,7 @@ A null is a feature without values.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import struct
 from collections.abc import Iterator
@@ -38,7 +39,9 @@ class TfrecordWriter:
         self._encoder = RecordBatchToExamplesEncoder(build_schema(layout))
 
     def write(self, rows: list[Row]) -> None:
-        records = self._encoder.encode(build_record_batch(rows, self._layout))
+        self.write_stored(self._encoder.encode(build_record_batch(rows, self._layout)))
+
+    def write_stored(self, records: list[bytes]) -> None:
         self._stream.write(b"".join(map(frame_record, records)))
 
     def close(self) -> None:
@@ -52,21 +55,37 @@ def frame_record(record: bytes) -> bytes:
     return header + record + _CHECKSUM.pack(mask_crc(google_crc32c.value(record)))
 
 
-def read_rows(stream: BinaryIO, layout: TableLayout) -> Iterator[dict[str, list]]:
-    """Yields the rows of a file, about a thousand at a time: column name to values; `embedding` is stored bytes."""
-    from tfx_bsl.coders.example_coder import ExamplesToRecordBatchDecoder
+def read_stored(stream: BinaryIO, layout: TableLayout) -> Iterator[list[bytes]]:
+    """Yields the records of a file as they are stored, about a thousand at a time.
 
-    decoder = ExamplesToRecordBatchDecoder(build_schema(layout).SerializeToString())
+    Raises:
+      ValueError, FileError: if the file is damaged.
+    """
     records: list[bytes] = []
     for frame in iterate_frames(stream, limit=1 << 40):
         if not frame.is_intact:
             raise ValueError("a record does not have its checksum")
         records.append(frame.data)
         if len(records) == _READ_ROWS:
-            yield _read_batch(decoder.DecodeBatch(records), layout)
+            yield records
             records = []
     if records:
-        yield _read_batch(decoder.DecodeBatch(records), layout)
+        yield records
+
+
+def select_stored(records: list[bytes], positions: np.ndarray) -> list[bytes]:
+    return [records[i] for i in positions.tolist()]
+
+
+def decode_stored(records: list[bytes], layout: TableLayout) -> dict[str, list]:
+    return _read_batch(_decoder(layout).DecodeBatch(records), layout)
+
+
+@functools.lru_cache(maxsize=4)
+def _decoder(layout: TableLayout) -> Any:
+    from tfx_bsl.coders.example_coder import ExamplesToRecordBatchDecoder
+
+    return ExamplesToRecordBatchDecoder(build_schema(layout).SerializeToString())
 
 
 def build_schema(layout: TableLayout) -> Any:
@@ -79,7 +98,7 @@ def build_schema(layout: TableLayout) -> Any:
         features["embedding"] = ("FLOAT", 0 if layout.tokens else layout.dimension)
     else:
         features["embedding"] = ("BYTES", 1)
-    always = {"id", "chunk", "content_hash", "embedding", "scale", "n_tokens", "text"}
+    always = {"id", "chunk", "n_chunks", "content_hash", "embedding", "scale", "n_tokens", "text"}
     for name in sorted(features):
         kind, size = features[name]
         feature = schema.feature.add(name=name, type=schema_pb2.FeatureType.Value(kind))

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any, BinaryIO, NamedTuple, Optional, Protocol
 
 import apache_beam as beam
+import numpy as np
 from apache_beam.io.filesystems import FileSystems
 from apache_beam.transforms.window import GlobalWindows
 
@@ -21,6 +22,8 @@ from pipeline.errors import RunError
 from pipeline.progress import Progress
 from pipeline.records import DeadLetter, Row, Tally
 from pipeline.sinks import SINKS
+from pipeline.sinks.index import SUFFIX as INDEX_SUFFIX
+from pipeline.sinks.index import Index, SourceNumbers, index_rows, pack_index
 from pipeline.sinks.layout import TableLayout
 
 BUFFERED_RECORDS = 256
@@ -37,6 +40,9 @@ class Shard(NamedTuple):
     n_bytes: int
     sha256: str
     first: str  # sorts shards
+    index: str = ""  # path of the file with the index of its rows
+    index_size: tuple[int, str] = (0, "")  # that file's bytes and sha256
+    linked: bool = False  # the file belongs to the snapshot before and stays there
 
 
 class RecordWriter(Protocol):
@@ -58,10 +64,11 @@ class RowFormat:
 
     @property
     def suffix(self) -> str:
-        return SINKS[self.name][0] + (".gz" if self.compression == "gzip" else "")
+        return SINKS[self.name].suffix + (".gz" if self.compression == "gzip" else "")
 
     def open(self, stream: BinaryIO) -> RecordWriter:
-        return SINKS[self.name][1](stream, self.layout)
+        writer: RecordWriter = SINKS[self.name].writer(stream, self.layout)
+        return writer
 
     def order(self, row: Row) -> str:
         return row.id
@@ -106,8 +113,14 @@ def describe_dead_letter(letter: DeadLetter, text: str) -> dict[str, Any]:
         "file": letter.origin.path,
         letter.origin.unit: letter.origin.position,
     }
+    if letter.content_hash is not None:
+        values["content_hash"] = letter.content_hash
     if letter.text is not None and text == "full":
         values["text"] = letter.text
+        if letter.pair is not None:
+            values["pair"] = letter.pair
+        if letter.kept:
+            values["kept"] = json.loads(letter.kept)
     if letter.text is not None and text == "hash":
         values["text_sha256"] = hashlib.sha256(letter.text.encode("utf-8", "surrogatepass")).hexdigest()
     return values
@@ -171,13 +184,23 @@ class ShardWriter:
         self._shards: list[Shard] = []
 
     def write(self, records: list) -> None:
-        if self._stream is None:
-            self._open(self._form.order(records[0]))
-        assert self._stream is not None
+        self._begin(self._form.order(records[0]))
         self._writer.write(records)
-        self._rows += len(records)
-        if self._stream.n_bytes >= self._shard_bytes:
-            self._close()
+        if isinstance(records[0], Row):
+            self._entries.append(index_rows(records, self._sources))
+        self._end(len(records))
+
+    def write_stored(self, stored: Any, index: Index) -> None:
+        """Writes rows as their format stores them, with their index."""
+        if not len(index.entries):
+            return
+        self._begin(index.entries["id"][0].hex())
+        self._writer.write_stored(stored)  # type: ignore[attr-defined]
+        entries = index.entries.copy()
+        numbers = np.array([self._sources.number(path) for path in index.sources], "<u4")
+        entries["source"] = numbers[entries["source"]]
+        self._entries.append(entries)
+        self._end(len(entries))
 
     def finish(self) -> list[Shard]:
         """Closes the last file and returns all that were written."""
@@ -185,12 +208,22 @@ class ShardWriter:
             self._close()
         return self._shards
 
-    def _open(self, first: str) -> None:
+    def _begin(self, first: str) -> None:
+        if self._stream is not None:
+            return
         self._path = FileSystems.join(self._folder, f"{self._form.kind}-{uuid.uuid4().hex}{self._form.suffix}")
         self._first, self._rows = first, 0
+        self._entries: list[np.ndarray] = []
+        self._sources = SourceNumbers()
         self._stream = HashingStream(FileSystems.create(self._path, compression_type="uncompressed"))
         self._gzip = gzip.GzipFile("", "wb", 6, self._stream, mtime=0) if self._form.compression == "gzip" else None
         self._writer = self._form.open(self._gzip or self._stream)
+
+    def _end(self, n_rows: int) -> None:
+        assert self._stream is not None
+        self._rows += n_rows
+        if self._stream.n_bytes >= self._shard_bytes:
+            self._close()
 
     def _close(self) -> None:
         assert self._stream is not None
@@ -200,7 +233,19 @@ class ShardWriter:
         sha256 = self._stream.finish()
         n_bytes, self._stream = self._stream.n_bytes, None
         form = self._form
-        self._shards.append(Shard(self._path, form.kind, form.suffix, self._rows, n_bytes, sha256, self._first))
+        index: tuple[str, tuple[int, str]] = "", (0, "")
+        if self._entries:
+            index = write_index(self._folder, Index(np.concatenate(self._entries), list(self._sources.paths)))
+        self._shards.append(Shard(self._path, form.kind, form.suffix, self._rows, n_bytes, sha256, self._first, *index))
+
+
+def write_index(folder: str, index: Index) -> tuple[str, tuple[int, str]]:
+    """Writes the index of one file; returns its path, and its size in bytes and sha256."""
+    path = FileSystems.join(folder, f"index-{uuid.uuid4().hex}{INDEX_SUFFIX}")
+    stream = HashingStream(FileSystems.create(path, compression_type="uncompressed"))
+    stream.write(pack_index(index))
+    sha256 = stream.finish()
+    return path, (stream.n_bytes, sha256)
 
 
 class WriteRecords(beam.DoFn):

@@ -19,6 +19,7 @@ import numpy as np
 from apache_beam.io.filesystem import CompressionTypes
 from apache_beam.io.filesystems import FileSystems
 
+from pipeline.records import digest_id
 from pipeline.sources.source import FileRange
 
 # One id: 16 bytes of digest, file index, position.
@@ -31,11 +32,6 @@ _NEVER = 1 << 63
 
 # Yields the (id, position) of each document that a range holds.
 ListIds = Callable[[tuple[FileRange, ...]], Iterator[tuple[FileRange, str, int]]]
-
-
-def digest_id(document_id: str) -> bytes:
-    """16 bytes of BLAKE2b: of a billion ids, two collide with a probability under 1e-20."""
-    return hashlib.blake2b(document_id.encode(), digest_size=16).digest()
 
 
 def find_losers(read_entries: Callable[[], Iterator[np.ndarray]]) -> np.ndarray:

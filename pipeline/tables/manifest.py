@@ -3,8 +3,12 @@
 DIR/CURRENT                          name of the live snapshot; replaced atomically
 DIR/snapshots/NAME/manifest.json     written last: without it the folder is no snapshot
 DIR/snapshots/NAME/embeddings-*      the rows
+DIR/snapshots/NAME/index-*           who the rows of each file belong to, and what they were made from
 DIR/snapshots/NAME/dead_letters-*    what could not be embedded
+DIR/rejected/NAME/                   the last snapshot that failed the gate
 DIR/attempts/NAME/                   what a running (or dead) run has written so far
+DIR/journal/                         vectors that are finished but not published
+DIR/lock                             held by the one run that may write
 """
 
 from __future__ import annotations
@@ -12,9 +16,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import shutil
-import uuid
-from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -22,12 +23,14 @@ from apache_beam.io.filesystems import FileSystems
 
 from pipeline.errors import TableError
 from pipeline.sinks.layout import TableLayout
+from pipeline.tables.storage import read_text
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 POINTER = "CURRENT"
 MANIFEST = "manifest.json"
 SNAPSHOTS = "snapshots"
 ATTEMPTS = "attempts"
+REJECTED = "rejected"
 _SNAPSHOT_NAME = re.compile(r"[\w.-]+")
 _CURE = f"put the name of another folder of {SNAPSHOTS}/ into {POINTER}, or delete {POINTER} and run embeam embed again"
 
@@ -58,10 +61,12 @@ class Manifest:
       identity: all that changes a vector.
       settings: the whole configuration, flat.
       files: files with rows, in order.
+      index_files: the index of each of them, in the same order.
       dead_letter_files: files with dead letters.
       counts: documents, tokens and so on, by stage.
       dead_letters: count by reason.
       previous: the snapshot that was live before, or "".
+      predicted: what the run expected to do, as `counts` tells what it did.
       seconds: wall-clock time of the run, from its start to its publication.
       parity: how near the fast graph came to the published one on this machine before the run (`precision`, `max_abs`,
         `min_cosine` over a few rows); empty where the published graph ran.
@@ -78,10 +83,12 @@ class Manifest:
     identity: dict[str, Any]
     settings: dict[str, Any]
     files: tuple[TableFile, ...]
+    index_files: tuple[TableFile, ...]
     dead_letter_files: tuple[TableFile, ...]
     counts: dict[str, dict[str, float]]
     dead_letters: dict[str, int]
     previous: str = ""
+    predicted: dict[str, float] = field(default_factory=dict)
     seconds: float = 0.0
     parity: dict[str, Any] = field(default_factory=dict)
     format_version: int = field(default=FORMAT_VERSION)
@@ -92,13 +99,18 @@ class Manifest:
     @classmethod
     def from_json(cls, text: str) -> Manifest:
         values = json.loads(text)
+        if values["format_version"] < FORMAT_VERSION:
+            raise TableError(
+                f"its format version {values['format_version']} is older than this embeam reads ({FORMAT_VERSION}); "
+                "make the table anew in another folder"
+            )
         if values["format_version"] > FORMAT_VERSION:
             raise TableError(
                 f"its format version {values['format_version']} is newer than this embeam reads ({FORMAT_VERSION}); "
                 "install a newer embeam"
             )
         values["layout"] = TableLayout.from_json(values["layout"])
-        for name in ("files", "dead_letter_files"):
+        for name in ("files", "index_files", "dead_letter_files"):
             values[name] = tuple(TableFile(**entry) for entry in values[name])
         return cls(**values)
 
@@ -154,64 +166,3 @@ def snapshot_folder(table: str, name: str) -> str:
 
 def attempts_folder(table: str, name: str) -> str:
     return FileSystems.join(table, ATTEMPTS, name)
-
-
-def read_text(path: str) -> str:
-    with FileSystems.open(path, compression_type="uncompressed") as f:
-        return f.read().decode()
-
-
-def write_atomically(path: str, text: str) -> None:
-    """Writes a small file so that readers see the old or the new content: by rename here, in one request elsewhere."""
-    if "://" in path:
-        with FileSystems.create(path, compression_type="uncompressed") as f:
-            f.write(text.encode())
-        return
-    partial = f"{path}.{uuid.uuid4().hex[:8]}.new"
-    try:
-        with open(partial, "wb") as f:
-            f.write(text.encode())
-            f.flush()
-            os.fsync(f.fileno())
-        os.replace(partial, path)
-    except BaseException:
-        with suppress(FileNotFoundError):
-            os.remove(partial)
-        raise
-    folder = os.open(os.path.dirname(path), os.O_RDONLY)
-    try:
-        os.fsync(folder)  # the rename itself must survive a power cut
-    finally:
-        os.close(folder)
-
-
-def make_folder(path: str) -> None:
-    if not FileSystems.exists(path):
-        try:
-            FileSystems.mkdirs(path)
-        except OSError:
-            if not FileSystems.exists(path):
-                raise
-
-
-def list_files(folder: str) -> list[str]:
-    """Paths of the files in a folder; none if there is no such folder."""
-    if "://" in folder:
-        return [found.path for found in FileSystems.match([folder + "/*"])[0].metadata_list]
-    return [entry.path for entry in os.scandir(folder) if entry.is_file()] if os.path.isdir(folder) else []
-
-
-def delete_file(path: str) -> None:
-    """Removes one file; Beam's own deletion would take brackets in a local name for a pattern."""
-    if "://" in path:
-        FileSystems.delete([path])
-    else:
-        os.remove(path)
-
-
-def delete_folder(path: str) -> None:
-    """Removes a folder and what is in it; one that is not there is no error."""
-    if "://" not in path:
-        shutil.rmtree(path, ignore_errors=True)
-    elif FileSystems.match([path + "/**"])[0].metadata_list:
-        FileSystems.delete([path + "/"])

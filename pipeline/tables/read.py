@@ -77,16 +77,16 @@ def iter_columns(table: str) -> Iterator[tuple[dict[str, list], np.ndarray | Non
 
 def _iter_files(manifest: Manifest, folder: str) -> Iterator[dict[str, list]]:
     load_tensorflow()  # tfx-bsl would import it with all its noise
-    read_rows = SINKS[manifest.file_format][2]
+    sink = SINKS[manifest.file_format]
     for file in manifest.files:
         path = FileSystems.join(folder, file.name)
         n_rows = 0
         try:
             with FileSystems.open(path, compression_type="uncompressed") as raw:
                 stream = gzip.GzipFile(fileobj=raw) if manifest.compression == "gzip" else raw
-                for columns in read_rows(stream, manifest.layout):
-                    n_rows += len(columns["id"])
-                    yield columns
+                for stored in sink.read(stream, manifest.layout):
+                    n_rows += len(stored)
+                    yield sink.decode(stored, manifest.layout)
         except (OSError, EOFError, ValueError, FileError) as error:
             raise TableError(f"{path} is damaged: {error}; run embeam embed again") from error
         if n_rows != file.rows:

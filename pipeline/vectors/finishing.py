@@ -23,6 +23,7 @@ class VectorRule:
     Attributes:
       vectors: dimensions, normalisation and dtype.
       average: one row per document instead of one per chunk.
+      chunked: a document may have several rows.
       tokens: every chunk has a matrix `[n_tokens, D]`.
       counts_tokens: False for text encoders, whose rows have null token counts.
       keep_text: rows carry their document's text.
@@ -30,6 +31,7 @@ class VectorRule:
 
     vectors: VectorConfig = VectorConfig()
     average: bool = False
+    chunked: bool = False
     tokens: bool = False
     counts_tokens: bool = True
     keep_text: bool = False
@@ -50,7 +52,7 @@ class ChunkAverager:
         chunk = result[0]
         if chunk.n_chunks == 1:
             return result
-        key = (chunk.document.id, chunk.document.origin, chunk.content_hash)
+        key = (chunk.document.id, chunk.document.origin, chunk.content_hash, chunk.document.is_probe)
         waiting = self._parts.setdefault(key, [])
         parts = next((parts for parts in waiting if chunk.number not in parts), None)
         if parts is None:
@@ -120,6 +122,8 @@ def finish_chunks(results: list[Result], rule: VectorRule) -> Iterator[Row | Dea
             content_hash=chunk.content_hash,
             kept=document.kept,
             text=document.text if rule.keep_text else None,
+            n_chunks=chunk.n_chunks if rule.chunked else 1,
+            source=document.origin.path,
         )
 
 
@@ -138,7 +142,7 @@ def _count_tokens(chunk: Chunk, rule: VectorRule) -> int | None:
 def _reject(chunk: Chunk, reason: str, message: str) -> DeadLetter:
     document = chunk.document
     where = f"chunk {chunk.number} of {chunk.n_chunks}: " if chunk.n_chunks > 1 else ""
-    return DeadLetter("encode", reason, where + message, document.origin, document.id, document.text)
+    return DeadLetter.of("encode", reason, where + message, document, chunk.content_hash)
 
 
 class FinishVectors(beam.DoFn):
@@ -151,17 +155,24 @@ class FinishVectors(beam.DoFn):
 
     def process(self, encoded: Encoded) -> Iterator[Any]:
         self._counts["encode_seconds"] += encoded.seconds
-        self._counts["chunks"] += len(encoded.batch)
+        self._counts["chunks"] += sum(not chunk.document.is_probe for chunk in encoded.batch)
         results = zip(encoded.batch, encoded.vectors, encoded.errors, strict=True)
         if self.rule.average:
             results = filter(None, map(self._averager.add, results))
-        for output in finish_chunks(list(results), self.rule):
+        wanted, probes = [], []
+        for result in results:
+            (probes if result[0].document.is_probe else wanted).append(result)
+        for output in finish_chunks(wanted, self.rule):
             if isinstance(output, DeadLetter):
                 self._counts["dead_letters"] += 1
                 yield beam.pvalue.TaggedOutput("dead_letters", output)
             else:
                 self._counts["rows"] += 1
                 yield output
+        for output in finish_chunks(probes, self.rule):
+            if isinstance(output, Row):
+                self._counts["probes"] += 1
+                yield beam.pvalue.TaggedOutput("probes", output)
 
     def finish_bundle(self) -> Iterator[Any]:
         if lost := self._averager.unfinished():
@@ -172,12 +183,12 @@ class FinishVectors(beam.DoFn):
 
 @dataclass
 class Finish(beam.PTransform):
-    """PCollection[Encoded] -> (PCollection[Row], PCollection[DeadLetter], PCollection[Tally])."""
+    """PCollection[Encoded] -> (PCollection[Row], those of probes, PCollection[DeadLetter], PCollection[Tally])."""
 
     rule: VectorRule
 
     def expand(self, encoded: beam.PCollection) -> tuple:
         outputs = encoded | "FinishVectors" >> beam.ParDo(FinishVectors(self.rule)).with_outputs(
-            "dead_letters", "tallies", main="rows"
+            "probes", "dead_letters", "tallies", main="rows"
         )
-        return outputs.rows, outputs.dead_letters, outputs.tallies
+        return outputs.rows, outputs.probes, outputs.dead_letters, outputs.tallies

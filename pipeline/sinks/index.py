@@ -1,0 +1,113 @@
+"""The index of a table's file: who each row belongs to and what it was made from, without its numbers.
+
+Beside every file with rows stands one with 52 bytes for each of them, in the same order, so that a later run can tell
+what is new, changed or gone by reading a few percent of the table.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import struct
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from apache_beam.io.filesystems import FileSystems
+
+from pipeline.records import Row, digest_id
+
+SUFFIX = ".bin"
+ENTRY = np.dtype(
+    [
+        ("id", "S16"),  # digest of the document's id
+        ("content", "S16"),  # content hash
+        ("kept", "<u8"),  # digest of the kept fields
+        ("chunk", "<u4"),
+        ("n_chunks", "<u4"),  # rows of the document when it is whole
+        ("source", "<u4"),  # which of `sources` the document came from
+    ]
+)
+_LENGTH = struct.Struct("<Q")
+
+
+class Index(NamedTuple):
+    """Entries `[n]` of ENTRY, in the order of the rows, and the input files that they name by number."""
+
+    entries: np.ndarray
+    sources: list[str]
+
+
+class SourceNumbers:
+    """Numbers for paths, in the order in which they are first seen."""
+
+    def __init__(self) -> None:
+        self.paths: dict[str, int] = {}
+
+    def number(self, path: str) -> int:
+        return self.paths.setdefault(path, len(self.paths))
+
+
+def digest_kept(kept: bytes) -> int:
+    """64 bits that change with the kept fields' values."""
+    return int.from_bytes(hashlib.blake2b(kept, digest_size=8).digest(), "little") if kept else 0
+
+
+def index_rows(rows: Sequence[Row], sources: SourceNumbers) -> np.ndarray:
+    """Entries `[len(rows)]` of ENTRY."""
+    return np.array(
+        [
+            (
+                digest_id(row.id),
+                bytes.fromhex(row.content_hash),
+                digest_kept(row.kept),
+                row.chunk,
+                row.n_chunks,
+                sources.number(row.source),
+            )
+            for row in rows
+        ],
+        ENTRY,
+    )
+
+
+def pack_index(index: Index) -> bytes:
+    """The bytes of an index: entries, the sources as JSON, the JSON's length."""
+    return pack_records(index.entries, index.sources)
+
+
+def pack_records(records: np.ndarray, sources: Sequence[str]) -> bytes:
+    """Fixed-size records, followed by the paths that they name by number."""
+    names = json.dumps(list(sources)).encode()
+    return records.tobytes() + names + _LENGTH.pack(len(names))
+
+
+def unpack_records(data: bytes, dtype: np.dtype) -> tuple[np.ndarray, list[str]]:
+    """The inverse of `pack_records`.
+
+    Raises:
+      ValueError: if the bytes are none.
+    """
+    if len(data) < _LENGTH.size:
+        raise ValueError("it is too short")
+    end = len(data) - _LENGTH.size
+    (size,) = _LENGTH.unpack_from(data, end)
+    if size > end or (end - size) % dtype.itemsize:
+        raise ValueError("its length does not fit")
+    sources: list[str] = json.loads(data[end - size : end])
+    return np.frombuffer(data, dtype, (end - size) // dtype.itemsize), sources
+
+
+def read_index(path: str) -> Index:
+    """Reads the index of one file.
+
+    Raises:
+      ValueError: if it is damaged.
+    """
+    return Index(*unpack_records(read_bytes(path), ENTRY))
+
+
+def read_bytes(path: str) -> bytes:
+    with FileSystems.open(path, compression_type="uncompressed") as stream:
+        data: Any = stream.read()
+    return bytes(data)

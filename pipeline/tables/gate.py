@@ -1,0 +1,167 @@
+"""What a finished snapshot must pass before it may become the live one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from pipeline.errors import GateError
+from pipeline.records import Row
+from pipeline.sinks.index import read_index
+from pipeline.sinks.layout import TableLayout
+from pipeline.sinks.writing import Shard
+from pipeline.tables.carry import FileReader
+from pipeline.tables.known import KnownVectors, VectorFile
+
+SAMPLED_FILES = 8
+MAX_FLAT_FRACTION = 0.01  # of rows that are zero or one number throughout
+MIN_COSINE = 0.999
+MIN_EQUAL_BITS = 0.98
+
+
+class Expected(NamedTuple):
+    """How many documents a snapshot should have rows of: exactly where a document is one row, else at least and most.
+
+    Attributes:
+      least: documents that were encoded, taken over or kept, less dead letters.
+      most: the same with those that have dead letters for some of their chunks.
+    """
+
+    least: int
+    most: int
+
+
+def check_rows(shards: Sequence[Shard], expected: Expected) -> None:
+    """Checks that no document is missing, none surplus, and none there twice.
+
+    Takes 20 bytes of memory a row.
+
+    Raises:
+      GateError: naming what is wrong.
+    """
+    keys = np.empty(sum(shard.rows for shard in shards), [("id", "S16"), ("chunk", "<u4")])
+    start = 0
+    for shard in shards:
+        entries = read_index(shard.index).entries
+        if len(entries) != shard.rows:
+            raise GateError(f"{shard.path} has {shard.rows:,} rows and an index of {len(entries):,}")
+        keys[start : start + shard.rows] = entries[["id", "chunk"]]
+        start += shard.rows
+    keys.sort()
+    same_id = keys["id"][1:] == keys["id"][:-1]
+    if twice := int(np.count_nonzero(same_id & (keys["chunk"][1:] == keys["chunk"][:-1]))):
+        raise GateError(f"{twice:,} rows have an id and chunk that another row has too")
+    n = len(keys) - int(np.count_nonzero(same_id))
+    if not expected.least <= n <= expected.most:
+        wanted = f"{expected.least:,}" + (f" to {expected.most:,}" if expected.most != expected.least else "")
+        raise GateError(f"rows of {n:,} documents were written instead of {wanted}")
+
+
+def check_vectors(files: Iterable[VectorFile], reader: FileReader) -> None:
+    """Looks at the first rows of some files: right sizes, finite, not flat, not all the same.
+
+    Raises:
+      GateError: naming what is wrong.
+    """
+    layout = reader.layout
+    n_rows, n_flat, seen, contents = 0, 0, set(), set()
+    for file in files:
+        stored = next(reader.read(file), None)
+        if stored is None:
+            continue
+        columns = reader.columns(stored, np.arange(stored.n))
+        for i, data in enumerate(columns["embedding"]):
+            vector = restore_row(columns, i, layout)
+            if vector.size == 0 or vector.shape[-1] != layout.dimension:
+                raise GateError(f"{file.path} holds a vector of {len(data)} bytes, not of {layout.dimension} numbers")
+            if not np.isfinite(vector).all():
+                raise GateError(f"{file.path} holds NaN or infinity")
+            n_flat += layout.dtype != "binary" and layout.dimension > 1 and bool((vector == vector.flat[0]).all())
+            seen.add(hash(data))
+            contents.add(columns["content_hash"][i])
+        n_rows += stored.n
+    if n_flat > MAX_FLAT_FRACTION * n_rows:
+        raise GateError(f"{n_flat:,} of {n_rows:,} vectors are one number throughout, such as 0")
+    if len(seen) == 1 and len(contents) > 1:
+        raise GateError(f"all {n_rows:,} vectors that were looked at are the same, for {len(contents):,} texts")
+
+
+def restore_row(columns: dict[str, list], i: int, layout: TableLayout) -> np.ndarray:
+    """One vector as float32 `[D]`, or `[n_tokens, D]` for token matrices."""
+    scales = [columns["scale"][i]] if "scale" in columns else None
+    data = columns["embedding"][i]
+    if layout.tokens:
+        return layout.restore_tokens(data, columns["n_tokens"][i], scales)
+    return layout.restore(data, 1, scales)[0]
+
+
+def check_probes(
+    probes: Sequence[Row],
+    known: KnownVectors,
+    fresh: Sequence[tuple[VectorFile, Shard]],
+    readers: dict[str, FileReader],
+    layout: TableLayout,
+) -> int:
+    """Compares rows that were encoded once more with those in the table.
+
+    Returns:
+      How many were compared.
+
+    Raises:
+      GateError: if one differs by more than the encoder's rounding.
+    """
+    found = known.find_contents(np.array([bytes.fromhex(row.content_hash) for row in probes], "S16"))
+    by_file: dict[VectorFile, list[tuple[int, Row]]] = {}
+    fresh_rows = _find_fresh([row for row, rows in zip(probes, found, strict=True) if not len(rows)], fresh)
+    for probe, rows in zip(probes, found, strict=True):
+        place = rows[probe.chunk] if probe.chunk < len(rows) else fresh_rows.get((probe.content_hash, probe.chunk))
+        if place is None:  # its document became a dead letter
+            continue
+        file = next(f for f in [*known.files, *(f for f, _ in fresh)] if f.first <= place < f.first + f.rows)
+        by_file.setdefault(file, []).append((int(place) - file.first, probe))
+    n = 0
+    for file, pairs in by_file.items():
+        waiting = dict(pairs)
+        for stored in readers[file.kind].read(file):
+            begin = stored.first - file.first
+            for position in [p for p in waiting if begin <= p < begin + stored.n]:
+                columns = readers[file.kind].columns(stored, np.array([position - begin]))
+                _compare(waiting.pop(position), columns, layout, file.path)
+                n += 1
+            if not waiting:
+                break
+    return n
+
+
+def _find_fresh(probes: Sequence[Row], fresh: Sequence[tuple[VectorFile, Shard]]) -> dict[tuple[str, int], int]:
+    """Where the rows of this run with the probes' contents are: (content hash, chunk) to number."""
+    places: dict[tuple[str, int], int] = {}
+    if not probes:
+        return places
+    wanted = np.array([bytes.fromhex(row.content_hash) for row in probes], "S16")
+    for file, shard in fresh:
+        entries = read_index(shard.index).entries
+        for i in np.flatnonzero(np.isin(entries["content"], wanted)).tolist():
+            key = entries["content"][i].ljust(16, b"\0").hex(), int(entries["chunk"][i])
+            places[key] = file.first + i
+    return places
+
+
+def _compare(probe: Row, columns: dict[str, list], layout: TableLayout, path: str) -> None:
+    again = {"embedding": [probe.vector], "scale": [probe.scale], "n_tokens": [probe.n_tokens]}
+    ours = restore_row(columns, 0, layout)
+    theirs = restore_row(again, 0, layout)
+    if ours.shape != theirs.shape:
+        raise GateError(f"a text of {path}, encoded again, gives {theirs.shape} numbers instead of {ours.shape}")
+    if layout.dtype == "binary":
+        share = float((ours == theirs).mean())
+        if share < MIN_EQUAL_BITS:
+            raise GateError(f"a text of {path}, encoded again, has only {share:.1%} of its bits")
+        return
+    a, b = ours.astype(np.float64).ravel(), theirs.astype(np.float64).ravel()
+    norms = float(np.linalg.norm(a) * np.linalg.norm(b))
+    cosine = float(a @ b) / norms if norms else float(np.array_equal(a, b))
+    if cosine < MIN_COSINE:
+        raise GateError(f"a text of {path}, encoded again, gives another vector (cosine {cosine:.4f})")

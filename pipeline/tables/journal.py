@@ -1,0 +1,195 @@
+"""The journal: finished vectors, kept as they are made, so that a run that dies loses moments and not hours.
+
+DIR/journal/FINGERPRINT/HASH.seg
+
+A segment holds the vectors of some seconds of work. Its name is the hash of its bytes, so a torn one is told from a
+whole one, and one that is written twice is one file. Segments say what was encoded (the content hash), never for which
+document: a later run gives the vectors to whoever has that text.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import struct
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Optional
+
+import apache_beam as beam
+import numpy as np
+
+from pipeline.records import Row
+from pipeline.sinks.index import read_bytes
+from pipeline.tables.storage import create_file, delete_folder, join, list_files, make_folder
+
+JOURNAL = "journal"
+SUFFIX = ".seg"
+FLUSH_SECONDS = 10.0
+FLUSH_BYTES = 8 << 20
+_MAGIC = b"embeam1\n"
+_LENGTH = struct.Struct("<Q")
+_NONE = -1
+RECORD = np.dtype(
+    [
+        ("content", "S16"),
+        ("chunk", "<u4"),
+        ("n_chunks", "<u4"),
+        ("n_tokens", "<i8"),  # -1 for none
+        ("n_truncated", "<i8"),  # -1 for none
+        ("scale", "<f4"),
+        ("size", "<u4"),  # bytes of the vector
+    ]
+)
+
+
+class Segment(NamedTuple):
+    """A segment in memory: records `[n]` of RECORD, and where each vector begins in `data`, `[n + 1]`."""
+
+    records: np.ndarray
+    data: bytes
+    starts: np.ndarray
+
+    def columns(self, positions: Sequence[int]) -> dict[str, list]:
+        """Some rows as a table's files give them: column name to values, `embedding` as stored bytes."""
+        some = self.records[list(positions)]
+        return {
+            "chunk": some["chunk"].tolist(),
+            "n_chunks": some["n_chunks"].tolist(),
+            "n_tokens": [None if n == _NONE else n for n in some["n_tokens"].tolist()],
+            "n_truncated": [None if n == _NONE else n for n in some["n_truncated"].tolist()],
+            "scale": some["scale"].tolist(),
+            "embedding": [self.data[self.starts[i] : self.starts[i + 1]] for i in positions],
+        }
+
+
+def journal_folder(work: str, fingerprint: str = "") -> str:
+    """The folder of all journals of a table, or of the one for a fingerprint."""
+    return join(work, JOURNAL, *([fingerprint[:32]] if fingerprint else []))
+
+
+def pack_segment(rows: Sequence[Row]) -> bytes:
+    """Rows as the bytes of a segment."""
+    records = np.array(
+        [
+            (
+                bytes.fromhex(row.content_hash),
+                row.chunk,
+                row.n_chunks,
+                _NONE if row.n_tokens is None else row.n_tokens,
+                _NONE if row.n_truncated is None else row.n_truncated,
+                row.scale,
+                len(row.vector),
+            )
+            for row in rows
+        ],
+        RECORD,
+    )
+    return _MAGIC + _LENGTH.pack(len(rows)) + records.tobytes() + b"".join(row.vector for row in rows)
+
+
+def write_segment(folder: str, rows: Sequence[Row]) -> str:
+    """Writes a segment, durably on a local disk, and returns its path."""
+    data = pack_segment(rows)
+    path = join(folder, hashlib.blake2b(data, digest_size=20).hexdigest() + SUFFIX)
+    create_file(path, data)
+    return path
+
+
+def read_segment(path: str) -> Optional[Segment]:
+    """Reads a segment; None if it is torn, damaged or gone."""
+    try:
+        data = read_bytes(path)
+    except Exception:  # every file system has exceptions of its own
+        return None
+    name = path.replace("\\", "/").rpartition("/")[2].removesuffix(SUFFIX)
+    if hashlib.blake2b(data, digest_size=20).hexdigest() != name or not data.startswith(_MAGIC):
+        return None
+    begin = len(_MAGIC) + _LENGTH.size
+    (n,) = _LENGTH.unpack_from(data, len(_MAGIC))
+    records = np.frombuffer(data, RECORD, n, begin)
+    starts = begin + n * RECORD.itemsize + np.concatenate([[0], np.cumsum(records["size"], dtype=np.int64)])
+    return Segment(records, data, starts)
+
+
+def list_segments(work: str, fingerprint: str) -> list[str]:
+    return sorted(path for path in list_files(journal_folder(work, fingerprint)) if path.endswith(SUFFIX))
+
+
+def delete_journals(work: str) -> None:
+    delete_folder(journal_folder(work))
+
+
+_open_writers: set[Any] = set()
+
+
+def flush_journals() -> None:
+    """Writes what this process holds back: for the moment before it ends, from whatever thread."""
+    for writer in list(_open_writers):
+        writer.flush()
+
+
+class JournalWriter:
+    """Collects rows and writes a segment every few seconds."""
+
+    def __init__(self, folder: str, seconds: float = FLUSH_SECONDS) -> None:
+        self._folder = folder
+        self._seconds = seconds
+        self._lock = threading.Lock()
+        self._rows: list[Row] = []
+        self._bytes = 0
+        self._since = time.monotonic()
+        _open_writers.add(self)
+
+    def add(self, row: Row) -> None:
+        with self._lock:
+            self._rows.append(row._replace(id="", kept=b"", text=None, source=""))
+            self._bytes += len(row.vector)
+        if self._bytes >= FLUSH_BYTES or time.monotonic() - self._since >= self._seconds:
+            self.flush()
+
+    def flush(self) -> None:
+        with self._lock:
+            rows, self._rows, self._bytes = self._rows, [], 0
+            self._since = time.monotonic()
+            if rows:
+                write_segment(self._folder, rows)
+
+    def close(self) -> None:
+        self.flush()
+        _open_writers.discard(self)
+
+
+class WriteJournal(beam.DoFn):
+    """Writes the rows that pass to the journal."""
+
+    def __init__(self, folder: str) -> None:
+        self._folder = folder
+
+    def setup(self) -> None:
+        make_folder(self._folder)
+
+    def start_bundle(self) -> None:
+        self._writer = JournalWriter(self._folder)
+
+    def process(self, row: Row) -> Iterator[Row]:
+        self._writer.add(row)
+        yield row
+
+    def finish_bundle(self) -> None:
+        self._writer.close()
+
+
+@dataclass
+class Journal(beam.PTransform):
+    """PCollection[Row] -> the same rows, each in the journal within seconds.
+
+    Attributes:
+      folder: from `journal_folder`.
+    """
+
+    folder: str
+
+    def expand(self, rows: beam.PCollection) -> Any:
+        return rows | "WriteJournal" >> beam.ParDo(WriteJournal(self.folder)).with_output_types(Row)

@@ -1,0 +1,86 @@
+"""Old snapshots: how long they stay, and how one of them becomes live again."""
+
+from __future__ import annotations
+
+import datetime
+import time
+import uuid
+from itertools import pairwise
+
+from apache_beam.io.filesystems import FileSystems
+
+from pipeline.errors import TableError
+from pipeline.tables.lock import TableLock
+from pipeline.tables.manifest import (
+    MANIFEST,
+    POINTER,
+    SNAPSHOTS,
+    Manifest,
+    open_table,
+    read_manifest,
+    read_pointer,
+    snapshot_folder,
+)
+from pipeline.tables.pointer import read_versioned, replace_if
+from pipeline.tables.storage import delete_folder, join, list_folders
+
+
+def list_snapshots(table: str) -> list[str]:
+    """Names of the finished snapshots of a table, oldest first."""
+    names = list_folders(join(table, SNAPSHOTS))
+    return [name for name in names if FileSystems.exists(join(snapshot_folder(table, name), MANIFEST))]
+
+
+def expire_snapshots(table: str, keep: int, grace_seconds: float) -> list[str]:
+    """Removes old snapshots; call it only while holding the table's lock.
+
+    Args:
+      table: the table's folder.
+      keep: how many are kept, the live one and those before it.
+      grace_seconds: how long ago the next one must have been published, for readers of the old one to be done.
+
+    Returns:
+      The names of the removed ones.
+    """
+    names = list_snapshots(table)
+    live = read_pointer(table)
+    older = [name for name in names if name < live]
+    expired = []
+    for position, (name, successor) in enumerate(pairwise([*older, live])):
+        is_kept = len(older) - position < keep
+        if not is_kept and time.time() - _published_at(table, successor) >= grace_seconds:
+            delete_folder(snapshot_folder(table, name))
+            expired.append(name)
+    return expired
+
+
+def roll_back(table: str, to: str = "") -> Manifest:
+    """Makes an older snapshot the live one again.
+
+    Args:
+      table: the table's folder.
+      to: its name; "" takes the one that was live before.
+
+    Returns:
+      The manifest of the snapshot that is live now.
+
+    Raises:
+      TableError: if there is no such snapshot, or a run holds the table.
+    """
+    with TableLock(table, f"rollback-{uuid.uuid4().hex[:6]}"):
+        _, version = read_versioned(join(table, POINTER))
+        manifest, _ = open_table(table)
+        there = list_snapshots(table)
+        name = to or manifest.previous
+        if name not in there or name == manifest.snapshot:
+            others = ", ".join(other for other in there if other != manifest.snapshot) or "none"
+            wanted = f"no other snapshot {name}" if name else "no snapshot before the live one"
+            raise TableError(f"{table} has {wanted}; there are: {others}; name one with --to=NAME")
+        older = read_manifest(table, name)
+        if not replace_if(join(table, POINTER), name + "\n", version):
+            raise TableError(f"{table} was changed at the same time; run embeam rollback again")
+        return older
+
+
+def _published_at(table: str, name: str) -> float:
+    return datetime.datetime.fromisoformat(read_manifest(table, name).created_at).timestamp()

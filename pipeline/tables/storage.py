@@ -1,0 +1,105 @@
+"""Files and folders of a table, on a local disk or any other file system of Beam."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import uuid
+from contextlib import suppress
+from typing import Any
+
+from apache_beam.io.filesystems import FileSystems
+
+join: Any = FileSystems.join
+
+
+def is_local(path: str) -> bool:
+    return "://" not in path
+
+
+def read_text(path: str) -> str:
+    with FileSystems.open(path, compression_type="uncompressed") as f:
+        return f.read().decode()
+
+
+def create_file(path: str, data: bytes) -> None:
+    """Writes a file so that readers see all of it or nothing: by rename on a local disk, in one request elsewhere."""
+    if not is_local(path):
+        with FileSystems.create(path, compression_type="uncompressed") as f:
+            f.write(data)
+        return
+    partial = f"{path}.{uuid.uuid4().hex[:8]}.new"
+    try:
+        with open(partial, "wb") as f:
+            f.write(data)
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(partial, path)
+    except BaseException:
+        with suppress(FileNotFoundError):
+            os.remove(partial)
+        raise
+    folder = os.open(os.path.dirname(path), os.O_RDONLY)
+    try:
+        os.fsync(folder)  # the rename itself must survive a power cut
+    finally:
+        os.close(folder)
+
+
+def write_atomically(path: str, text: str) -> None:
+    """As `create_file`, for text."""
+    create_file(path, text.encode())
+
+
+def make_folder(path: str) -> None:
+    if not FileSystems.exists(path):
+        try:
+            FileSystems.mkdirs(path)
+        except OSError:
+            if not FileSystems.exists(path):
+                raise
+
+
+def list_files(folder: str) -> list[str]:
+    """Paths of the files in a folder; none if there is no such folder."""
+    if not is_local(folder):
+        return [found.path for found in FileSystems.match([folder + "/*"])[0].metadata_list]
+    return [entry.path for entry in os.scandir(folder) if entry.is_file()] if os.path.isdir(folder) else []
+
+
+def list_folders(folder: str) -> list[str]:
+    """Names of the folders in a folder that hold anything, sorted."""
+    if is_local(folder):
+        return sorted(entry.name for entry in os.scandir(folder) if entry.is_dir()) if os.path.isdir(folder) else []
+    paths = [found.path[len(folder) + 1 :] for found in FileSystems.match([folder + "/**"])[0].metadata_list]
+    return sorted({path.partition("/")[0] for path in paths if "/" in path})
+
+
+def delete_file(path: str) -> None:
+    """Removes one file; Beam's own deletion would take brackets in a local name for a pattern."""
+    if is_local(path):
+        os.remove(path)
+    else:
+        FileSystems.delete([path])
+
+
+def delete_folder(path: str) -> None:
+    """Removes a folder and what is in it; one that is not there is no error."""
+    if is_local(path):
+        shutil.rmtree(path, ignore_errors=True)
+    elif FileSystems.match([path + "/**"])[0].metadata_list:
+        FileSystems.delete([path + "/"])
+
+
+def copy_file(source: str, target: str) -> None:
+    """Gives a finished file a second name: by a hard link on a local disk where it can be, else by a copy."""
+    if is_local(source) and is_local(target):
+        try:
+            os.link(source, target)
+        except FileExistsError:
+            os.remove(target)
+            os.link(source, target)
+        except OSError:  # a file system without links
+            shutil.copyfile(source, target)
+    else:
+        FileSystems.copy([source], [target])
