@@ -17,7 +17,7 @@ from support import as_records, make_config, some_texts, write_jsonl
 
 import pipeline.embed
 from pipeline.embed import build_pipeline
-from pipeline.job import prepare_job
+from pipeline.job import prepare_job, settle
 from pipeline.preprocess.chunking import Preprocess
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -31,7 +31,9 @@ CROSSING = {
 
 def build_proto(folder: Path, **settings: Any) -> beam_runner_api_pb2.Pipeline:
     write_jsonl(folder / "corpus.jsonl", as_records(some_texts(20)))
-    job = prepare_job(make_config(folder, split_bytes=500, **settings))
+    (folder / "scratch").mkdir()
+    settled = settle(make_config(folder, split_bytes=500, **settings))
+    job = prepare_job(settled, "now", 0.0, scratch=str(folder / "scratch"))
     assert len(job.input.splits) > 1
     p = beam.Pipeline(runner="FnApiRunner")
     build_pipeline(p, job)
@@ -70,13 +72,14 @@ def find_crossings(proto: beam_runner_api_pb2.Pipeline) -> set[tuple[str, str]]:
 def find_documents(proto: beam_runner_api_pb2.Pipeline) -> set[str]:
     """Producers of all that grows with the corpus: what is made of the splits that are read, up to files and counts.
 
-    A writer gives the files that it finished, and every stage its counts under `tallies`, once a bundle.
+    A writer gives the files that it finished, every stage its counts under `tallies` once a bundle, what is recalled
+    goes into two files a bundle, and of N documents about log(N) are probes.
     """
     producers = find_producers(proto)
     growing, waiting = set(), [name for name in producers.values() if "ParDo(ReadSplit)" in name]
     while waiting:
         name = waiting.pop()
-        if name.endswith(".tallies") or "ParDo(WriteRecords)" in name or name in growing:
+        if name.endswith((".tallies", ".notes", ".probes")) or "ParDo(WriteRecords)" in name or name in growing:
             continue
         growing.add(name)
         (collection,) = (collection for collection, producer in producers.items() if producer == name)
@@ -106,12 +109,14 @@ def test_nothing_that_grows_with_the_corpus_crosses_between_stages(settings, tmp
     assert growing == {
         "ReadSplit).None",
         "ReadSplit).dead_letters",
+        "RecallDocuments).None",
         "SplitDocuments).None",
         "SplitDocuments).dead_letters",
         "CollectBatches).None",
         "Encode/RunInference/BeamML_RunInference.None",
         "FinishVectors).None",
         "FinishVectors).dead_letters",
+        "Journal/WriteJournal.None",
     }
     assert find_large_crossings(proto) == set()
 
@@ -128,6 +133,9 @@ def test_only_splits_paths_finished_files_and_counts_cross(id_field, tmp_path):
         *scans,
         *(("Flatten", f"{writer}/WriteRecords") for writer in writers),  # files and counts
         ("Flatten", "Read/Read"),
+        ("Flatten", "Recall/RecallDocuments"),
+        ("side input", "Recall/RecallDocuments"),  # the notes' paths
+        ("side input", "Finish/FinishVectors"),  # the probes
         ("Flatten", "Preprocess/SplitDocuments"),
         ("Flatten", "Batch/CollectBatches"),
         ("Flatten", "Finish/FinishVectors"),
@@ -140,7 +148,7 @@ def test_everything_from_reading_to_writing_is_one_fused_stage(tmp_path):
     _, stages = fn_runner.FnApiRunner().create_stages(build_proto(tmp_path))
     (reading,) = (stage for stage in stages if any("ParDo(ReadSplit)" in t.unique_name for t in stage.transforms))
     names = "\n".join(transform.unique_name for transform in reading.transforms)
-    for step in ("SplitDocuments", "CollectBatches", "BeamML_RunInference", "FinishVectors", "WriteRows/WriteRecords"):
+    for step in ("RecallDocuments", "WriteJournal", "SplitDocuments", "CollectBatches", "BeamML_RunInference", "FinishVectors", "WriteRows/WriteRecords"):
         assert step in names
     assert names.count("ParDo(WriteRecords)") == 4
 
@@ -166,7 +174,7 @@ def test_the_search_finds_what_must_not_be(kind, tmp_path, monkeypatch):
     monkeypatch.setattr(CrossingPreprocess, "kind", kind)
     monkeypatch.setattr(pipeline.embed, "Preprocess", CrossingPreprocess)
     found = find_large_crossings(build_proto(tmp_path))
-    assert ("Read/Read/ParDo(ReadSplit).None", kind) in found
+    assert ("Recall/RecallDocuments/ParDo(RecallDocuments).None", kind) in found
 
 
 # --- what is imported when -------------------------------------------------------------------------------------------

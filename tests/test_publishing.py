@@ -10,11 +10,10 @@ import tensorflow as tf
 import pipeline
 from pipeline.config import EmbedConfig, VectorChoice
 from pipeline.errors import ConfigError
-from pipeline.records import Tally
 from pipeline.sinks.layout import TableLayout
 from pipeline.sinks.writing import HashingStream, Shard
-from pipeline.tables.manifest import list_files
-from pipeline.tables.publish import Publication, publish_snapshot
+from pipeline.tables.publish import Publication, build_manifest, place_files
+from pipeline.tables.storage import list_files
 from pipeline.vectors.pooling import pool_outputs
 from tests.cli_support import ENCODER
 
@@ -66,18 +65,20 @@ def test_a_repeated_publication_leaves_no_file_that_a_glob_would_read(tmp_path):
         "identity": {},
         "settings": {},
     }
-    plan = Publication(str(tmp_path), "n1", "", 0.0, facts, 0.1)
+    plan = Publication(str(tmp_path), "n1", "", "", 0.0, facts, 0.1)
     folder = tmp_path / "snapshots" / "n1"
     folder.mkdir(parents=True)
     (folder / "embeddings-00000-of-00003.parquet").write_bytes(b"of an attempt with other files")
-    (tmp_path / "shard").write_bytes(b"rows")
-    publish_snapshot(
-        plan,
-        [Shard(str(tmp_path / "shard"), "embeddings", ".parquet", 1, 4, "", "a")],
-        [Tally.of("read", {"records": 1})],
-    )
+    for name in ("shard", "index"):
+        (tmp_path / name).write_bytes(b"rows")
+    shards = [
+        Shard(str(tmp_path / "shard"), "embeddings", ".parquet", 1, 4, "", "a", str(tmp_path / "index"), (4, ""))
+    ]
+    manifest = build_manifest(plan, shards, {"read": {"records": 1}})
+    for _ in range(2):
+        place_files(manifest, shards, str(folder))
     names = sorted(path.rpartition("/")[2] for path in list_files(str(folder)))
-    assert names == ["embeddings-00000-of-00001.parquet", "manifest.json"]
+    assert names == ["embeddings-00000-of-00001.parquet", "index-00000-of-00001.bin", "manifest.json"]
 
 
 def test_a_home_folder_may_be_written_as_a_tilde(tmp_path, monkeypatch):
