@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import apache_beam as beam
 
@@ -16,9 +16,10 @@ from pipeline.progress import Progress
 from pipeline.sinks.writing import WriteTo
 from pipeline.sources.planning import InputPlan
 from pipeline.sources.read import ReadDocuments
-from pipeline.tables.commit import Commit, FolderCommit
+from pipeline.tables.commit import Commit
 from pipeline.tables.journal import Journal
 from pipeline.tables.recall import Recall
+from pipeline.tables.store import CommitPlan
 from pipeline.vectors.finishing import Finish
 
 SAFE_DOCUMENTS = 1000  # at most so many are encoded again after a crash, or what half a minute brings
@@ -90,7 +91,8 @@ class Job:
       plan: how documents become rows.
       attempts: folder for what the run writes before it is published.
       journal: folder for finished vectors.
-      commit: how the table comes out.
+      commit_plan: what is settled about the run's end.
+      committer: what carries it out, by the kind of output.
       distributed: whether the engine may shuffle what grows with the corpus.
       progress: what the stages report to.
     """
@@ -101,7 +103,8 @@ class Job:
     plan: EmbedPlan
     attempts: str
     journal: str
-    commit: FolderCommit
+    commit_plan: CommitPlan
+    committer: Any
     distributed: bool
     progress: Progress
 
@@ -112,23 +115,23 @@ def build_pipeline(pipeline: beam.Pipeline, job: Job) -> beam.PCollection:
     Returns:
       PCollection[str]: the name of what was published.
     """
-    write, commit = job.config.write, job.commit
+    write, plan = job.config.write, job.commit_plan
     documents, unread, read_tallies = pipeline | "Read" >> ReadDocuments(
         job.input, job.config.read, job.kept, job.attempts, job.distributed, job.progress
     )
-    to_encode, notes, recall_tallies = documents | "Recall" >> Recall(commit.takeover.rule)
+    to_encode, notes, recall_tallies = documents | "Recall" >> Recall(plan.takeover.rule)
     outputs = embed_documents(to_encode, job.plan)
     rows = outputs.rows | "Journal" >> Journal(job.journal)
-    shards, row_tallies = rows | "WriteRows" >> WriteTo(job.attempts, commit.form, write.shard_bytes, job.progress)
+    shards, row_tallies = rows | "WriteRows" >> WriteTo(job.attempts, plan.form, write.shard_bytes, job.progress)
     all_shards, all_tallies = [shards], [read_tallies, recall_tallies, *outputs.tallies, row_tallies]
 
     # One writer per stage instead of one for all: the local engine would hold what crosses a Flatten in memory.
     for stage, letters in zip(("Read", "Preprocess", "Encode"), (unread, *outputs.dead_letters), strict=True):
-        to = WriteTo(job.attempts, commit.letter_format, write.shard_bytes, job.progress)
+        to = WriteTo(job.attempts, plan.letter_format, write.shard_bytes, job.progress)
         letter_shards, letter_tallies = letters | f"Write{stage}DeadLetters" >> to
         all_shards.append(letter_shards)
         all_tallies.append(letter_tallies)
 
     shards = tuple(all_shards) | "Shards" >> beam.Flatten()
     counted = tuple(all_tallies) | "Tallies" >> beam.Flatten()
-    return pipeline | "Commit" >> Commit(commit, shards, counted, notes, outputs.probes)
+    return pipeline | "Commit" >> Commit(job.committer, shards, counted, notes, outputs.probes)

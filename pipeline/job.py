@@ -25,29 +25,18 @@ from pipeline.progress import Progress
 from pipeline.report.progress import ProgressReporter
 from pipeline.runtime import load_tensorflow
 from pipeline.saved_model import absolute_path
-from pipeline.sinks.index import Index, read_index
 from pipeline.sinks.writing import DeadLetterFormat, RowFormat
 from pipeline.sources.planning import InputPlan, estimate_documents, infer_kept_fields, plan_input
 from pipeline.tables.attempts import abandon_attempt, sweep_dead_attempts
-from pipeline.tables.carry import FileReader
-from pipeline.tables.commit import FolderCommit, Takeover
 from pipeline.tables.journal import flush_journals, journal_folder, list_segments
 from pipeline.tables.known import build_known
 from pipeline.tables.lock import TableLock
-from pipeline.tables.manifest import (
-    POINTER,
-    Manifest,
-    attempts_folder,
-    open_table,
-    read_manifest,
-    read_pointer,
-    snapshot_folder,
-)
-from pipeline.tables.pointer import read_versioned
-from pipeline.tables.publish import Publication, check_free_space, check_output, name_snapshot
+from pipeline.tables.manifest import Manifest, attempts_folder
+from pipeline.tables.publish import Publication, check_free_space, name_snapshot
 from pipeline.tables.recall import RecallRule
 from pipeline.tables.storage import is_local as is_local_path
 from pipeline.tables.storage import join, make_folder
+from pipeline.tables.store import CommitPlan, Store, Takeover, open_store
 
 _LOGGER = logging.getLogger(__name__)
 _STORED_BYTES = {"float32": 4.0, "float16": 2.0, "int8": 1.0, "binary": 0.125}
@@ -58,7 +47,7 @@ class Settled(NamedTuple):
     """A configuration with everything that can be known without touching the output."""
 
     config: EmbedConfig
-    table: str
+    store: Store
     found: InputPlan
     kept: tuple[KeptField, ...]
     plan: EmbedPlan
@@ -85,10 +74,10 @@ def build_table(config: EmbedConfig, options: PipelineOptions | None = None, sho
     distributed = not is_local(options.view_as(StandardOptions).runner or "")
     runner = make_runner(options)
     settled = settle(config)
-    table, name = settled.table, name_snapshot()
-    check_output(table)
-    make_folder(table)
-    with TableLock(table, name) as lock, scratch_folder(table, name) as scratch:
+    store, name = settled.store, name_snapshot()
+    store.check(config)
+    make_folder(store.work)
+    with TableLock(store.work, name) as lock, scratch_folder(store.work, name) as scratch:
         forget = on_stop(lock.release)
         try:
             job = prepare_job(settled, name, started, distributed, scratch)
@@ -97,15 +86,17 @@ def build_table(config: EmbedConfig, options: PipelineOptions | None = None, sho
                 run_job(job, runner, options)
         finally:
             forget()
-    return open_table(table)[0]
+    manifest = store.read_live().manifest
+    assert manifest is not None
+    return manifest
 
 
 @contextmanager
-def scratch_folder(table: str, name: str) -> Iterator[str]:
+def scratch_folder(work: str, name: str) -> Iterator[str]:
     """A local folder for what the run's processes share: on the table's disk if that is local, as it grows with it."""
-    sweep_dead_attempts(table, table)
-    if is_local_path(table):
-        folder = join(attempts_folder(table, name), "scratch")
+    sweep_dead_attempts(work)
+    if is_local_path(work):
+        folder = join(attempts_folder(work, name), "scratch")
         os.makedirs(folder)
     else:
         folder = tempfile.mkdtemp(prefix="embeam-")
@@ -123,8 +114,8 @@ def run_job(job: Job, runner: Any, options: PipelineOptions) -> None:
     Raises:
       EmbeamError: if it fails.
     """
-    publication = job.commit.publication
-    names = (publication.table, publication.table, publication.name, publication.previous)
+    publication = job.commit_plan.publication
+    names = (publication.table, publication.name, publication.previous)
 
     def stop() -> str:
         flush_journals()
@@ -164,7 +155,7 @@ def settle(config: EmbedConfig) -> Settled:
     for path in found.empty_files:
         _LOGGER.warning("%s is empty and holds no documents", path)
     kept = tuple(infer_kept_fields(found, config.read))
-    return Settled(config, absolute_path(config.write.output), found, kept, plan_embedding(config))
+    return Settled(config, open_store(config.write.output), found, kept, plan_embedding(config))
 
 
 def prepare_job(settled: Settled, name: str, started: float, distributed: bool = False, scratch: str = "") -> Job:
@@ -180,23 +171,21 @@ def prepare_job(settled: Settled, name: str, started: float, distributed: bool =
     Raises:
       EmbeamError: if the run could not succeed.
     """
-    config, table, found, kept, plan = settled
-    _, version = read_versioned(join(table, POINTER))
-    previous = read_pointer(table)
-    if config.read.limit and previous:
+    config, store, found, kept, plan = settled
+    live, version = store.read_live()
+    if config.read.limit and live:
         raise ConfigError(
             f"--limit={config.read.limit} is for trials and --output={config.write.output} already holds a table; "
             "give another folder"
         )
-    live = read_manifest(table, previous) if previous else None
     check_model(live, plan, config)
     layout = plan.layout(kept)
     row_bytes = _OTHER_ROW_BYTES + int(plan.dimension * _STORED_BYTES[layout.dtype])
-    check_free_space(table, estimate_documents(found, config.read), row_bytes)
+    check_free_space(store.work, estimate_documents(found, config.read), row_bytes)
     form = RowFormat(config.write.output_format, layout, config.write.compression)
-    attempts = attempts_folder(table, name)
+    attempts = attempts_folder(store.work, name)
     make_folder(attempts)
-    takeover = prepare_takeover(table, live, plan, form, scratch)
+    takeover = prepare_takeover(store, live, plan, form, scratch)
     settings = config.flat() | {
         flag: absolute_path(path)  # a later query may run in another folder
         for flag in ("encoder", "preprocessor")
@@ -214,12 +203,13 @@ def prepare_job(settled: Settled, name: str, started: float, distributed: bool =
         "parity": plan.encoder.parity._asdict() if plan.encoder.parity else {},
     }
     dead = config.write.max_dead_fraction
-    publication = Publication(table, name, previous, version, started, facts, dead, config.reindex)
+    previous = live.snapshot if live else ""
+    publication = Publication(store.work, name, previous, version, started, facts, dead, config.reindex)
     letters = DeadLetterFormat(config.write.dead_letter_text)
-    commit = FolderCommit(publication, takeover, form, config.write.shard_bytes, letters)
+    commit = CommitPlan(publication, takeover, form, config.write.shard_bytes, letters)
     progress = Progress("" if distributed else scratch, name, dead)
-    journal = journal_folder(table, plan.fingerprint)
-    return Job(config, found, kept, plan, attempts, journal, commit, distributed, progress)
+    journal = journal_folder(store.work, plan.fingerprint)
+    return Job(config, found, kept, plan, attempts, journal, commit, store.committer(commit), distributed, progress)
 
 
 def check_model(live: Manifest | None, plan: EmbedPlan, config: EmbedConfig) -> None:
@@ -257,43 +247,15 @@ def describe_changes(old: dict[str, Any], new: dict[str, Any], name: str = "") -
             yield f"{name}{key} {' -> '.join(shown)}"
 
 
-def prepare_takeover(table: str, live: Manifest | None, plan: EmbedPlan, form: RowFormat, scratch: str) -> Takeover:
+def prepare_takeover(store: Store, live: Manifest | None, plan: EmbedPlan, form: RowFormat, scratch: str) -> Takeover:
     """Indexes what is known: the live table and the journal of earlier attempts."""
     folder = os.path.join(scratch, "known")
     os.makedirs(folder)
     reusable = live is not None and live.fingerprint == plan.fingerprint
-    build_known(folder, read_live_indexes(table, live), list_segments(table, plan.fingerprint), reusable)
-    same = live is not None and (live.file_format, live.compression, live.layout) == (
-        form.name,
-        form.compression,
-        form.layout,
-    )
-    rule = RecallRule(folder, getattr(plan.split, "prefix", ""), reusable and same, form.layout.keep_text)
+    indexes = store.read_indexes(live, folder) if live else ()
+    build_known(folder, indexes, list_segments(store.work, plan.fingerprint), reusable)
+    rows_stay = live is not None and reusable and store.can_copy(live, form)
+    rule = RecallRule(folder, plan.split.prefix, rows_stay, form.layout.keep_text)
     if live is None:
         return Takeover(rule)
-    root = snapshot_folder(table, live.snapshot)
-    sizes = {join(root, file.name): (file.n_bytes, file.sha256) for file in live.files}
-    return Takeover(rule, FileReader(live.file_format, live.layout, live.compression), reusable, sizes)
-
-
-def read_live_indexes(table: str, live: Manifest | None) -> Iterator[tuple[str, Index]]:
-    """Yields path and index of each file of the live snapshot.
-
-    Raises:
-      TableError: if an index is damaged.
-    """
-    if live is None:
-        return
-    root = snapshot_folder(table, live.snapshot)
-    for file, index_file in zip(live.files, live.index_files, strict=True):
-        path = join(root, index_file.name)
-        try:
-            index = read_index(path)
-            if len(index.entries) != file.rows:
-                raise ValueError(f"it has {len(index.entries)} entries instead of {file.rows}")
-        except (OSError, ValueError) as error:
-            raise TableError(
-                f"{path} is damaged: {error}; embeam rollback returns to an older snapshot, and without the file "
-                "CURRENT embeam embed makes the table anew"
-            ) from error
-        yield join(root, file.name), index
+    return Takeover(rule, store.reader(live, folder), reusable, store.live_files(live))

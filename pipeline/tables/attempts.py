@@ -18,18 +18,18 @@ from pipeline.tables.manifest import (
 from pipeline.tables.storage import FileSystems, delete_file, delete_folder, join, list_files, list_folders
 
 
-def sweep_dead_attempts(table: str, work: str) -> None:
+def sweep_dead_attempts(table: str) -> None:
     """Removes what dead runs left: unfinished files, and snapshots that never went live."""
     live = read_pointer(table)
-    for name in list_folders(join(work, ATTEMPTS)):
+    for name in list_folders(join(table, ATTEMPTS)):
         folder = snapshot_folder(table, name)
         # Names sort by time: a finished snapshot of a dead run is newer than the live one if it never became that.
         if name > live or not FileSystems.exists(join(folder, MANIFEST)):
             delete_folder(folder)
-        delete_folder(attempts_folder(work, name))
+        delete_folder(attempts_folder(table, name))
 
 
-def abandon_attempt(table: str, work: str, name: str, previous: str) -> str:
+def abandon_attempt(table: str, name: str, previous: str) -> str:
     """Removes what a failed run wrote, but for its dead letters, which may say why it failed.
 
     A finished snapshot that could not become live is removed too, unless another run has published meanwhile: then it
@@ -43,7 +43,7 @@ def abandon_attempt(table: str, work: str, name: str, previous: str) -> str:
         return ""
     if live == previous:
         delete_folder(snapshot_folder(table, name))
-    folder = attempts_folder(work, name)
+    folder = attempts_folder(table, name)
     paths = list_files(folder)
     letters = [path for path in paths if os.path.basename(path).startswith("dead_letters-")]
     if not letters or list_files(join(table, REJECTED, name)):  # a rejected snapshot has copies of them

@@ -11,7 +11,7 @@ import json
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Optional
+from typing import Any, NamedTuple, Optional, Protocol
 
 import numpy as np
 from apache_beam.io.filesystems import FileSystems
@@ -26,7 +26,7 @@ from pipeline.sinks.layout import TableLayout
 from pipeline.sinks.writing import RowFormat, Shard, ShardWriter, write_index
 from pipeline.sources.compression import FileError
 from pipeline.tables.journal import read_segment
-from pipeline.tables.known import ROWS, SEGMENT, KnownVectors, VectorFile
+from pipeline.tables.known import ROWS, KnownVectors, VectorFile
 from pipeline.tables.recall import MARK, STAYS, Note, Wish
 
 UNSEEN, STALE, KEPT, GONE = 0, 3, 4, 5  # besides STAYS and SUPERSEDED
@@ -129,20 +129,46 @@ def check_deletes(n_deleted: int, n_live: int, max_fraction: float) -> None:
 
 
 class Stored(NamedTuple):
-    """Rows of one file in a row, as they are stored there."""
+    """Some rows as they are stored, and their numbers `[n]`, ascending."""
 
-    first: int  # number of the first row
+    numbers: np.ndarray
     rows: Any
-    n: int
+
+
+class VectorReader(Protocol):
+    """Reads rows with vectors, file by file.
+
+    Attributes:
+      layout: of the rows.
+    """
+
+    layout: TableLayout
+
+    def read(self, file: VectorFile, wanted: np.ndarray) -> Iterator[Stored]:
+        """Yields rows of a file in order: all of them, or those among `wanted` at least.
+
+        Args:
+          file: the file.
+          wanted: ascending numbers of rows `[m]`.
+
+        Raises:
+          TableError: if it is damaged.
+        """
+
+    def select(self, stored: Stored, positions: np.ndarray) -> Any:
+        """Some rows as they are stored; only for files with rows."""
+
+    def columns(self, stored: Stored, positions: np.ndarray) -> dict[str, list]:
+        """Some rows, column by column; `embedding` is stored bytes."""
 
 
 @dataclass(frozen=True)
 class FileReader:
-    """Reads the files of vectors.
+    """Reads a table's files.
 
     Attributes:
-      file_format: of files with rows.
-      layout: of their rows.
+      file_format: a key of `SINKS`.
+      layout: of the rows.
       compression: none or gzip.
     """
 
@@ -150,46 +176,55 @@ class FileReader:
     layout: TableLayout
     compression: str
 
-    def read(self, file: VectorFile) -> Iterator[Stored]:
-        """Yields the rows of a file in order.
-
-        Raises:
-          TableError: if it is damaged.
-        """
-        if file.kind == SEGMENT:
-            segment = read_segment(file.path)
-            if segment is None:
-                raise TableError(f"{file.path} has vanished or is damaged; run the same command again")
-            yield Stored(file.first, segment, len(segment.records))
-            return
+    def read(self, file: VectorFile, wanted: np.ndarray) -> Iterator[Stored]:
         first = file.first
         load_tensorflow()  # tfx-bsl would import it with all its noise
         try:
             with FileSystems.open(file.path, compression_type="uncompressed") as raw:
                 stream = gzip.GzipFile(fileobj=raw) if self.compression == "gzip" else raw
                 for rows in SINKS[self.file_format].read(stream, self.layout):
-                    yield Stored(first, rows, len(rows))
+                    yield Stored(np.arange(first, first + len(rows)), rows)
                     first += len(rows)
         except (OSError, EOFError, ValueError, FileError) as error:
-            raise TableError(_damaged(file, str(error))) from error
+            raise damaged(file.path, str(error)) from error
         if first != file.first + file.rows:
-            raise TableError(_damaged(file, f"it has {first - file.first} rows instead of {file.rows}"))
+            raise damaged(file.path, f"it has {first - file.first} rows instead of {file.rows}")
 
     def select(self, stored: Stored, positions: np.ndarray) -> Any:
-        """Some rows as they are stored; not for segments."""
         return SINKS[self.file_format].select(stored.rows, positions)
 
     def columns(self, stored: Stored, positions: np.ndarray) -> dict[str, list]:
-        """Some rows, column by column; `embedding` is stored bytes."""
-        if hasattr(stored.rows, "columns") and hasattr(stored.rows, "records"):
-            columns: dict[str, list] = stored.rows.columns(positions.tolist())
-            return columns
         return SINKS[self.file_format].decode(self.select(stored, positions), self.layout)
 
 
-def _damaged(file: VectorFile, why: str) -> str:
-    return (
-        f"{file.path} is damaged: {why}; embeam rollback returns to an older snapshot, and without the file CURRENT "
+@dataclass(frozen=True)
+class SegmentReader:
+    """Reads segments of the journal.
+
+    Attributes:
+      layout: of the rows that are made from them.
+    """
+
+    layout: TableLayout
+
+    def read(self, file: VectorFile, wanted: np.ndarray) -> Iterator[Stored]:
+        segment = read_segment(file.path)
+        if segment is None:
+            raise TableError(f"{file.path} has vanished or is damaged; run the same command again")
+        yield Stored(np.arange(file.first, file.first + file.rows), segment)
+
+    def select(self, stored: Stored, positions: np.ndarray) -> Any:
+        raise NotImplementedError("the journal has no rows to copy, only vectors")
+
+    def columns(self, stored: Stored, positions: np.ndarray) -> dict[str, list]:
+        columns: dict[str, list] = stored.rows.columns(positions.tolist())
+        return columns
+
+
+def damaged(path: str, why: str) -> TableError:
+    """The error for a part of the live table that cannot be read."""
+    return TableError(
+        f"{path} is damaged: {why}; embeam rollback returns to an older snapshot, and without the file CURRENT "
         "embeam embed makes the table anew"
     )
 
@@ -213,7 +248,7 @@ class Carrier:
     def __init__(
         self,
         known: KnownVectors,
-        readers: dict[str, FileReader],
+        readers: dict[str, VectorReader],
         fresh: Sequence[Shard],
         form: RowFormat,
         folder: str,
@@ -232,6 +267,7 @@ class Carrier:
 
     def carry(
         self,
+        carried: np.ndarray,
         fates: Fates,
         notes: Sequence[Note],
         letters: Letters,
@@ -241,6 +277,7 @@ class Carrier:
         """Writes all rows that are not fresh.
 
         Args:
+          carried: which live rows `[n_live]` are written again; none where they stay in a database.
           fates: of the live rows.
           notes: of the run.
           letters: the run's dead letters.
@@ -253,7 +290,6 @@ class Carrier:
         paths = [note.path for note in notes if note.kind == "wishes"]
         fresh_files = number_files(self.fresh, len(self.known.entries))
         wants = self._plan_wishes(paths, letters, fresh_files)
-        carried = np.isin(fates.fate, CARRIED)
         small = self._find_small(carried, live) if copies else set()
         wishes = [open(path, "rb") for path in paths]  # noqa: SIM115  closed below
         try:
@@ -366,25 +402,38 @@ class Carrier:
         copies: bool,
     ) -> None:
         reader = self.readers[file.kind]
-        for stored in reader.read(file):
-            begin = stored.first - file.first
-            positions = np.flatnonzero(keeps[begin : begin + stored.n])
-            if len(positions) and copies:
-                self._writer.write_stored(reader.select(stored, positions), self._index(file, positions + begin, fates))
-                self.counts["copied_rows"] += len(positions)
-            elif len(positions):
-                sources = [fates.sources[number] for number in fates.source[stored.first + positions]]
-                n_chunks = self.known.entries["n_chunks"][stored.first + positions].tolist()
-                columns = reader.columns(stored, positions) | {"n_chunks": n_chunks}
-                self._writer.write(convert_rows(columns, sources, reader.layout, self.form.layout))
-                self.counts["converted_rows"] += len(positions)
-            low, high = np.searchsorted(wants["row"], [stored.first, stored.first + stored.n])
+        for stored in reader.read(file, np.unique(wants["row"])):
+            if len(keeps):
+                self._keep(reader, file, stored, np.flatnonzero(keeps[stored.numbers - file.first]), fates, copies)
+            low, high = np.searchsorted(wants["row"], [stored.numbers[0], stored.numbers[-1] + 1])
             if low < high:
                 self._grant(reader, stored, wants[low:high], wishes)
 
-    def _grant(self, reader: FileReader, stored: Stored, wants: np.ndarray, wishes: Sequence[Any]) -> None:
-        positions, which = np.unique(wants["row"] - stored.first, return_inverse=True)
-        columns = reader.columns(stored, positions.astype(np.int64))
+    def _keep(
+        self,
+        reader: VectorReader,
+        file: VectorFile,
+        stored: Stored,
+        positions: np.ndarray,
+        fates: Fates,
+        copies: bool,
+    ) -> None:
+        """Writes rows of the live table again, as they are or under other columns."""
+        if not len(positions):
+            return
+        index = self._index(file, stored.numbers[positions] - file.first, fates)
+        if copies:
+            self._writer.write_stored(reader.select(stored, positions), index)
+            self.counts["copied_rows"] += len(positions)
+        else:
+            columns = reader.columns(stored, positions) | {"n_chunks": index.entries["n_chunks"].tolist()}
+            sources = [index.sources[number] for number in index.entries["source"]]
+            self._writer.write(convert_rows(columns, sources, reader.layout, self.form.layout))
+            self.counts["converted_rows"] += len(positions)
+
+    def _grant(self, reader: VectorReader, stored: Stored, wants: np.ndarray, wishes: Sequence[Any]) -> None:
+        numbers, which = np.unique(wants["row"], return_inverse=True)
+        columns = reader.columns(stored, np.searchsorted(stored.numbers, numbers))
         rows = []
         for want, i in zip(wants, which.tolist(), strict=True):
             stream = wishes[want["file"]]

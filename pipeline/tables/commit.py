@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Any, NamedTuple, Optional
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import apache_beam as beam
 import numpy as np
@@ -16,14 +17,17 @@ from pipeline.failures import PUBLISHING
 from pipeline.progress import check_dead_fraction
 from pipeline.records import Row, Tally
 from pipeline.sinks.index import read_index
-from pipeline.sinks.writing import DeadLetterFormat, RowFormat, Shard, ShardWriter
+from pipeline.sinks.writing import Shard, ShardWriter
 from pipeline.tables.carry import (
+    CARRIED,
     FRESH,
     GONE,
     Carrier,
     Fates,
     FileReader,
     Letters,
+    SegmentReader,
+    VectorReader,
     check_deletes,
     decide_fates,
     number_files,
@@ -34,7 +38,6 @@ from pipeline.tables.journal import delete_journals
 from pipeline.tables.known import ROWS, SEGMENT, KnownVectors
 from pipeline.tables.manifest import MANIFEST, attempts_folder, snapshot_folder
 from pipeline.tables.publish import (
-    Publication,
     build_manifest,
     count_dead,
     make_live,
@@ -42,9 +45,10 @@ from pipeline.tables.publish import (
     reject_snapshot,
     sum_tallies,
 )
-from pipeline.tables.recall import Note, RecallRule
+from pipeline.tables.recall import Note
 from pipeline.tables.retention import expire_snapshots
 from pipeline.tables.storage import create_file, delete_folder, join, read_text
+from pipeline.tables.store import CommitPlan
 
 AGREED = (
     "commit.json"  # in the attempt's folder: the files of the new snapshot, so that a repeated commit takes the same
@@ -61,39 +65,10 @@ class Results(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Takeover:
-    """What a run may take over from the live table.
-
-    Attributes:
-      rule: where the index of known vectors is.
-      reader: how the live table's files are read; None if there is no live table.
-      reusable: whether its vectors have the wanted fingerprint.
-      live: size and checksum of its files, by path.
-    """
-
-    rule: RecallRule
-    reader: Optional[FileReader] = None
-    reusable: bool = True
-    live: dict[str, tuple[int, str]] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
 class FolderCommit:
-    """Publishes a new snapshot in a table's folder.
+    """Publishes a new snapshot in a table's folder."""
 
-    Attributes:
-      publication: the snapshot.
-      takeover: what may be taken over.
-      form: how rows are written.
-      shard_bytes: size at which a new file is begun.
-      letter_format: how dead letters are written.
-    """
-
-    publication: Publication
-    takeover: Takeover
-    form: RowFormat
-    shard_bytes: int
-    letter_format: DeadLetterFormat
+    plan: CommitPlan
 
     def commit(self, results: Results) -> str:
         """Checks, completes and publishes what a run has produced; may be repeated. Returns the snapshot's name.
@@ -102,7 +77,7 @@ class FolderCommit:
           RunError: if there is too little to publish, or the gate stops it.
           TableError: if another run has published meanwhile, or the live table is damaged.
         """
-        plan = self.publication
+        plan = self.plan.publication
         folder = snapshot_folder(plan.table, plan.name)
         if not FileSystems.exists(join(folder, MANIFEST)):  # else a repeated attempt at the same commit
             shards, counts = self._agree(results)
@@ -117,36 +92,24 @@ class FolderCommit:
         return plan.name
 
     def _agree(self, results: Results) -> tuple[list[Shard], dict[str, dict[str, float]]]:
-        path = join(attempts_folder(self.publication.table, self.publication.name), AGREED)
+        publication = self.plan.publication
+        path = join(attempts_folder(publication.table, publication.name), AGREED)
         if FileSystems.exists(path):
             values = json.loads(read_text(path))
             shards = [Shard(*fields)._replace(index_size=tuple(fields[8])) for fields in values["shards"]]
             return shards, values["counts"]
-        shards, counts = self._complete(results)
+        completion = complete_rows(self.plan, results, whole=True)
+        shards, counts = completion.shards, completion.counts
+        check_any_rows(shards, counts)
+        try:
+            completion.check_gate()
+        except GateError as error:
+            folder = reject_snapshot(publication, build_manifest(publication, shards, counts), shards)
+            raise GateError(
+                f"the new snapshot failed the gate and lies in {folder}: {error}; the table is what it was; "
+                "look into it, or publish all the same with --gate=off"
+            ) from error
         create_file(path, json.dumps({"shards": shards, "counts": counts}).encode())
-        return shards, counts
-
-    def _complete(self, results: Results) -> tuple[list[Shard], dict[str, dict[str, float]]]:
-        plan = self.publication
-        check_counts(sum_tallies(results.tallies), plan.max_dead_fraction)
-        completion = complete_rows(self, results)
-        counts = sum_tallies([*results.tallies, *completion.tallies])
-        check_dead_fraction(count_dead(counts), int(counts["read"]["records"]), plan.max_dead_fraction)
-        shards = [*results.shards, *completion.shards]
-        rows = [shard for shard in shards if shard.kind == "embeddings"]
-        if not rows:
-            n, dead = int(counts["read"]["records"]), count_dead(counts)
-            reasons = ", ".join(f"{count:,} {reason}" for reason, count in dead.items())
-            raise RunError(f"none of {n:,} documents could be embedded: {reasons or 'all are blank, see --on_empty'}")
-        if plan.reindex.gate == "on":
-            try:
-                completion.check_gate(rows)
-            except GateError as error:
-                folder = reject_snapshot(plan, build_manifest(plan, shards, counts), shards)
-                raise GateError(
-                    f"the new snapshot failed the gate and lies in {folder}: {error}; the table is what it was; "
-                    "look into it, or publish all the same with --gate=off"
-                ) from error
         return shards, counts
 
 
@@ -159,62 +122,106 @@ def check_counts(counts: dict[str, dict[str, float]], max_dead_fraction: float) 
     check_dead_fraction(dead, n, max_dead_fraction)
 
 
+def check_any_rows(shards: Sequence[Shard], counts: dict[str, dict[str, float]]) -> None:
+    """Raises RunError if not one document has a row."""
+    if not any(shard.kind == "embeddings" for shard in shards):
+        n, dead = int(counts["read"]["records"]), count_dead(counts)
+        reasons = ", ".join(f"{count:,} {reason}" for reason, count in dead.items())
+        raise RunError(f"none of {n:,} documents could be embedded: {reasons or 'all are blank, see --on_empty'}")
+
+
 @dataclass(frozen=True)
 class Completion:
-    """What `complete_rows` adds to the fresh rows, and what the gate has to know."""
+    """A run's rows with everything that was taken over, and what the gate has to know.
 
-    commit: FolderCommit
+    Attributes:
+      plan: of the commit.
+      known: the index of known vectors.
+      readers: how its files are read.
+      fresh: files with rows that were encoded.
+      shards: all files that the run has written, and those that it links.
+      counts: by stage.
+      fates: of the live rows.
+      expected: how many documents there should be.
+      probes: rows that were encoded once more.
+      whole: whether the files hold the whole table, or only what changes in a database.
+    """
+
+    plan: CommitPlan
     known: KnownVectors
-    readers: dict[str, FileReader]
+    readers: dict[str, VectorReader]
     fresh: list[Shard]
     shards: list[Shard]
-    tallies: list[Tally]
+    counts: dict[str, dict[str, float]]
+    fates: Fates
     expected: Expected
     probes: list[Row]
+    whole: bool
 
-    def check_gate(self, rows: Sequence[Shard]) -> None:
-        """Raises GateError if the snapshot must not be published."""
-        files = number_files(self.fresh, len(self.known.entries))
-        check_rows(rows, self.expected)
+    def check_gate(self) -> None:
+        """Raises GateError if the new state must not go live."""
+        if self.plan.publication.reindex.gate == "off":
+            return
+        rows = [shard for shard in self.shards if shard.kind == "embeddings"]
+        staying = np.zeros(0, int) if self.whole else np.flatnonzero(np.isin(self.fates.fate, CARRIED))
+        check_rows(rows, self.known.entries[staying], self.expected)
         own = [shard for shard in rows if not shard.linked]
         check_vectors(number_files(own[:: max(1, len(own) // SAMPLED_FILES)], 0), self.readers[FRESH])
-        pairs = list(zip(files, self.fresh, strict=True))
-        check_probes(self.probes, self.known, pairs, self.readers, self.commit.form.layout)
+        files = zip(number_files(self.fresh, len(self.known.entries)), self.fresh, strict=True)
+        check_probes(self.probes, self.known, list(files), self.readers, self.plan.form.layout)
+
+    def removed_rows(self) -> np.ndarray:
+        """Numbers of the live rows that go, or are replaced."""
+        return np.flatnonzero(~np.isin(self.fates.fate, CARRIED))
 
 
-def complete_rows(commit: FolderCommit, results: Results) -> Completion:
+def complete_rows(plan: CommitPlan, results: Results, whole: bool) -> Completion:
     """Turns a run's notes into rows: the local back end's second pass.
 
+    Args:
+      plan: of the commit.
+      results: of the run.
+      whole: write all rows of the table, not only the new ones.
+
     Raises:
-      RunError: if more of the table's documents are gone than is allowed.
+      RunError: if more of the table's documents are gone than is allowed, or too much cannot be embedded.
     """
-    plan, takeover = commit.publication, commit.takeover
+    publication, takeover = plan.publication, plan.takeover
+    check_counts(sum_tallies(results.tallies), publication.max_dead_fraction)
     known = KnownVectors(takeover.rule.folder)
     fresh = [shard for shard in results.shards if shard.kind == "embeddings"]
     letters = read_letters(shard for shard in results.shards if shard.kind == "dead_letters")
     fresh_ids = np.concatenate([np.empty(0, "S16"), *(read_index(shard.index).entries["id"] for shard in fresh)])
-    keeps_deleted = plan.reindex.deletes == "keep" or plan.reindex.retry_dead_letters
+    reindex = publication.reindex
+    keeps_deleted = reindex.deletes == "keep" or reindex.retry_dead_letters
     fates = decide_fates(known, results.notes, letters, fresh_ids, keeps_deleted)
-    check_deletes(fates.counts["deleted"], known.count_live_ids(), plan.reindex.max_delete_fraction)
+    check_deletes(fates.counts["deleted"], known.count_live_ids(), reindex.max_delete_fraction)
     if not takeover.reusable:
         fates = _drop_all(fates)
-    fresh_reader = FileReader(commit.form.name, commit.form.layout, commit.form.compression)
-    readers = {FRESH: fresh_reader, SEGMENT: fresh_reader, ROWS: takeover.reader or fresh_reader}
-    folder = attempts_folder(plan.table, plan.name)
-    carrier = Carrier(known, readers, fresh, commit.form, folder, commit.shard_bytes)
-    shards = carrier.carry(fates, results.notes, letters, takeover.live, takeover.rule.rows_stay)
-    letter_writer = ShardWriter(folder, commit.letter_format, commit.shard_bytes)
+    fresh_reader = FileReader(plan.form.name, plan.form.layout, plan.form.compression)
+    readers: dict[str, VectorReader] = {
+        FRESH: fresh_reader,
+        SEGMENT: SegmentReader(plan.form.layout),
+        ROWS: takeover.reader or fresh_reader,
+    }
+    folder = attempts_folder(publication.table, publication.name)
+    carrier = Carrier(known, readers, fresh, plan.form, folder, plan.shard_bytes)
+    carried = np.isin(fates.fate, CARRIED) if whole else np.zeros(known.n_live, bool)
+    shards = carrier.carry(carried, fates, results.notes, letters, takeover.live, takeover.rule.rows_stay)
+    letter_writer = ShardWriter(folder, plan.letter_format, plan.shard_bytes)
     if carrier.dead:
         letter_writer.write(carrier.dead)
-    reasons = [letter.reason for letter in carrier.dead]
-    tallies = [
-        Tally.of("carry", {**carrier.counts, **fates.counts}),
-        Tally.of("write_dead_letters", {reason: reasons.count(reason) for reason in set(reasons)}),
-    ]
-    expected = expect_documents(commit, results, fates, letters, carrier)
-    return Completion(
-        commit, known, readers, fresh, [*shards, *letter_writer.finish()], tallies, expected, results.probes
+    counts = sum_tallies(
+        [
+            *results.tallies,
+            Tally.of("carry", {**carrier.counts, **fates.counts}),
+            Tally.of("write_dead_letters", Counter(letter.reason for letter in carrier.dead)),
+        ]
     )
+    check_counts(counts, publication.max_dead_fraction)
+    expected = expect_documents(plan, counts, fates, letters, carrier)
+    everything = [*results.shards, *shards, *letter_writer.finish()]
+    return Completion(plan, known, readers, fresh, everything, counts, fates, expected, results.probes, whole)
 
 
 def _drop_all(fates: Fates) -> Fates:
@@ -224,20 +231,19 @@ def _drop_all(fates: Fates) -> Fates:
 
 
 def expect_documents(
-    commit: FolderCommit, results: Results, fates: Fates, letters: Letters, carrier: Carrier
+    plan: CommitPlan, counts: dict[str, dict[str, float]], fates: Fates, letters: Letters, carrier: Carrier
 ) -> Expected:
-    """How many documents the snapshot should have: from what was counted on the way, not from what was written."""
-    counts = sum_tallies(results.tallies)
+    """How many documents should have rows: from what was counted on the way, not from what was written."""
     read = int(counts.get("recall", {}).get("documents", 0))
     carried = fates.counts["stale"] + fates.counts["kept"]
     dead = {letter["id"] for found in letters.by_content.values() for letter in found}
     dead |= {letter.id for letter in carrier.dead}
     least = read - len(dead) + carried
-    return Expected(least, read + carried if commit.form.layout.chunked else least)
+    return Expected(least, read + carried if plan.form.layout.chunked else least)
 
 
 class CommitResults(beam.DoFn):
-    def __init__(self, commit: FolderCommit) -> None:
+    def __init__(self, commit: Any) -> None:
         self.commit = commit
 
     def process(
@@ -251,14 +257,14 @@ class Commit(beam.PTransform):
     """Pipeline -> PCollection[str], the name of what was published.
 
     Attributes:
-      commit: what publishes.
+      commit: what publishes; from a store's `committer`.
       shards: PCollection of the files that the run has finished.
       tallies: PCollection of what its stages have counted.
       notes: PCollection of what was recalled.
       probes: PCollection of rows that were encoded once more.
     """
 
-    commit: FolderCommit
+    commit: Any
     shards: Any
     tallies: Any
     notes: Any

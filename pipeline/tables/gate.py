@@ -12,10 +12,10 @@ from pipeline.records import Row
 from pipeline.sinks.index import read_index
 from pipeline.sinks.layout import TableLayout
 from pipeline.sinks.writing import Shard
-from pipeline.tables.carry import FileReader
+from pipeline.tables.carry import VectorReader
 from pipeline.tables.known import KnownVectors, VectorFile
 
-SAMPLED_FILES = 8
+SAMPLED_FILES, SAMPLED_ROWS = 8, 1000
 MAX_FLAT_FRACTION = 0.01  # of rows that are zero or one number throughout
 MIN_COSINE = 0.999
 MIN_EQUAL_BITS = 0.98
@@ -33,16 +33,22 @@ class Expected(NamedTuple):
     most: int
 
 
-def check_rows(shards: Sequence[Shard], expected: Expected) -> None:
+def check_rows(shards: Sequence[Shard], staying: np.ndarray, expected: Expected) -> None:
     """Checks that no document is missing, none surplus, and none there twice.
 
     Takes 20 bytes of memory a row.
 
+    Args:
+      shards: files that are written.
+      staying: entries `[n]` of rows that stay in a database.
+      expected: how many documents there should be.
+
     Raises:
       GateError: naming what is wrong.
     """
-    keys = np.empty(sum(shard.rows for shard in shards), [("id", "S16"), ("chunk", "<u4")])
-    start = 0
+    keys = np.empty(sum(shard.rows for shard in shards) + len(staying), [("id", "S16"), ("chunk", "<u4")])
+    start = len(staying)
+    keys[:start] = staying[["id", "chunk"]]
     for shard in shards:
         entries = read_index(shard.index).entries
         if len(entries) != shard.rows:
@@ -59,7 +65,7 @@ def check_rows(shards: Sequence[Shard], expected: Expected) -> None:
         raise GateError(f"rows of {n:,} documents were written instead of {wanted}")
 
 
-def check_vectors(files: Iterable[VectorFile], reader: FileReader) -> None:
+def check_vectors(files: Iterable[VectorFile], reader: VectorReader) -> None:
     """Looks at the first rows of some files: right sizes, finite, not flat, not all the same.
 
     Raises:
@@ -68,10 +74,10 @@ def check_vectors(files: Iterable[VectorFile], reader: FileReader) -> None:
     layout = reader.layout
     n_rows, n_flat, seen, contents = 0, 0, set(), set()
     for file in files:
-        stored = next(reader.read(file), None)
+        stored = next(reader.read(file, np.arange(file.first, file.first + SAMPLED_ROWS)), None)
         if stored is None:
             continue
-        columns = reader.columns(stored, np.arange(stored.n))
+        columns = reader.columns(stored, np.arange(len(stored.numbers)))
         for i, data in enumerate(columns["embedding"]):
             vector = restore_row(columns, i, layout)
             if vector.size == 0 or vector.shape[-1] != layout.dimension:
@@ -81,7 +87,7 @@ def check_vectors(files: Iterable[VectorFile], reader: FileReader) -> None:
             n_flat += layout.dtype != "binary" and layout.dimension > 1 and bool((vector == vector.flat[0]).all())
             seen.add(hash(data))
             contents.add(columns["content_hash"][i])
-        n_rows += stored.n
+        n_rows += len(stored.numbers)
     if n_flat > MAX_FLAT_FRACTION * n_rows:
         raise GateError(f"{n_flat:,} of {n_rows:,} vectors are one number throughout, such as 0")
     if len(seen) == 1 and len(contents) > 1:
@@ -101,7 +107,7 @@ def check_probes(
     probes: Sequence[Row],
     known: KnownVectors,
     fresh: Sequence[tuple[VectorFile, Shard]],
-    readers: dict[str, FileReader],
+    readers: dict[str, VectorReader],
     layout: TableLayout,
 ) -> int:
     """Compares rows that were encoded once more with those in the table.
@@ -120,15 +126,15 @@ def check_probes(
         if place is None:  # its document became a dead letter
             continue
         file = next(f for f in [*known.files, *(f for f, _ in fresh)] if f.first <= place < f.first + f.rows)
-        by_file.setdefault(file, []).append((int(place) - file.first, probe))
+        by_file.setdefault(file, []).append((int(place), probe))
     n = 0
     for file, pairs in by_file.items():
-        waiting = dict(pairs)
-        for stored in readers[file.kind].read(file):
-            begin = stored.first - file.first
-            for position in [p for p in waiting if begin <= p < begin + stored.n]:
-                columns = readers[file.kind].columns(stored, np.array([position - begin]))
-                _compare(waiting.pop(position), columns, layout, file.path)
+        waiting = sorted(pairs, key=lambda pair: pair[0])
+        for stored in readers[file.kind].read(file, np.unique([number for number, _ in waiting])):
+            while waiting and waiting[0][0] <= stored.numbers[-1]:
+                number, probe = waiting.pop(0)
+                columns = readers[file.kind].columns(stored, np.searchsorted(stored.numbers, [number]))
+                compare_row(probe, columns, layout, file.path)
                 n += 1
             if not waiting:
                 break
@@ -149,7 +155,12 @@ def _find_fresh(probes: Sequence[Row], fresh: Sequence[tuple[VectorFile, Shard]]
     return places
 
 
-def _compare(probe: Row, columns: dict[str, list], layout: TableLayout, path: str) -> None:
+def compare_row(probe: Row, columns: dict[str, list], layout: TableLayout, path: str) -> None:
+    """Compares a row that was encoded once more with the first one in some columns.
+
+    Raises:
+      GateError: if they differ by more than the encoder's rounding.
+    """
     again = {"embedding": [probe.vector], "scale": [probe.scale], "n_tokens": [probe.n_tokens]}
     ours = restore_row(columns, 0, layout)
     theirs = restore_row(again, 0, layout)

@@ -1,20 +1,226 @@
-"""PLACEHOLDER, to be overwritten."""
+"""A table belongs to one run at a time: two would encode the same documents, and one of them for nothing.
+
+TABLE/lock holds who has it, as JSON. On a local disk the kernel keeps the lock, and frees it with the process however
+that ends. On gs:// the object is the lock: its owner renews it every few seconds, and one that was not renewed for
+longer may be taken over. Other file systems of Beam have no means to lock. What makes a table right is the pointer,
+which is compared and replaced; a lock only saves work.
+"""
+
+from __future__ import annotations
+
+import datetime
+import fcntl
+import json
+import logging
+import os
+import socket
+import threading
+import uuid
+from contextlib import suppress
+from types import TracebackType
+from typing import Any, Optional
+
+from pipeline.errors import TableError
+from pipeline.tables.pointer import GcsObject, is_gcs
+from pipeline.tables.storage import is_local, join
 
 LOCK = "lock"
+HEARTBEAT_SECONDS = 20.0
+EXPIRY_SECONDS = 90.0
+_REQUEST_SECONDS = 10.0  # a heartbeat that is not answered by then is given up for the next
+_TRIES = 5
+
+_LOGGER = logging.getLogger(__name__)
 
 
 class TableLock:
-    def __init__(self, table, run):
-        pass
+    """Holds a table for one run, against other processes and other runs in this one; once only.
 
-    def acquire(self):
-        pass
+    On file systems that are neither local nor gs:// it holds nothing and says nothing.
 
-    def release(self):
-        pass
+    Args:
+      table: the table's folder.
+      run: a name for the run, told to whoever is refused.
+      heartbeat_seconds: between two renewals on gs://.
+      expiry_seconds: after which a lock on gs:// that is not renewed may be taken.
+    """
 
-    def __enter__(self):
+    def __init__(
+        self,
+        table: str,
+        run: str,
+        *,
+        heartbeat_seconds: float = HEARTBEAT_SECONDS,
+        expiry_seconds: float = EXPIRY_SECONDS,
+    ) -> None:
+        self._lock: Any = None
+        if is_gcs(table):
+            self._lock = _GcsLock(table, run, heartbeat_seconds, expiry_seconds)
+        elif is_local(table):
+            self._lock = _LocalLock(table, run)
+
+    def acquire(self) -> None:
+        """Takes the lock at once.
+
+        Raises:
+          TableError: if another run has it, or the folder cannot be locked.
+        """
+        if self._lock is not None:
+            self._lock.acquire()
+
+    def release(self) -> None:
+        """Gives the lock back; from any thread, and as often as one likes."""
+        if self._lock is not None:
+            self._lock.release()
+
+    def __enter__(self) -> TableLock:
+        self.acquire()
         return self
 
-    def __exit__(self, *e):
-        pass
+    def __exit__(
+        self, kind: Optional[type[BaseException]], error: Optional[BaseException], trace: Optional[TracebackType]
+    ) -> None:
+        self.release()
+
+
+class _LocalLock:
+    """The kernel's lock of a file, which stays: once removed it could be held twice, in its old and its new shape."""
+
+    def __init__(self, table: str, run: str) -> None:
+        self._table = table
+        self._path = os.path.join(os.path.abspath(table), LOCK)
+        self._run = run
+        self._mutex = threading.Lock()
+        self._file: Optional[int] = None
+
+    def acquire(self) -> None:
+        try:
+            os.makedirs(os.path.dirname(self._path), exist_ok=True)
+            file = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o666)
+        except OSError as error:
+            raise TableError(f"--output={self._table} cannot be written to: {error}; check its permissions") from error
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            owner = _read_owner(os.pread(file, 4096, 0))
+            os.close(file)
+            raise TableError(f"{_in_use(self._table, owner)}; wait for it, or stop it") from None
+        except OSError as error:
+            os.close(file)
+            raise TableError(
+                f"--output={self._table} cannot be locked: {error}; give a folder on a file system that has locks"
+            ) from error
+        with suppress(OSError):  # on a full disk it is held all the same
+            os.ftruncate(file, 0)
+            os.pwrite(file, json.dumps(_describe(self._run)).encode(), 0)
+        self._file = file
+
+    def release(self) -> None:
+        with self._mutex:
+            file, self._file = self._file, None
+        if file is not None:
+            with suppress(OSError):
+                os.ftruncate(file, 0)
+            fcntl.flock(file, fcntl.LOCK_UN)  # closing does not, while a forked child has it open too
+            os.close(file)
+
+
+class _GcsLock:
+    """An object that is its owner's for as long as it is renewed, by the store's clock alone."""
+
+    def __init__(self, table: str, run: str, heartbeat_seconds: float, expiry_seconds: float) -> None:
+        self._table = table
+        self._path = join(table, LOCK)
+        self._heartbeat_seconds = heartbeat_seconds
+        self._expiry_seconds = expiry_seconds
+        self._text = json.dumps(_describe(run) | {"expiry_seconds": expiry_seconds})
+        self._writer = uuid.uuid4().hex
+        self._generation = 0  # of our object; 0 if we have none
+        self._mutex = threading.Lock()  # between a heartbeat and the release
+        self._stop = threading.Event()
+
+    def acquire(self) -> None:
+        lock = GcsObject(self._path)
+        self._generation = self._take(lock)
+        threading.Thread(target=self._renew, name="embeam-table-lock", daemon=True).start()
+
+    def release(self) -> None:
+        self._stop.set()
+        with self._mutex:
+            generation, self._generation = self._generation, 0
+            if not generation:
+                return
+            try:
+                GcsObject(self._path, _REQUEST_SECONDS, persistent=False).delete_if(generation)
+            except Exception as error:  # the work is done, whatever becomes of the lock
+                _LOGGER.warning(
+                    "%s could not be removed (%s); it ends by itself within %d seconds",
+                    self._path,
+                    error,
+                    self._expiry_seconds,
+                )
+
+    def _take(self, lock: GcsObject) -> int:
+        owner: dict[str, Any] = {}
+        left = self._expiry_seconds
+        for _ in range(_TRIES):  # again when somebody else takes or frees it between two requests
+            generation = lock.write_if(self._text, 0, self._writer)
+            if generation:
+                return generation
+            stored = lock.read()
+            if stored is None:
+                continue
+            owner = _read_owner(stored.data)
+            expiry_seconds = owner.get("expiry_seconds", self._expiry_seconds)
+            left = expiry_seconds - (lock.read_clock() - stored.updated).total_seconds()
+            if left > 0:
+                break
+            generation = lock.write_if(self._text, stored.generation, self._writer)
+            if generation:
+                return generation
+        raise TableError(
+            f"{_in_use(self._table, owner)}; wait for it, or stop it. "
+            f"If it was killed, its lock ends in {max(1, round(left))} seconds: run again then"
+        )
+
+    def _renew(self) -> None:
+        lock = GcsObject(self._path, _REQUEST_SECONDS, persistent=False)
+        while not self._stop.wait(self._heartbeat_seconds):
+            with self._mutex:
+                if not self._generation:
+                    return
+                try:
+                    self._generation = lock.write_if(self._text, self._generation, self._writer)
+                except Exception as error:  # the next one may come through
+                    _LOGGER.debug("%s could not be renewed: %s", self._path, error)
+                    continue
+                if not self._generation:
+                    _LOGGER.warning(
+                        "another run has taken %s from this one, which was out of touch with it for too long; "
+                        "only one of them can publish",
+                        self._table,
+                    )
+                    return
+
+
+def _describe(run: str) -> dict[str, Any]:
+    now = datetime.datetime.now(datetime.UTC)
+    return {"run": run, "host": socket.gethostname(), "pid": os.getpid(), "since": f"{now:%Y-%m-%d %H:%M:%S} UTC"}
+
+
+def _read_owner(data: bytes) -> dict[str, Any]:
+    """Who holds the lock; nothing if that is just being written, or by another program."""
+    try:
+        owner = json.loads(data)
+    except ValueError:
+        return {}
+    return owner if isinstance(owner, dict) else {}
+
+
+def _in_use(table: str, owner: dict[str, Any]) -> str:
+    if not {"run", "host", "pid", "since"} <= owner.keys():
+        return f"--output={table} is in use by another run"
+    return (
+        f"--output={table} is in use: run {owner['run']} on {owner['host']}, process {owner['pid']}, "
+        f"has it since {owner['since']}"
+    )

@@ -1,20 +1,186 @@
-"""PLACEHOLDER, to be overwritten."""
+"""The one file of a table that changes: replaced only if it still is what was read, however many runs try at once.
 
+On gs:// the store itself compares, by the object's generation; on a local disk a lock of the folder keeps others out
+between the comparison and the write. Other file systems of Beam have neither: there two runs that replace the file
+within the same moment may both believe that they did, and the last one's text stays.
+"""
+
+from __future__ import annotations
+
+import datetime
+import fcntl
 import hashlib
 import os
+import uuid
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, NamedTuple, Optional
 
-from pipeline.tables.storage import read_text, write_atomically
+from apache_beam.io.filesystems import FileSystems
+
+from pipeline.tables.storage import is_local, write_atomically
+
+_GCS = "gs://"
+_WRITER = "embeam-writer"
+_TIMEOUT_SECONDS = 60.0
 
 
-def read_versioned(path):
-    if not os.path.exists(path):
-        return "", ""
-    text = read_text(path)
-    return text, hashlib.sha256(text.encode()).hexdigest()
+def is_gcs(path: str) -> bool:
+    return path.startswith(_GCS)
 
 
-def replace_if(path, text, version):
-    if read_versioned(path)[1] != version:
+def read_versioned(path: str) -> tuple[str, str]:
+    """Reads a small file together with a token that changes whenever its content does.
+
+    Returns:
+      The text and the version; "" and "" where there is no file.
+
+    Raises:
+      UnicodeDecodeError: if it holds no text.
+    """
+    if is_gcs(path):
+        stored = GcsObject(path).read()
+        return (stored.data.decode(), str(stored.generation)) if stored else ("", "")
+    data = _read_bytes(path)
+    return (data.decode(), _hash(data)) if data is not None else ("", "")
+
+
+def replace_if(path: str, text: str, version: str) -> bool:
+    """Writes a small file if it still has the version that `read_versioned` told.
+
+    Args:
+      path: of the file, in a folder that exists.
+      text: its new content.
+      version: the expected one; "" if there must be no file.
+
+    Returns:
+      Whether it was written; False if somebody else was faster.
+    """
+    if is_gcs(path):
+        return bool(GcsObject(path).write_if(text, int(version or 0), uuid.uuid4().hex))
+    if not is_local(path):
+        return _compare_and_write(path, text, version)
+    folder = os.open(os.path.dirname(path) or ".", os.O_RDONLY)
+    try:
+        fcntl.flock(folder, fcntl.LOCK_EX)
+        return _compare_and_write(path, text, version)
+    finally:
+        os.close(folder)
+
+
+def _compare_and_write(path: str, text: str, version: str) -> bool:
+    data = _read_bytes(path)
+    if (_hash(data) if data is not None else "") != version:
         return False
     write_atomically(path, text)
     return True
+
+
+def _read_bytes(path: str) -> Optional[bytes]:
+    if is_local(path):
+        try:
+            return Path(path).read_bytes()
+        except FileNotFoundError:
+            return None
+    if not FileSystems.exists(path):
+        return None
+    with FileSystems.open(path, compression_type="uncompressed") as file:
+        return bytes(file.read())
+
+
+def _hash(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
+
+
+class StoredObject(NamedTuple):
+    """One version of an object: its content, generation, who wrote it, and when by the store's clock."""
+
+    data: bytes
+    generation: int
+    writer: str
+    updated: datetime.datetime
+
+
+class GcsObject:
+    """A small object of Cloud Storage that is written and deleted under conditions, which Beam's file system has not.
+
+    Args:
+      path: gs://BUCKET/NAME.
+      timeout_seconds: for each request.
+      persistent: whether requests are repeated for about two minutes when the network or the store fails.
+    """
+
+    def __init__(self, path: str, timeout_seconds: float = _TIMEOUT_SECONDS, persistent: bool = True) -> None:
+        # Here, because `import pipeline` must do without Beam's GCP parts.
+        from apache_beam.io.gcp import gcsio
+        from google.cloud.storage.retry import DEFAULT_RETRY
+
+        # Beam's own client: the same credentials, options and emulator as for all other files.
+        options = getattr(FileSystems.get_filesystem(path), "_pipeline_options", None)
+        bucket, self._name = gcsio.parse_gcs_path(path)
+        self._bucket: Any = gcsio.GcsIO(pipeline_options=options).client.bucket(bucket)
+        self._request = {"timeout": timeout_seconds, "retry": DEFAULT_RETRY if persistent else None}
+
+    def read(self) -> Optional[StoredObject]:
+        """The live version; None if there is no such object."""
+        from google.api_core.exceptions import NotFound
+
+        while True:
+            blob = self._bucket.get_blob(self._name, **self._request)
+            if blob is None:
+                return None
+            with suppress(NotFound):  # replaced since
+                data = self._bucket.blob(self._name, generation=blob.generation).download_as_bytes(**self._request)
+                return StoredObject(data, blob.generation, (blob.metadata or {}).get(_WRITER, ""), blob.updated)
+
+    def write_if(self, text: str, generation: int, writer: str) -> int:
+        """Writes the object if it has a generation.
+
+        Args:
+          text: the content.
+          generation: the expected one; 0 if there must be no object.
+          writer: kept with the object. A request may be carried out and its answer lost; the client then repeats it and
+            is told that the generation is another. So what is there is told to be one's own by this.
+
+        Returns:
+          The new generation; 0 if the object's was another.
+        """
+        from google.api_core.exceptions import PreconditionFailed
+
+        blob = self._bucket.blob(self._name)
+        blob.metadata = {_WRITER: writer}
+        blob.cache_control = "no-store"  # what anybody may read, the store would else serve from a cache for an hour
+        try:
+            blob.upload_from_string(text.encode(), "text/plain", if_generation_match=generation, **self._request)
+            return int(blob.generation)
+        except Exception as error:
+            try:
+                stored = self.read()
+            except Exception:
+                raise error from None
+            if stored is not None and stored.writer == writer:
+                return stored.generation
+            if isinstance(error, PreconditionFailed):
+                return 0
+            raise
+
+    def delete_if(self, generation: int) -> bool:
+        """Deletes that version of the object; False if there is another or none."""
+        from google.api_core.exceptions import NotFound
+
+        try:
+            self._bucket.delete_blob(self._name, generation=generation, **self._request)
+        except NotFound:
+            return False
+        return True
+
+    def read_clock(self) -> datetime.datetime:
+        """The store's own time, by an object beside this one that is made and deleted."""
+        from google.api_core.exceptions import NotFound
+
+        blob = self._bucket.blob(self._name + ".clock")
+        blob.upload_from_string(b"", **self._request)
+        now: datetime.datetime = blob.updated
+        with suppress(NotFound):  # others ask for the time too
+            blob.delete(**self._request)
+        return now

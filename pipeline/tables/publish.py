@@ -54,10 +54,10 @@ class Publication:
     """All that a snapshot's manifest says and that is known before the run.
 
     Attributes:
-      table: the table's folder.
+      table: the table's folder; for a database, the folder beside it in which its runs work.
       name: of the new snapshot.
       previous: the snapshot that is live when the run starts, or "".
-      version: of the pointer when the run starts.
+      version: of the live state when the run starts.
       started: seconds since the epoch.
       facts: fields of the manifest that the run does not change.
       max_dead_fraction: the share of dead letters that is tolerated.
@@ -80,7 +80,7 @@ def name_snapshot() -> str:
     return f"{now:%Y%m%dT%H%M%SZ}-{uuid.uuid4().hex[:6]}"
 
 
-def check_output(table: str) -> None:
+def check_folder(table: str) -> None:
     """Checks before a run that the output is a table or can become one, and can be written to.
 
     Raises:

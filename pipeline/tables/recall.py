@@ -113,6 +113,93 @@ class ProbePicker:
         return n & (n - 1) == 0 and n.bit_length() % 2 == 1
 
 
+class Verdicts(NamedTuple):
+    """What is to be done about some documents.
+
+    Attributes:
+      names: their content hashes.
+      rows: the live rows of each one's id.
+      stays: which of them stay as they are stored, bool `[m]`.
+      known: of those that do not stay, by number: the known rows with the vectors of their text.
+      to_encode: numbers of those that have to be encoded.
+    """
+
+    names: list[str]
+    rows: list[np.ndarray]
+    stays: np.ndarray
+    known: dict[int, np.ndarray]
+    to_encode: set[int]
+
+
+class Recaller:
+    """Looks documents up in the index; of equal texts among those it is given, only the first has to be encoded.
+
+    Attributes:
+      counts: documents by what is to be done about them.
+    """
+
+    def __init__(self, known: KnownVectors, rule: RecallRule) -> None:
+        self.counts: Counter[str] = Counter()
+        self._known = known
+        self._rule = rule
+        self._encoded = DigestSet()
+
+    def judge(self, documents: Sequence[Document]) -> Verdicts:
+        """Decides about documents; call it for all of a bundle in their order."""
+        names = [hash_content(self._rule.prefix + document.text, document.pair) for document in documents]
+        hashes = np.array([bytes.fromhex(name) for name in names], "S16")
+        rows = self._known.find_ids(np.array([digest_id(document.id) for document in documents], "S16"))
+        stays = self._compare(documents, hashes, rows)
+        open_ends = np.flatnonzero(~stays)
+        known = dict(zip(open_ends.tolist(), self._known.find_contents(hashes[open_ends]), strict=True))
+        unknown = np.array([i for i, found in known.items() if not len(found)], int)
+        to_encode = set(unknown[self._encoded.add(hashes[unknown])].tolist())
+        self.counts["documents"] += len(documents)
+        self.counts["unchanged"] += int(stays.sum())
+        self.counts["encoded"] += len(to_encode)
+        self.counts["recalled"] += len(known) - len(unknown)
+        self.counts["equal_texts"] += len(unknown) - len(to_encode)
+        return Verdicts(names, rows, stays, known, to_encode)
+
+    def _compare(self, documents: Sequence[Document], hashes: np.ndarray, found: list[np.ndarray]) -> np.ndarray:
+        """Compares documents with the live rows of their ids; returns which of them `[m]` stay as they are."""
+        entries = self._known.entries
+        kept = np.array([digest_kept(document.kept) for document in documents], "<u8")
+        stays = np.zeros(len(documents), bool)
+        for i, rows in enumerate(found):
+            if not len(rows):
+                self.counts["new"] += 1
+                continue
+            some = entries[rows]
+            same_text = len(rows) == some["n_chunks"][0] and bool((some["content"] == hashes[i]).all())
+            stays[i] = self._rule.rows_stay and same_text and bool((some["kept"] == kept[i]).all())
+            if not stays[i]:
+                self.counts["updated" if same_text else "changed"] += 1
+        return stays
+
+
+class MarkWriter:
+    """Writes marks on the live rows of the documents that were seen to a file."""
+
+    def __init__(self, path: str) -> None:
+        self.note = Note(path, "marks")
+        self._sources = SourceNumbers()
+        self._file = open(path, "wb")  # noqa: SIM115  for the length of a bundle
+
+    def write(self, documents: Sequence[Document], verdicts: Verdicts) -> None:
+        marks = []
+        for i, rows in enumerate(verdicts.rows):
+            if len(rows):
+                source = self._sources.number(documents[i].origin.path)
+                marks += [(row, source, STAYS if verdicts.stays[i] else SUPERSEDED) for row in rows.tolist()]
+        if marks:
+            np.array(marks, MARK).tofile(self._file)
+
+    def close(self) -> None:
+        self._file.write(pack_records(np.empty(0, MARK), list(self._sources.paths)))
+        self._file.close()
+
+
 class RecallDocuments(beam.DoFn):
     """Passes on the documents that have to be encoded, and a few probes; notes the others."""
 
@@ -125,16 +212,12 @@ class RecallDocuments(beam.DoFn):
     def start_bundle(self) -> None:
         self._buffer: list[Document] = []
         self._characters = 0
-        self._counts: Counter = Counter()
-        self._marks: list[np.ndarray] = []
-        self._sources = SourceNumbers()
-        self._encoded = DigestSet()
+        self._recaller = Recaller(self._known, self.rule)
         self._probes = ProbePicker()
         name = uuid.uuid4().hex
-        self._marks_path = os.path.join(self.rule.folder, f"marks-{name}.bin")
+        self._marks = MarkWriter(os.path.join(self.rule.folder, f"marks-{name}.bin"))
         self._wishes_path = os.path.join(self.rule.folder, f"wishes-{name}.jsonl")
-        self._marks_file = open(self._marks_path, "wb")  # noqa: SIM115  for the length of the bundle
-        self._wishes_file = open(self._wishes_path, "wb")  # noqa: SIM115
+        self._wishes_file = open(self._wishes_path, "wb")  # noqa: SIM115  for the length of the bundle
 
     def process(self, document: Document) -> Iterator[Document]:
         self._buffer.append(document)
@@ -145,67 +228,32 @@ class RecallDocuments(beam.DoFn):
     def finish_bundle(self) -> Iterator[Any]:
         for document in self._flush():
             yield GlobalWindows.windowed_value(document)
-        self._marks_file.write(pack_records(np.empty(0, MARK), list(self._sources.paths)))
-        for file, path, kind in (
-            (self._marks_file, self._marks_path, "marks"),
-            (self._wishes_file, self._wishes_path, "wishes"),
-        ):
-            file.close()
-            yield beam.pvalue.TaggedOutput("notes", GlobalWindows.windowed_value(Note(path, kind)))
-        tally = Tally.of("recall", dict(self._counts))
+        self._marks.close()
+        self._wishes_file.close()
+        for note in (self._marks.note, Note(self._wishes_path, "wishes")):
+            yield beam.pvalue.TaggedOutput("notes", GlobalWindows.windowed_value(note))
+        tally = Tally.of("recall", {name: n for name, n in self._recaller.counts.items() if n})
         yield beam.pvalue.TaggedOutput("tallies", GlobalWindows.windowed_value(tally))
 
     def _flush(self) -> Iterator[Document]:
         documents, self._buffer, self._characters = self._buffer, [], 0
         if not documents:
             return
-        names = [hash_content(self.rule.prefix + document.text, document.pair) for document in documents]
-        hashes = np.array([bytes.fromhex(name) for name in names], "S16")
-        stays = self._mark(documents, hashes)
-        self._counts["documents"] += len(documents)
-        self._counts["unchanged"] += int(stays.sum())
-        open_ends = np.flatnonzero(~stays)
-        known = dict(zip(open_ends.tolist(), self._known.find_contents(hashes[open_ends]), strict=True))
-        unknown = np.array([i for i, rows in known.items() if not len(rows)], int)
-        to_encode = set(unknown[self._encoded.add(hashes[unknown])].tolist())
+        verdicts = self._recaller.judge(documents)
+        self._marks.write(documents, verdicts)
         for i, document in enumerate(documents):
-            if i in to_encode:
-                self._counts["encoded"] += 1
+            if i in verdicts.to_encode:
                 yield document
-            elif not stays[i]:
-                self._wish(document, names[i], known[i])
-            if self._probes.picks("encoded" if i in to_encode else "known"):
+            elif not verdicts.stays[i]:
+                self._wish(document, verdicts.names[i], verdicts.known[i])
+            if self._probes.picks("encoded" if i in verdicts.to_encode else "known"):
                 yield document._replace(is_probe=True)
-
-    def _mark(self, documents: Sequence[Document], hashes: np.ndarray) -> np.ndarray:
-        """Marks the live rows of the documents' ids; returns which documents `[m]` stay as they are."""
-        entries = self._known.entries
-        kept = np.array([digest_kept(document.kept) for document in documents], "<u8")
-        found = self._known.find_ids(np.array([digest_id(document.id) for document in documents], "S16"))
-        stays = np.zeros(len(documents), bool)
-        marks = []
-        for i, rows in enumerate(found):
-            if not len(rows):
-                self._counts["new"] += 1
-                continue
-            some = entries[rows]
-            same_text = len(rows) == some["n_chunks"][0] and bool((some["content"] == hashes[i]).all())
-            stays[i] = self.rule.rows_stay and same_text and bool((some["kept"] == kept[i]).all())
-            if not stays[i]:
-                self._counts["updated" if same_text else "changed"] += 1
-            source = self._sources.number(documents[i].origin.path)
-            marks += [(row, source, STAYS if stays[i] else SUPERSEDED) for row in rows.tolist()]
-        if marks:
-            np.array(marks, MARK).tofile(self._marks_file)
-        return stays
 
     def _wish(self, document: Document, content_hash: str, rows: np.ndarray) -> None:
         if len(rows):
-            self._counts["recalled"] += 1
             spare = document._replace(text=document.text if self.rule.keep_text else "", pair=None)
             wish = Wish(spare, content_hash, rows.tolist())
         else:  # the text may still be needed, for the dead letter
-            self._counts["equal_texts"] += 1
             wish = Wish(document, content_hash, None)
         self._wishes_file.write(wish.to_line())
 

@@ -1,0 +1,178 @@
+"""How BigQuery is reached: names of tables, clients, and an emulator in place of the service.
+
+Two variables of the environment, which every process of a run has to have, lead to an emulator:
+`BIGQUERY_EMULATOR_HOST`, a URL that Google's client knows too, and `BIGQUERY_STORAGE_EMULATOR_HOST`, host:port of the
+read API. Without them nothing here differs from Google's defaults.
+
+Google's clients are imported by the functions that need them: they take a second.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+from pipeline.errors import ConfigError
+
+SCHEME = "bq://"
+API_VARIABLE = "BIGQUERY_EMULATOR_HOST"
+READ_API_VARIABLE = "BIGQUERY_STORAGE_EMULATOR_HOST"
+
+# A project of a domain has the domain before a colon. The dataset and the table end at a dot, so neither may hold one.
+_NAME = re.compile(r"((?:[\w.-]+:)?[A-Za-z0-9][A-Za-z0-9-]*)\.(\w+)\.([\w-]+)")
+
+
+class BigQueryName(NamedTuple):
+    """A table of BigQuery; as text `bq://project.dataset.table`."""
+
+    project: str
+    dataset: str
+    table: str
+
+    @classmethod
+    def parse(cls, text: str, flag: str = "") -> BigQueryName:
+        """Reads a name.
+
+        Args:
+          text: such as `bq://my-project.my_dataset.my_table`, or `bq://example.com:my-project.my_dataset.my_table`.
+          flag: of the command line, for the error.
+
+        Raises:
+          ConfigError: if it is no such name.
+        """
+        given = f"--{flag}={text}" if flag else text
+        found = _NAME.fullmatch(text.removeprefix(SCHEME))
+        if not text.startswith(SCHEME) or not found:
+            raise ConfigError(
+                f"{given} is no table: a name is bq://PROJECT.DATASET.TABLE of letters, digits and _, with - also in "
+                "the project and the table; write bq://my-project.my_dataset.my_table"
+            )
+        return cls(*found.groups())
+
+    def __str__(self) -> str:
+        return f"{SCHEME}{self.plain}"
+
+    @property
+    def plain(self) -> str:
+        """As Google's client takes it."""
+        return ".".join(self)
+
+    @property
+    def sql(self) -> str:
+        """As a query takes it."""
+        return f"`{self.plain}`"
+
+    @property
+    def beam(self) -> str:
+        """As Beam's `WriteToBigQuery` takes it."""
+        return f"{self.project}:{self.dataset}.{self.table}"
+
+    @property
+    def resource(self) -> str:
+        """As the read API takes it."""
+        return f"projects/{self.project}/datasets/{self.dataset}/tables/{self.table}"
+
+
+def client(project: str = "") -> Any:
+    """A `google.cloud.bigquery.Client`.
+
+    Args:
+      project: that jobs run in and are billed to; by default the environment's, as Google's clients find it.
+    """
+    from google.auth.credentials import AnonymousCredentials
+    from google.cloud import bigquery
+
+    credentials = AnonymousCredentials() if os.environ.get(API_VARIABLE) else None
+    return bigquery.Client(project=project or None, credentials=credentials)
+
+
+def billing_project(name: BigQueryName) -> str:
+    """The project that reading a table is billed to: the environment's if it names one, else the table's own.
+
+    Anybody may read a public table, but not at the expense of its project.
+    """
+    if os.environ.get(API_VARIABLE):
+        return os.environ.get("GOOGLE_CLOUD_PROJECT") or name.project
+    try:
+        return client().project
+    except OSError:  # as Google's client says that there is none
+        return name.project
+
+
+def read_client() -> Any:
+    """The process's `BigQueryReadClient`, which all its threads share."""
+    return _make_read_client(os.environ.get(READ_API_VARIABLE, ""))
+
+
+@functools.lru_cache(maxsize=1)
+def _make_read_client(emulator: str) -> Any:
+    from google.cloud.bigquery_storage_v1 import BigQueryReadClient
+
+    if not emulator:
+        return BigQueryReadClient()
+    import grpc
+    from google.cloud.bigquery_storage_v1.services.big_query_read.transports import BigQueryReadGrpcTransport
+
+    channel = grpc.insecure_channel(emulator, options=[("grpc.max_receive_message_length", -1)])
+    return BigQueryReadClient(transport=BigQueryReadGrpcTransport(channel=channel))
+
+
+def use_emulator() -> None:
+    """Makes Beam's own client for BigQuery go where `BIGQUERY_EMULATOR_HOST` says; it knows no such variable."""
+    if host := os.environ.get(API_VARIABLE):
+        from apache_beam.io.gcp.internal.clients.bigquery import BigqueryV2
+
+        BigqueryV2.BASE_URL = f"{host.rstrip('/')}/bigquery/v2/"
+
+
+@dataclass(frozen=True)
+class LoadParameters:
+    """`additional_bq_parameters` of a `WriteToBigQuery`: the same for every destination.
+
+    Beam keeps them in the very step that starts load jobs, so whatever process that step runs in first unpickles them,
+    and with that calls `use_emulator`.
+
+    Attributes:
+      parameters: of the load job, such as {"clustering": {"fields": ["id"]}}.
+    """
+
+    parameters: dict[str, Any] = field(default_factory=dict)
+
+    def __call__(self, destination: Any) -> dict[str, Any]:
+        return self.parameters
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        use_emulator()
+
+
+def make_merge(target: BigQueryName, staging: BigQueryName, columns: Sequence[str]) -> str:
+    """One statement that gives every id of the staging table exactly the rows it has there, and so none if it is gone.
+
+    The source has one row more for each id, with the id in `replaced`. It alone matches what the target has of that
+    id, so that no row of the target meets two rows of the source, which BigQuery refuses. Repeated it changes nothing.
+
+    Args:
+      target: table with the columns; `id` is one of them.
+      staging: table with the columns, and `is_marker`, true for rows that stand for an id alone: one that is gone.
+      columns: their names.
+    """
+    names = ", ".join(f"`{name}`" for name in columns)
+    values = ", ".join(f"S.`{name}`" for name in columns)
+    return f"""MERGE {target.sql} AS T
+USING (
+  SELECT id AS replaced, {names} FROM {staging.sql}
+  WHERE TRUE QUALIFY ROW_NUMBER() OVER (PARTITION BY id ORDER BY id) = 1
+  UNION ALL
+  SELECT CAST(NULL AS STRING), {names} FROM {staging.sql} WHERE NOT is_marker
+) AS S
+ON T.id = S.replaced
+WHEN MATCHED THEN DELETE
+WHEN NOT MATCHED BY TARGET AND S.replaced IS NULL THEN INSERT ({names}) VALUES ({values})"""
+
+
+use_emulator()  # so that naming this module as a Beam plugin is enough

@@ -1,0 +1,181 @@
+"""Where a table is kept: a folder or a database. To add a kind: a class with this interface and a line in `STORES`."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple, Optional, Protocol
+
+from pipeline.config import EmbedConfig
+from pipeline.saved_model import absolute_path
+from pipeline.sinks.index import Index, read_index
+from pipeline.sinks.layout import TableLayout
+from pipeline.sinks.writing import DeadLetterFormat, RowFormat
+from pipeline.tables.carry import FileReader, VectorReader, damaged
+from pipeline.tables.manifest import POINTER, Manifest, read_manifest, read_pointer, snapshot_folder
+from pipeline.tables.pointer import read_versioned
+from pipeline.tables.publish import Publication, check_folder
+from pipeline.tables.recall import RecallRule
+from pipeline.tables.storage import join
+
+
+@dataclass(frozen=True)
+class Takeover:
+    """What a run may take over from the live table.
+
+    Attributes:
+      rule: where the index of known vectors is.
+      reader: how the live table's vectors are read; None if there is no live table.
+      reusable: whether they have the wanted fingerprint.
+      live: size and checksum of the live table's files, by path; empty for databases.
+    """
+
+    rule: RecallRule
+    reader: Optional[VectorReader] = None
+    reusable: bool = True
+    live: dict[str, tuple[int, str]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class CommitPlan:
+    """All that is settled about the end of a run before it begins.
+
+    Attributes:
+      publication: the new state of the table.
+      takeover: what may be taken over.
+      form: how rows are written to files.
+      shard_bytes: size at which a new file is begun.
+      letter_format: how dead letters are written.
+    """
+
+    publication: Publication
+    takeover: Takeover
+    form: RowFormat
+    shard_bytes: int
+    letter_format: DeadLetterFormat
+
+
+class Live(NamedTuple):
+    """The state that readers see.
+
+    Attributes:
+      manifest: of it; None before the first run.
+      version: changes whenever the state does.
+    """
+
+    manifest: Optional[Manifest]
+    version: str
+
+
+class Store(Protocol):
+    """A place for a table.
+
+    Attributes:
+      shown: the table's name as the user gave it.
+      work: folder for the lock, attempts and the journal: the table's own, or one beside the database.
+    """
+
+    shown: str
+    work: str
+
+    def check(self, config: EmbedConfig) -> None:
+        """Checks before a run that the output can be written to, and that the settings fit it.
+
+        Raises:
+          ConfigError, TableError: if not.
+        """
+
+    def read_live(self) -> Live:
+        """What is live.
+
+        Raises:
+          TableError: if it cannot be read.
+        """
+
+    def read_indexes(self, live: Manifest, scratch: str) -> Iterator[tuple[str, Index]]:
+        """Yields path and index of each file of the live table; a database's rows are one file without a path.
+
+        Args:
+          live: from `read_live`.
+          scratch: local folder for what the commit will need to know of these rows.
+
+        Raises:
+          TableError: if the table is damaged.
+        """
+
+    def reader(self, live: Manifest, scratch: str) -> VectorReader:
+        """How the live table's vectors are read."""
+
+    def can_copy(self, live: Manifest, form: RowFormat) -> bool:
+        """Whether unchanged rows can stay as they are stored."""
+
+    def live_files(self, live: Manifest) -> dict[str, tuple[int, str]]:
+        """Size and checksum of the live table's files, by path; none for a database."""
+
+    def committer(self, plan: CommitPlan) -> Any:
+        """The picklable object whose `commit(results)` publishes."""
+
+
+class FolderStore:
+    """A folder of snapshots, on any file system of Beam."""
+
+    def __init__(self, output: str) -> None:
+        self.shown = output
+        self.work = absolute_path(output)
+
+    def check(self, config: EmbedConfig) -> None:
+        check_folder(self.work)
+
+    def read_live(self) -> Live:
+        _, version = read_versioned(join(self.work, POINTER))
+        name = read_pointer(self.work)
+        return Live(read_manifest(self.work, name) if name else None, version)
+
+    def read_indexes(self, live: Manifest, scratch: str) -> Iterator[tuple[str, Index]]:
+        root = snapshot_folder(self.work, live.snapshot)
+        for file, index_file in zip(live.files, live.index_files, strict=True):
+            path = join(root, index_file.name)
+            try:
+                index = read_index(path)
+            except (OSError, ValueError) as error:
+                raise damaged(path, str(error)) from error
+            if len(index.entries) != file.rows:
+                raise damaged(path, f"it has {len(index.entries)} entries instead of {file.rows}")
+            yield join(root, file.name), index
+
+    def reader(self, live: Manifest, scratch: str) -> VectorReader:
+        return FileReader(live.file_format, live.layout, live.compression)
+
+    def can_copy(self, live: Manifest, form: RowFormat) -> bool:
+        theirs: tuple[str, str, TableLayout] = live.file_format, live.compression, live.layout
+        return theirs == (form.name, form.compression, form.layout)
+
+    def committer(self, plan: CommitPlan) -> Any:
+        from pipeline.tables.commit import FolderCommit
+
+        return FolderCommit(plan)
+
+    def live_files(self, live: Manifest) -> dict[str, tuple[int, str]]:
+        root = snapshot_folder(self.work, live.snapshot)
+        return {join(root, file.name): (file.n_bytes, file.sha256) for file in live.files}
+
+
+# scheme -> module and class, imported when first used; everything else is a folder
+STORES = {
+    "duckdb://": ("pipeline.tables.duckdb", "DuckdbStore"),
+    "bq://": ("pipeline.tables.bigquery", "BigqueryStore"),
+}
+
+
+def open_store(output: str) -> Store:
+    """The store that an output names.
+
+    Raises:
+      ConfigError: if it names none.
+    """
+    for scheme, (module, name) in STORES.items():
+        if output.startswith(scheme):
+            store: Store = getattr(importlib.import_module(module), name)(output)
+            return store
+    return FolderStore(output)
