@@ -25,6 +25,11 @@ READ_API_VARIABLE = "BIGQUERY_STORAGE_EMULATOR_HOST"
 # A project of a domain has the domain before a colon. The dataset and the table end at a dot, so neither may hold one.
 _NAME = re.compile(r"((?:[\w.-]+:)?[A-Za-z0-9][A-Za-z0-9-]*)\.(\w+)\.([\w-]+)")
 
+_NO_CREDENTIALS = (
+    "there are no credentials for BigQuery; run `gcloud auth application-default login`, or set "
+    "GOOGLE_APPLICATION_CREDENTIALS to the key file of a service account"
+)
+
 
 class BigQueryName(NamedTuple):
     """A table of BigQuery; as text `bq://project.dataset.table`."""
@@ -82,12 +87,19 @@ def client(project: str = "") -> Any:
 
     Args:
       project: that jobs run in and are billed to; by default the environment's, as Google's clients find it.
+
+    Raises:
+      ConfigError: if there are no credentials.
     """
     from google.auth.credentials import AnonymousCredentials
+    from google.auth.exceptions import DefaultCredentialsError
     from google.cloud import bigquery
 
     credentials = AnonymousCredentials() if os.environ.get(API_VARIABLE) else None
-    return bigquery.Client(project=project or None, credentials=credentials)
+    try:
+        return bigquery.Client(project=project or None, credentials=credentials)
+    except DefaultCredentialsError as error:
+        raise ConfigError(_NO_CREDENTIALS) from error
 
 
 def billing_project(name: BigQueryName) -> str:
@@ -110,10 +122,14 @@ def read_client() -> Any:
 
 @functools.lru_cache(maxsize=1)
 def _make_read_client(emulator: str) -> Any:
+    from google.auth.exceptions import DefaultCredentialsError
     from google.cloud.bigquery_storage_v1 import BigQueryReadClient
 
     if not emulator:
-        return BigQueryReadClient()
+        try:
+            return BigQueryReadClient()
+        except DefaultCredentialsError as error:
+            raise ConfigError(_NO_CREDENTIALS) from error
     import grpc
     from google.cloud.bigquery_storage_v1.services.big_query_read.transports import BigQueryReadGrpcTransport
 

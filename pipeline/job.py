@@ -182,7 +182,7 @@ def prepare_job(settled: Settled, name: str, started: float, distributed: bool =
     layout = plan.layout(kept)
     row_bytes = _OTHER_ROW_BYTES + int(plan.dimension * _STORED_BYTES[layout.dtype])
     check_free_space(store.work, estimate_documents(found, config.read), row_bytes)
-    form = RowFormat(config.write.output_format, layout, config.write.compression)
+    form = store.choose_form(config, layout)
     attempts = attempts_folder(store.work, name)
     make_folder(attempts)
     takeover = prepare_takeover(store, live, plan, form, scratch)
@@ -194,9 +194,9 @@ def prepare_job(settled: Settled, name: str, started: float, distributed: bool =
     settings |= {"encoder_graph": plan.encoder.graph, "precision": plan.encoder.precision}  # as settled
     facts = {
         "embeam": __version__,
-        "file_format": config.write.output_format,
-        "compression": config.write.compression,
-        "layout": layout,
+        "file_format": form.name,
+        "compression": form.compression,
+        "layout": form.layout,
         "fingerprint": plan.fingerprint,
         "identity": plan.identity,
         "settings": settings,

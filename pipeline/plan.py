@@ -54,7 +54,7 @@ class EmbedPlan:
     def layout(self, kept: tuple[KeptField, ...] = ()) -> TableLayout:
         rule = self.vectors
         flags = (rule.tokens, rule.counts_tokens, rule.keep_text)
-        return TableLayout(rule.vectors.dtype, self.dimension, *flags, rule.chunked, kept)
+        return TableLayout(rule.vectors.dtype, self.dimension, *flags, rule.chunked, kept=kept)
 
 
 def plan_embedding(config: EmbedConfig) -> EmbedPlan:

@@ -8,8 +8,7 @@ import numpy as np
 
 from pipeline.report.summary import describe_training, shorten_line
 from pipeline.tables.embedder import load_embedder
-from pipeline.tables.manifest import open_table
-from pipeline.tables.read import iter_columns
+from pipeline.tables.read import iter_columns, open_live
 
 
 class Hit(NamedTuple):
@@ -55,6 +54,6 @@ def format_hits(table: str, text: str, hits: list[Hit]) -> str:
     width = max(map(len, names), default=0)
     for hit, name in zip(hits, names, strict=True):
         lines.append(f"  {hit.score:6.3f}  {name:<{width}}  {shorten_line(hit.text or '')}".rstrip())
-    if note := describe_training(open_table(table)[0]):
+    if note := describe_training(open_live(table)[0]):
         lines.append(f"note: {note}")
     return "\n".join(lines)

@@ -12,8 +12,9 @@ from pipeline.encoders import default
 from pipeline.encoders.parity import Parity
 from pipeline.records import REASONS
 from pipeline.report.progress import format_seconds
-from pipeline.tables.manifest import Manifest, open_table, snapshot_folder
-from pipeline.tables.read import iter_table
+from pipeline.tables.manifest import Manifest, snapshot_folder
+from pipeline.tables.read import iter_table, open_live
+from pipeline.tables.store import FolderStore, open_store
 
 
 def format_summary(manifest: Manifest, table: str) -> str:
@@ -37,7 +38,7 @@ def format_summary(manifest: Manifest, table: str) -> str:
         unit = "tokens" if manifest.layout.counts_tokens else "bytes"
         used = batch.get("used_tokens", 0) / padded
         lines.append(f"  batches      {int(batch.get('batches', 0)):,}, {used:.1%} of their {unit} are not padding")
-    where = f", in {FileSystems.join(snapshot_folder(table, manifest.snapshot), 'dead_letters-*')}"
+    where = f", in {locate_dead_letters(table, manifest)}"
     n_dead = sum(manifest.dead_letters.values())
     lines.append(f"  dead letters {n_dead:,}" + (where if n_dead else ""))
     for reason, n in _by_count(manifest):
@@ -53,6 +54,15 @@ def format_summary(manifest: Manifest, table: str) -> str:
     if note := describe_training(manifest):
         lines.append(f"  note         {note}")
     return "\n".join(lines)
+
+
+def locate_dead_letters(table: str, manifest: Manifest) -> str:
+    """Glob for the files with a run's dead letters."""
+    store = open_store(table)
+    folder = snapshot_folder(table, manifest.snapshot)
+    if not isinstance(store, FolderStore):
+        folder = FileSystems.join(store.work, "dead_letters")
+    return str(FileSystems.join(folder, "dead_letters-*"))
 
 
 def describe_graph(manifest: Manifest) -> str:
@@ -71,9 +81,11 @@ def describe_training(manifest: Manifest) -> str:
 
 def format_table(table: str, n_rows: int) -> str:
     """What `embeam show` prints: the manifest in short, counts and the first rows."""
-    manifest, folder = open_table(table)
+    manifest, store = open_live(table)
     layout = manifest.layout
     n_bytes = sum(file.n_bytes for file in manifest.files)
+    files = f"files        {len(manifest.files):,} of {manifest.file_format}, {format_bytes(n_bytes)}, "
+    files += f"in {snapshot_folder(store.work, manifest.snapshot)}"
     dead = ", ".join(f"{n:,} {reason}" for reason, n in _by_count(manifest)) or "none"
     lines = [
         f"table        {table}",
@@ -83,7 +95,7 @@ def format_table(table: str, n_rows: int) -> str:
         f"encoder      {manifest.settings['encoder'] or 'the built-in one'}, {manifest.identity['vector']}",
         f"graph        {describe_graph(manifest)}",
         f"fingerprint  {manifest.fingerprint}",
-        f"files        {len(manifest.files):,} of {manifest.file_format}, {format_bytes(n_bytes)}, in {folder}",
+        *([files] if manifest.files else []),
         f"columns      {', '.join([*layout.columns(), 'embedding'])}",
         f"dead letters {dead}",
     ]

@@ -24,6 +24,7 @@ class TableLayout:
       counts_tokens: rows have n_tokens and n_truncated.
       keep_text: rows have their text.
       chunked: a document may have several rows, and each says how many.
+      sourced: rows name the file that their document came from.
       kept: the kept fields, all with a type.
     """
 
@@ -33,6 +34,7 @@ class TableLayout:
     counts_tokens: bool = True
     keep_text: bool = False
     chunked: bool = False
+    sourced: bool = False
     kept: tuple[KeptField, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
@@ -52,6 +54,8 @@ class TableLayout:
         if self.counts_tokens:
             columns |= {"n_tokens": "int", "n_truncated": "int"}
         columns["content_hash"] = "string"
+        if self.sourced:
+            columns["source"] = "string"
         columns |= {field.name: field.type for field in self.kept}
         if self.keep_text:
             columns["text"] = "string"
@@ -59,7 +63,7 @@ class TableLayout:
 
     def values(self, rows: list[Row]) -> dict[str, list]:
         """The values of `columns()` for some rows, column by column."""
-        plain = {"id", "chunk", "n_chunks", "scale", "n_tokens", "n_truncated", "content_hash", "text"}
+        plain = {"id", "chunk", "n_chunks", "scale", "n_tokens", "n_truncated", "content_hash", "source", "text"}
         kept = [json.loads(row.kept) for row in rows] if self.kept else []
         position = {field.name: i for i, field in enumerate(self.kept)}
         return {

@@ -126,13 +126,14 @@ def materialize_query(sql: str, into: BigQueryName, hours: int = 48) -> None:
     Raises:
       InputError: if the query fails.
     """
-    from google.api_core.exceptions import GoogleAPICallError
+    from google.api_core.exceptions import GoogleAPIError
 
     lifetime = f"expiration_timestamp = TIMESTAMP_ADD(CURRENT_TIMESTAMP(), INTERVAL {hours} HOUR)"
-    query = sql.strip().rstrip(";")
+    select = sql.strip().rstrip(";")
+    statement = f"CREATE OR REPLACE TABLE {into.sql}\nOPTIONS ({lifetime})\nAS (\n{select}\n)"
     try:
-        client(into.project).query(f"CREATE OR REPLACE TABLE {into.sql}\nOPTIONS ({lifetime})\nAS (\n{query}\n)").result()
-    except GoogleAPICallError as error:
+        client(into.project).query(statement).result()
+    except GoogleAPIError as error:
         raise InputError(f"the query for the input fails: {first_line(error)}") from error
 
 
@@ -149,7 +150,7 @@ def read_stream(stream: str, path: str) -> Iterator[tuple[pa.RecordBatch, float,
     Raises:
       InputError: if the service gives up.
     """
-    from google.api_core.exceptions import GoogleAPICallError
+    from google.api_core.exceptions import GoogleAPIError
 
     schema = None
     try:
@@ -163,15 +164,15 @@ def read_stream(stream: str, path: str) -> Iterator[tuple[pa.RecordBatch, float,
                 piece = batch.slice(start, _BATCH_ROWS)
                 shares = (start / batch.num_rows, (start + piece.num_rows) / batch.num_rows)
                 yield piece, begin + width * shares[0], begin + width * shares[1]
-    except GoogleAPICallError as error:
+    except GoogleAPIError as error:
         raise InputError(
-            f"{path} could not be read to its end: {first_line(error)}; what was read is kept, run the same command "
-            f"again (a table can be read for {SESSION_HOURS} hours after a run began)"
+            f"{path} could not be read to its end: {first_line(error)}; finished vectors are kept, run the same "
+            f"command again (a table can be read for {SESSION_HOURS} hours from the start of a run)"
         ) from error
 
 
 def _create_session(name: BigQueryName, selected: list[str], restriction: str, max_streams: int) -> TableSession:
-    from google.api_core.exceptions import GoogleAPICallError
+    from google.api_core.exceptions import GoogleAPIError
     from google.cloud.bigquery_storage_v1 import types
 
     options = types.ReadSession.TableReadOptions(selected_fields=selected, row_restriction=restriction)
@@ -180,7 +181,7 @@ def _create_session(name: BigQueryName, selected: list[str], restriction: str, m
         session = read_client().create_read_session(
             parent=f"projects/{billing_project(name)}", read_session=wanted, max_stream_count=max_streams
         )
-    except GoogleAPICallError as error:
+    except GoogleAPIError as error:
         raise InputError(f"--input={name} cannot be read: {first_line(error)}") from error
     streams = [stream.name for stream in session.streams]
     return TableSession(_parse_schema(session).names, streams, session.estimated_total_bytes_scanned)

@@ -207,7 +207,7 @@ def complete_rows(plan: CommitPlan, results: Results, whole: bool) -> Completion
     folder = attempts_folder(publication.table, publication.name)
     carrier = Carrier(known, readers, fresh, plan.form, folder, plan.shard_bytes)
     carried = np.isin(fates.fate, CARRIED) if whole else np.zeros(known.n_live, bool)
-    shards = carrier.carry(carried, fates, results.notes, letters, takeover.live, takeover.rule.rows_stay)
+    shards = carrier.carry(carried, fates, results.notes, letters, takeover.live, whole and takeover.rule.rows_stay)
     letter_writer = ShardWriter(folder, plan.letter_format, plan.shard_bytes)
     if carrier.dead:
         letter_writer.write(carrier.dead)

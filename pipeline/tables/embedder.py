@@ -14,7 +14,7 @@ from pipeline.plan import EmbedPlan, plan_embedding
 from pipeline.preprocess.batching import Batcher
 from pipeline.preprocess.chunking import is_encodable
 from pipeline.records import Chunk, DeadLetter, Document
-from pipeline.tables.manifest import open_table
+from pipeline.tables.read import open_live
 from pipeline.vectors.finishing import ChunkAverager
 from pipeline.vectors.storing import shape_vectors
 
@@ -82,7 +82,7 @@ def load_embedder(table: str) -> Embedder:
     Raises:
       TableError: if there is no table, it holds token matrices, or its encoder is no longer what it was.
     """
-    manifest, _ = open_table(table)
+    manifest, _ = open_live(table)
     if manifest.layout.tokens:
         raise TableError(f"{table} holds a matrix per text; it cannot be searched with one vector")
     plan = plan_embedding(EmbedConfig.from_flat(manifest.settings))

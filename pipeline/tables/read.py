@@ -2,25 +2,37 @@
 
 from __future__ import annotations
 
-import gzip
 from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
-from apache_beam.io.filesystems import FileSystems
 
 from pipeline.errors import TableError
-from pipeline.runtime import load_tensorflow
-from pipeline.sinks import SINKS
-from pipeline.sources.compression import FileError
-from pipeline.tables.manifest import Manifest, open_table
+from pipeline.tables.manifest import Manifest
+from pipeline.tables.store import Store, open_store
+
+
+def open_live(table: str) -> tuple[Manifest, Store]:
+    """The manifest of what readers see of a table, and where the table is kept.
+
+    Args:
+      table: a folder, or what `--output` names a database's table by.
+
+    Raises:
+      TableError: if there is no such table.
+    """
+    store = open_store(table)
+    manifest = store.read_live().manifest
+    if manifest is None:
+        raise TableError(f"{table} is no table: nothing was published there; embeam embed --output={table} makes one")
+    return manifest, store
 
 
 def read_table(table: str) -> tuple[list[str], np.ndarray]:
     """Reads the live snapshot of a table.
 
     Args:
-      table: the table's folder, on any file system that Beam reads.
+      table: the table's folder, on any file system that Beam reads, or a database's table.
 
     Returns:
       The ids, and the vectors as float32 `[rows, D]`, in no particular order. With `--on_long=chunk` an id occurs
@@ -29,7 +41,7 @@ def read_table(table: str) -> tuple[list[str], np.ndarray]:
     Raises:
       TableError: if there is no such table, it is damaged, or its rows are token matrices (use `iter_table`).
     """
-    manifest, _ = open_table(table)
+    manifest, _ = open_live(table)
     if manifest.layout.tokens:
         raise TableError(f"{table} holds one matrix per row, of different sizes; read it with iter_table")
     ids: list[str] = []
@@ -48,8 +60,7 @@ def iter_table(table: str) -> Iterator[dict[str, Any]]:
     Raises:
       TableError: as `read_table`.
     """
-    manifest, _ = open_table(table)
-    layout = manifest.layout
+    layout = open_live(table)[0].layout
     for columns, matrix in iter_columns(table):
         for i in range(len(columns["id"])):
             row = {name: values[i] for name, values in columns.items() if name != "embedding"}
@@ -66,28 +77,10 @@ def iter_columns(table: str) -> Iterator[tuple[dict[str, list], np.ndarray | Non
 
     The matrix is None for token matrices, which are only given as stored bytes in `embedding`.
     """
-    manifest, folder = open_table(table)
+    manifest, store = open_live(table)
     layout = manifest.layout
-    for columns in _iter_files(manifest, folder):
+    for columns in store.read_columns(manifest):
         if layout.tokens:
             yield columns, None
         else:
             yield columns, layout.restore(b"".join(columns["embedding"]), len(columns["id"]), columns.get("scale"))
-
-
-def _iter_files(manifest: Manifest, folder: str) -> Iterator[dict[str, list]]:
-    load_tensorflow()  # tfx-bsl would import it with all its noise
-    sink = SINKS[manifest.file_format]
-    for file in manifest.files:
-        path = FileSystems.join(folder, file.name)
-        n_rows = 0
-        try:
-            with FileSystems.open(path, compression_type="uncompressed") as raw:
-                stream = gzip.GzipFile(fileobj=raw) if manifest.compression == "gzip" else raw
-                for stored in sink.read(stream, manifest.layout):
-                    n_rows += len(stored)
-                    yield sink.decode(stored, manifest.layout)
-        except (OSError, EOFError, ValueError, FileError) as error:
-            raise TableError(f"{path} is damaged: {error}; run embeam embed again") from error
-        if n_rows != file.rows:
-            raise TableError(f"{path} is damaged: it has {n_rows} rows instead of {file.rows}; run embeam embed again")

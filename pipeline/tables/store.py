@@ -7,12 +7,15 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Optional, Protocol
 
+import numpy as np
+
 from pipeline.config import EmbedConfig
 from pipeline.saved_model import absolute_path
 from pipeline.sinks.index import Index, read_index
 from pipeline.sinks.layout import TableLayout
 from pipeline.sinks.writing import DeadLetterFormat, RowFormat
 from pipeline.tables.carry import FileReader, VectorReader, damaged
+from pipeline.tables.known import ROWS, VectorFile
 from pipeline.tables.manifest import POINTER, Manifest, read_manifest, read_pointer, snapshot_folder
 from pipeline.tables.pointer import read_versioned
 from pipeline.tables.publish import Publication, check_folder
@@ -113,6 +116,16 @@ class Store(Protocol):
     def live_files(self, live: Manifest) -> dict[str, tuple[int, str]]:
         """Size and checksum of the live table's files, by path; none for a database."""
 
+    def choose_form(self, config: EmbedConfig, layout: TableLayout) -> RowFormat:
+        """How a run writes its rows to files."""
+
+    def read_columns(self, live: Manifest) -> Iterator[dict[str, list]]:
+        """Streams the live rows about a thousand at a time: column name to values, `embedding` as stored bytes.
+
+        Raises:
+          TableError: if the table is damaged.
+        """
+
     def committer(self, plan: CommitPlan) -> Any:
         """The picklable object whose `commit(results)` publishes."""
 
@@ -150,6 +163,16 @@ class FolderStore:
     def can_copy(self, live: Manifest, form: RowFormat) -> bool:
         theirs: tuple[str, str, TableLayout] = live.file_format, live.compression, live.layout
         return theirs == (form.name, form.compression, form.layout)
+
+    def choose_form(self, config: EmbedConfig, layout: TableLayout) -> RowFormat:
+        return RowFormat(config.write.output_format, layout, config.write.compression)
+
+    def read_columns(self, live: Manifest) -> Iterator[dict[str, list]]:
+        reader, none = FileReader(live.file_format, live.layout, live.compression), np.zeros(0, int)
+        for file in live.files:
+            path = join(snapshot_folder(self.work, live.snapshot), file.name)
+            for stored in reader.read(VectorFile(path, ROWS, 0, file.rows), none):
+                yield reader.columns(stored, np.arange(len(stored.numbers)))
 
     def committer(self, plan: CommitPlan) -> Any:
         from pipeline.tables.commit import FolderCommit

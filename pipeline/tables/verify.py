@@ -24,7 +24,6 @@ from pipeline.errors import ConfigError, GateError, InputError
 from pipeline.preprocess.chunking import hash_content
 from pipeline.records import DeadLetter, Document, Row, Tally, digest_id
 from pipeline.sinks.index import ENTRY, Index, digest_kept, read_index
-from pipeline.sinks.layout import TableLayout
 from pipeline.sources.duplicates import ScanToFile, merge_scans
 from pipeline.sources.planning import InputPlan, plan_input
 from pipeline.sources.read import ReadSplit
@@ -36,6 +35,7 @@ from pipeline.tables.storage import join, list_files, list_folders
 from pipeline.vectors.storing import STORED_DTYPES, quantize_vectors
 
 BLOCK = 1024
+NONE = np.zeros(0, np.int64)
 SAMPLE_BATCH = 64  # texts that are encoded in one go
 READ_BYTES = 1 << 20
 KINDS = {
@@ -143,6 +143,8 @@ class Verification:
         rounds = self.manifest.file_format == "tfrecord" and any(f.type == "float" for f in self._layout.kept)
         self._redigests = bool(self._layout.kept) and not rounds
         self._compares_kept = True
+        may_be_null = {"n_truncated", *(field.name for field in self._layout.kept)}
+        self._required = [column for column in self._layout.columns() if column not in may_be_null]
 
     def run(self, input_globs: Sequence[str] = (), sample: int = 0) -> None:
         """Checks everything that is asked for; see `verify_table`."""
@@ -250,7 +252,7 @@ class Verification:
     def _read_rows(self, file: TableFile, index: Index | None, entries: np.ndarray) -> None:
         start = 0
         try:
-            for stored in self._reader.read(VectorFile(join(self.folder, file.name), ROWS, 0, file.rows)):
+            for stored in self._reader.read(VectorFile(join(self.folder, file.name), ROWS, 0, file.rows), NONE):
                 rows = [(i, self._check_row(f"{file.name} row {i}", row)) for i, row in self._decode(file, stored)]
                 positions = np.array([i for i, own in rows if own and i < file.rows], int)
                 block = np.array([own for i, own in rows if own and i < file.rows], ENTRY)
@@ -259,7 +261,7 @@ class Verification:
                 fields = ["id", "content", "chunk", "n_chunks", *(["kept"] if self._redigests else [])]
                 for field in fields:
                     entries[field][positions] = block[field]
-                start += stored.n
+                start += len(stored.numbers)
         except Exception as error:  # TableError says what; a reader of damaged bytes may raise anything else
             why = str(error).removeprefix(f"{join(self.folder, file.name)} is damaged: ")
             self._find("damaged_file", file.name, f"after {start:,} of {file.rows:,} rows: {why}")
@@ -278,14 +280,14 @@ class Verification:
     def _decode(self, file: TableFile, stored: Any) -> Iterator[tuple[int, dict[str, Any]]]:
         """The rows of a block, one by one if it cannot be decoded as a whole."""
         try:
-            blocks = [(stored.first, self._reader.columns(stored, np.arange(stored.n)))]
+            blocks = [(int(stored.numbers[0]), self._reader.columns(stored, np.arange(len(stored.numbers))))]
         except Exception:
             blocks = []
-            for i in range(stored.n):
+            for i, number in enumerate(stored.numbers.tolist()):
                 try:
-                    blocks.append((stored.first + i, self._reader.columns(stored, np.array([i]))))
+                    blocks.append((number, self._reader.columns(stored, np.array([i]))))
                 except Exception as error:
-                    self._find("damaged_file", f"{file.name} row {stored.first + i}", f"it cannot be decoded: {error}")
+                    self._find("damaged_file", f"{file.name} row {number}", f"it cannot be decoded: {error}")
         for first, columns in blocks:
             for i in range(len(columns["id"])):
                 yield first + i, {name: values[i] for name, values in columns.items()}
@@ -293,9 +295,7 @@ class Verification:
     def _check_row(self, name: str, row: dict[str, Any]) -> tuple | None:
         """Checks one row by itself; returns its ENTRY, without a source, or None if it has no identity."""
         layout = self._layout
-        absent = [
-            column for column in layout.columns() if row[column] is None and column not in self._may_be_null(layout)
-        ]
+        absent = [column for column in self._required if row[column] is None]
         if absent:
             self._find("wrong_row", name, f"it has no {', '.join(absent)}")
             return None
@@ -321,10 +321,6 @@ class Verification:
             values = [row[field.name] for field in layout.kept]
             kept = digest_kept(json.dumps(values, ensure_ascii=False, separators=(",", ":")).encode())
         return digest_id(row["id"]), content, kept, row["chunk"], n_chunks, 0
-
-    @staticmethod
-    def _may_be_null(layout: TableLayout) -> set[str]:
-        return {"n_truncated", *(["n_tokens"] if not layout.tokens else []), *(field.name for field in layout.kept)}
 
     def _check_vector(self, name: str, row: dict[str, Any]) -> None:
         layout = self._layout
@@ -492,11 +488,11 @@ class Verification:
             left = numbers[low:high]
             name = os.path.basename(file.path)
             try:
-                for stored in self._reader.read(file) if len(left) else ():
-                    here, left = np.split(left, np.searchsorted(left, [stored.first + stored.n]))
+                for stored in self._reader.read(file, left) if len(left) else ():
+                    here, left = np.split(left, np.searchsorted(left, [stored.numbers[-1] + 1]))
                     if len(here):
                         try:
-                            columns = self._reader.columns(stored, (here - stored.first).astype(np.int64))
+                            columns = self._reader.columns(stored, np.searchsorted(stored.numbers, here))
                         except Exception:
                             left = np.concatenate([here, left])
                             raise

@@ -1,0 +1,674 @@
+"""What a run would do, without doing it: documents looked up in the index of known vectors, a sample of them tokenised.
+
+`forecast_table` reads the whole input, `forecast_run` a few thousand records of it. Neither encodes anything nor writes
+to the output; a running job is not disturbed, nor does it disturb.
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+import os
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from io import BytesIO
+from typing import TYPE_CHECKING, Any, NamedTuple, Optional
+
+import numpy as np
+
+from pipeline.config import EmbedConfig, ReadConfig
+from pipeline.embed import SAFE_DOCUMENTS
+from pipeline.encoders.architecture import FAMILIES, Architecture
+from pipeline.errors import EmbeamError
+from pipeline.plan import EmbedPlan
+from pipeline.preprocess.batching import Batcher
+from pipeline.preprocess.chunking import PreprocessorRule, is_encodable
+from pipeline.records import Batch, Chunk, DeadLetter, Document, Row, digest_id
+from pipeline.report.progress import format_seconds
+from pipeline.runtime import has_gpu, load_tensorflow
+from pipeline.sinks.index import ENTRY
+from pipeline.sinks.writing import RowFormat
+from pipeline.sources import SOURCES
+from pipeline.sources.planning import InputPlan
+from pipeline.sources.read import read_range
+from pipeline.sources.source import FileRange
+from pipeline.tables.carry import CARRIED, Letters, check_deletes, decide_fates
+from pipeline.tables.commit import check_counts
+from pipeline.tables.known import KnownVectors
+from pipeline.tables.manifest import Manifest, read_manifest
+from pipeline.tables.publish import check_free_space
+from pipeline.tables.recall import BUFFERED_CHARACTERS, BUFFERED_DOCUMENTS, MarkWriter, Recaller, RecallRule
+from pipeline.tables.retention import list_snapshots
+from pipeline.tables.store import FolderStore, Store
+from pipeline.tables.verify import Accounts, read_outcomes
+from pipeline.vectors.storing import quantize_vectors
+
+if TYPE_CHECKING:
+    from pipeline.job import Settled
+
+SAMPLE_TEXTS, SAMPLE_CHARACTERS = 2000, 16_000_000  # that are tokenised
+SAMPLE_RECORDS, SAMPLE_BYTES, SAMPLE_PLACES = 2000, 4 << 20, 16  # that a cheap forecast reads
+SAMPLE_ROWS, SAMPLE_ROW_BYTES = 256, 8 << 20  # that are written to memory, to see how large they get
+LEAST_TOKENS = 10_000  # padded ones of an earlier run whose rate is trusted
+SPEED_KEYS = ("encoder", "vector", "graph", "precision")  # of an identity
+MATMUL_SECONDS = 0.1
+MATMUL_SHARE = 0.5  # of the rate of bare matmuls that encoders reach, about
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """What a run would do. Counts of documents and vectors are exact unless `is_sampled`, or dead letters are expected.
+
+    Attributes:
+      documents: that can be read, without duplicates.
+      new: whose id has no row.
+      changed: whose text is another one.
+      updated: whose text is the same, but not the kept fields, or that are stored in another way.
+      unchanged: whose rows stay.
+      recalled: of all but the unchanged: those whose vector is known.
+      equal_texts: of all but the unchanged: those with the text of another one that is encoded.
+      to_encode: texts that are encoded.
+      deleted: documents of the table that are gone from the input.
+      stale: documents whose old rows stay because their new text cannot be embedded or read.
+      kept: documents that are gone and whose rows stay.
+      lost: documents whose rows cannot stay, as another encoder made them, and that cannot be made anew.
+      skipped_empty: blank texts that are left out.
+      dead_letters: by reason; those of texts that are too long are judged by the sample.
+      chunks: inputs of the encoder.
+      tokens: that are encoded, without [CLS] and [SEP]; None where the encoder tokenises itself.
+      cut_tokens: that reach no chunk.
+      padding: share of padding in the batches.
+      seconds: in the encoder, on one worker; None if nothing is known of its speed.
+      speed: where `seconds` comes from: `measured` in an earlier run, `rough` or `unknown`; `idle`: nothing to encode.
+      speed_source: the snapshot whose run was measured.
+      rows: of the new snapshot.
+      bytes: of its files.
+      is_sampled: whether tokens, chunks, time and size are scaled up from a part of the texts.
+      changes: what makes the table's vectors useless, such as `preprocessing.max_tokens 128 -> 256`.
+      stops: what would stop the run.
+    """
+
+    documents: int
+    new: int
+    changed: int
+    updated: int
+    unchanged: int
+    recalled: int
+    equal_texts: int
+    to_encode: int
+    deleted: int
+    stale: int
+    kept: int
+    lost: int
+    skipped_empty: int
+    dead_letters: dict[str, int]
+    chunks: int
+    tokens: Optional[int]
+    cut_tokens: Optional[int]
+    padding: float
+    seconds: Optional[float]
+    speed: str
+    speed_source: str
+    rows: int
+    bytes: int
+    is_sampled: bool
+    changes: list[str] = field(default_factory=list)
+    stops: list[str] = field(default_factory=list)
+
+
+def forecast_table(config: EmbedConfig) -> Forecast:
+    """Forecasts a run from its whole input.
+
+    Args:
+      config: of the run.
+
+    Raises:
+      EmbeamError: if the run could not even begin: settings that do not fit, no input, a damaged table.
+    """
+    from pipeline.job import prepare_takeover, settle
+
+    settled = settle(config)
+    live = settled.store.read_live().manifest
+    form = settled.store.choose_form(config, settled.plan.layout(settled.kept))
+    with tempfile.TemporaryDirectory(prefix="embeam-plan-") as scratch:
+        takeover = prepare_takeover(settled.store, live, settled.plan, form, scratch)
+        seen = look_up_all(settled, takeover.rule, scratch)
+        measured = measure_texts(settled.plan, form, seen.sample.documents)
+        return combine(settled, live, form, takeover.reusable, seen, measured)
+
+
+class ThinnedSample:
+    """Every k-th of a stream of documents; k is doubled whenever the sample grows too large.
+
+    Attributes:
+      documents: the sample.
+      n: how many documents have passed.
+    """
+
+    def __init__(self, most: int = SAMPLE_TEXTS, most_characters: int = SAMPLE_CHARACTERS) -> None:
+        self.documents: list[Document] = []
+        self.n = 0
+        self._step = 1
+        self._most, self._most_characters = most, most_characters
+        self._characters = 0
+
+    def add(self, document: Document) -> None:
+        if self.n % self._step == 0:
+            self.documents.append(document)
+            self._characters += _size(document)
+        self.n += 1
+        while len(self.documents) > max(1, self._most) or (
+            self._characters > self._most_characters and len(self.documents) > 1
+        ):
+            self.documents = self.documents[::2]
+            self._step *= 2
+            self._characters = sum(map(_size, self.documents))
+
+    @property
+    def is_whole(self) -> bool:
+        return len(self.documents) == self.n
+
+
+class Seen(NamedTuple):
+    """What one pass over the input tells.
+
+    Attributes:
+      read: counts of the reading, as in the manifest.
+      counts: documents, as the run's recalling counts them.
+      dead: dead letters of the reading, by reason.
+      letters: whose they are.
+      recalled_rows: rows that are made of known vectors.
+      sample: of the texts to encode.
+      known: the index.
+      marks: the notes on live rows.
+    """
+
+    read: Counter
+    counts: Counter
+    dead: Counter
+    letters: Accounts
+    recalled_rows: int
+    sample: ThinnedSample
+    known: KnownVectors
+    marks: MarkWriter
+
+
+def look_up_all(settled: Settled, rule: RecallRule, scratch: str) -> Seen:
+    """Reads the whole input and looks every document up, as a run does."""
+    known = KnownVectors(rule.folder)
+    recaller, marks = Recaller(known, rule), MarkWriter(os.path.join(rule.folder, "marks-plan.bin"))
+    sample, letters = ThinnedSample(), Accounts(set(), set())
+    read: Counter[str] = Counter()
+    dead: Counter[str] = Counter()
+    recalled_rows = 0
+
+    def documents() -> Iterator[Document]:
+        for outcome in read_outcomes(settled.found, settled.config.read, settled.kept, scratch):
+            if isinstance(outcome, Document):
+                yield outcome
+            elif isinstance(outcome, DeadLetter):
+                dead[outcome.reason] += 1
+                letters.add(outcome.id, outcome.reason, outcome.origin.path)
+            else:
+                read.update(json.loads(outcome.counts))
+
+    for block in _blocks(documents()):
+        verdicts = recaller.judge(block)
+        marks.write(block, verdicts)
+        recalled_rows += sum(map(len, verdicts.known.values()))
+        for i in sorted(verdicts.to_encode):
+            sample.add(block[i])
+    marks.close()
+    return Seen(read, recaller.counts, dead, letters, recalled_rows, sample, known, marks)
+
+
+class Measured(NamedTuple):
+    """What becomes of some texts.
+
+    Attributes:
+      documents: how many there are.
+      chunks: of those that can be chunked.
+      rows: that they make.
+      tokens: content tokens of the chunks.
+      cut: tokens that reach no chunk.
+      used: tokens, or bytes for text encoders, in the batches, without padding.
+      even: the same with the padding that each chunk has in a full batch of its bucket.
+      surplus: padded tokens more, as the last batches are not full.
+      repeats: whether that surplus grows with the number of texts.
+      flops: of the batches, padding included; None for an unknown architecture.
+      row_bytes: of one row and its index entry.
+      letters: dead letters among the texts.
+    """
+
+    documents: int
+    chunks: int
+    rows: int
+    tokens: int
+    cut: int
+    used: int
+    even: int
+    surplus: int
+    repeats: bool
+    flops: Optional[float]
+    row_bytes: float
+    letters: list[DeadLetter]
+
+
+def measure_texts(
+    plan: EmbedPlan, form: RowFormat, documents: Sequence[Document], measures_rows: bool = True
+) -> Measured:
+    """Tokenises texts and makes batches of them, but encodes none."""
+    rule = plan.vectors
+    repeats = rule.average or rule.chunked
+    splitter, batcher = plan.split.load(), Batcher(plan.buckets)
+    letters: list[DeadLetter] = []
+    counts: Counter[str] = Counter()
+    some: list[Chunk] = []
+    lengths: Counter[int] = Counter()
+
+    def count(batches: list[Batch]) -> None:
+        for batch in batches:
+            counts["padded"] += batch.rows * batch.length
+            lengths[batch.length] += batch.rows
+
+    for block in _blocks(iter(documents)):
+        good = [document for document in block if is_encodable(document.text) and is_encodable(document.pair or "")]
+        for chunk in splitter.split(good):
+            if isinstance(chunk, DeadLetter):
+                letters.append(chunk)
+                continue
+            size = chunk.n_tokens if rule.counts_tokens else len(chunk.ids)
+            counts["chunks"] += 1
+            counts["documents"] += chunk.number == 0
+            counts["tokens"] += chunk.n_content
+            counts["cut"] += chunk.n_truncated or 0
+            counts["used"] += size
+            counts["even"] += plan.buckets.length_for(size)
+            if len(some) < SAMPLE_ROWS:
+                some.append(chunk)
+            if batch := batcher.add(chunk, size):
+                count([batch])
+            if repeats and chunk.number == 0 and counts["documents"] % SAFE_DOCUMENTS == 0:
+                count(list(batcher.drain()))
+    count(list(batcher.drain()))
+    flops = None
+    if plan.encoder.architecture is not None:
+        flops = sum(n * text_flops(plan.encoder.architecture, length) for length, n in lengths.items())
+    return Measured(
+        documents=len(documents),
+        chunks=counts["chunks"],
+        rows=counts["chunks"] if rule.chunked else counts["documents"],
+        tokens=counts["tokens"],
+        cut=counts["cut"],
+        used=counts["used"],
+        even=counts["even"],
+        surplus=counts["padded"] - counts["even"],
+        repeats=repeats,
+        flops=flops,
+        row_bytes=measure_row(plan, form, some) if some and measures_rows else 0.0,
+        letters=letters,
+    )
+
+
+def measure_row(plan: EmbedPlan, form: RowFormat, chunks: Sequence[Chunk]) -> float:
+    """Bytes of a row and its index entry, by writing some with random vectors to memory."""
+    rng = np.random.default_rng(0)
+    rows, n_bytes = [], 0
+    for chunk in chunks:
+        numbers = plan.dimension * (chunk.n_tokens if plan.vectors.tokens else 1)
+        stored, scales = quantize_vectors(rng.standard_normal((1, numbers), np.float32), form.layout.dtype)
+        document = chunk.document
+        text = document.text if form.layout.keep_text else None
+        counted = (chunk.n_tokens, chunk.n_truncated)
+        own = (document.id, chunk.number, stored.tobytes(), float(scales[0]), *counted, chunk.content_hash)
+        rows.append(Row(*own, document.kept, text, chunk.n_chunks, document.origin.path))
+        n_bytes += len(rows[-1].vector)
+        if n_bytes > SAMPLE_ROW_BYTES:
+            break
+    stream = BytesIO()
+    zipped = gzip.GzipFile("", "wb", 6, stream, mtime=0) if form.compression == "gzip" else None
+    writer = form.open(zipped or stream)
+    writer.write(rows)
+    writer.close()
+    if zipped is not None:
+        zipped.close()
+    return len(stream.getvalue()) / len(rows) + ENTRY.itemsize
+
+
+class Scaled(NamedTuple):
+    """What `Measured` comes to for all texts, and how long it takes.
+
+    Attributes:
+      chunks: inputs of the encoder.
+      tokens: content tokens.
+      cut: tokens that reach no chunk.
+      used: tokens or bytes in the batches.
+      padded: the same with padding.
+      seconds: in the encoder; None if unknown.
+      speed: `measured`, `rough`, `unknown` or `idle`.
+      source: the snapshot whose run was measured.
+    """
+
+    chunks: float
+    tokens: float
+    cut: float
+    used: float
+    padded: float
+    seconds: Optional[float]
+    speed: str
+    source: str
+
+
+def scale_up(store: Store, plan: EmbedPlan, measured: Measured, n_texts: float) -> Scaled:
+    """From a sample to all texts."""
+    if not measured.documents or not n_texts:
+        return Scaled(0, 0, 0, 0, 0, 0.0, "idle", "")
+    factor = n_texts / measured.documents
+    padded = measured.even * factor + measured.surplus * (factor if measured.repeats else 1)
+    sums = (measured.chunks * factor, measured.tokens * factor, measured.cut * factor, measured.used * factor, padded)
+    if not padded:
+        return Scaled(*sums, 0.0, "idle", "")
+    rate, source, is_rough = find_rate(store, plan)
+    if rate and not is_rough:
+        return Scaled(*sums, padded / rate, "measured", source)
+    if measured.flops is not None:
+        flops = measured.flops * padded / (measured.even + measured.surplus)
+        seconds = flops / (MATMUL_SHARE * measure_matmul(plan))
+        return Scaled(*sums, seconds, "rough", "")
+    return Scaled(*sums, padded / rate if rate else None, "rough" if rate else "unknown", source)
+
+
+def find_rate(store: Store, plan: EmbedPlan) -> tuple[float, str, bool]:
+    """Padded tokens that the same encoder took in a second in the table's longest run.
+
+    Returns:
+      The rate or 0, the snapshot of that run, and whether it was too short to be trusted.
+    """
+    best, rate, source = 0.0, 0.0, ""
+    for manifest in read_manifests(store):
+        same = all(
+            manifest.identity.get(key) == plan.identity[key] for key in ("encoder", "vector", "graph", "precision")
+        )
+        padded = manifest.counts.get("batch", {}).get("padded_tokens", 0.0)
+        seconds = manifest.counts.get("encode", {}).get("encode_seconds", 0.0)
+        if same and seconds > 0 and padded > best:
+            best, rate, source = padded, padded / seconds, manifest.snapshot
+    return rate, source, best < LEAST_TOKENS
+
+
+def read_manifests(store: Store) -> Iterator[Manifest]:
+    """Those of all snapshots that can be read; of a database that of the live state."""
+    if not isinstance(store, FolderStore):
+        live = store.read_live().manifest
+        yield from [live] if live else []
+        return
+    for name in list_snapshots(store.work):
+        try:
+            yield read_manifest(store.work, name)
+        except (EmbeamError, OSError):  # damaged, or removed meanwhile
+            continue
+
+
+def text_flops(a: Architecture, n_tokens: int) -> float:
+    """FLOPs of one input, a multiply-add being two, by the formula of its architecture."""
+    family = FAMILIES[a.family]
+    inner = a.heads * a.head_size
+    dense = 8 * a.width * inner + (6 if family.gate else 4) * a.width * a.feedforward
+    per_key = 4 * inner + (4 * a.heads**2 if family.talks else 0)  # scores and context; both mixes
+    return float(a.layers * n_tokens * (dense + per_key * n_tokens) + 2 * a.width**2)
+
+
+def measure_matmul(plan: EmbedPlan) -> float:
+    """FLOP/s of this machine's bare matmuls of the encoder's feed-forward, in about a tenth of a second."""
+    tf = load_tensorflow()
+    a = plan.encoder.architecture
+    assert a is not None
+    rows = min(plan.buckets.budget, 4096 if has_gpu() else 512)
+    precision = plan.encoder.precision if plan.encoder.native else "float32"
+    left, right = (tf.ones(shape, precision) for shape in ((rows, a.width), (a.width, a.feedforward)))
+    tf.matmul(left, right)[0, 0].numpy()
+    best, until = float("inf"), time.perf_counter() + MATMUL_SECONDS
+    while time.perf_counter() < until:
+        begun = time.perf_counter()
+        tf.matmul(left, right)[0, 0].numpy()
+        best = min(best, time.perf_counter() - begun)
+    return 2 * rows * a.width * a.feedforward / best
+
+
+def combine(
+    settled: Settled, live: Manifest | None, form: RowFormat, reusable: bool, seen: Seen, measured: Measured
+) -> Forecast:
+    """Puts the counts together, and finds what would stop the run."""
+    plan, config, counts = settled.plan, settled.config, seen.counts
+    to_encode = counts["encoded"]
+    scaled = scale_up(settled.store, plan, measured, to_encode)
+    factor = to_encode / measured.documents if measured.documents else 0.0
+    dead = seen.dead + Counter(
+        {reason: round(n * factor) for reason, n in Counter(letter.reason for letter in measured.letters).items()}
+    )
+    for letter in measured.letters:
+        seen.letters.add(letter.id, letter.reason, letter.origin.path)
+    ids = np.unique(np.array(list(seen.letters.ids), "S16"))
+    letters = Letters(ids, seen.letters.blind, {})
+    keeps = config.reindex.deletes == "keep" or config.reindex.retry_dead_letters
+    fates = decide_fates(seen.known, [seen.marks.note], letters, np.empty(0, "S16"), keeps)
+    carried = int(np.isin(fates.fate, CARRIED).sum()) if reusable else 0
+    each = measured.rows / measured.documents if measured.documents else 1.0
+    rows = carried + seen.recalled_rows + round((to_encode + counts["equal_texts"]) * each)
+    row_bytes = live_row_bytes(live, form) or measured.row_bytes or live_row_bytes(live)
+    lost = 0 if reusable else fates.counts["stale"] + fates.counts["kept"]
+    return Forecast(
+        **{name: counts[name] for name in ("documents", "new", "changed", "updated", "unchanged")},
+        **{name: counts[name] for name in ("recalled", "equal_texts")},
+        to_encode=to_encode,
+        deleted=fates.counts["deleted"],
+        stale=fates.counts["stale"] if reusable else 0,
+        kept=fates.counts["kept"] if reusable else 0,
+        lost=lost,
+        skipped_empty=seen.read["skipped_empty"],
+        dead_letters={reason: n for reason, n in sorted(dead.items()) if n},
+        chunks=round(scaled.chunks),
+        tokens=round(scaled.tokens) if plan.vectors.counts_tokens else None,
+        cut_tokens=round(scaled.cut) if plan.vectors.counts_tokens else None,
+        padding=1 - scaled.used / scaled.padded if scaled.padded else 0.0,
+        seconds=scaled.seconds,
+        speed=scaled.speed,
+        speed_source=scaled.source,
+        rows=rows,
+        bytes=round(rows * row_bytes),
+        is_sampled=measured.documents < to_encode,
+        changes=find_changes(live, plan),
+        stops=list(find_stops(settled, live, seen, dead, fates.counts["deleted"], rows, row_bytes)),
+    )
+
+
+def live_row_bytes(live: Manifest | None, form: RowFormat | None = None) -> float:
+    """Bytes of a row of the live table and its index entry; 0 if there is none, or none of the wanted form."""
+    if live is None or not live.rows:
+        return 0.0
+    if form and (live.file_format, live.compression, live.layout) != (form.name, form.compression, form.layout):
+        return 0.0
+    return sum(file.n_bytes for file in (*live.files, *live.index_files)) / live.rows
+
+
+def find_changes(live: Manifest | None, plan: EmbedPlan) -> list[str]:
+    """What makes all rows of the live table useless."""
+    from pipeline.job import describe_changes
+
+    if live is None or live.fingerprint == plan.fingerprint:
+        return []
+    return list(describe_changes(live.identity, plan.identity))
+
+
+def find_stops(
+    settled: Settled, live: Manifest | None, seen: Seen, dead: Counter, deleted: int, rows: int, row_bytes: float
+) -> Iterator[str]:
+    """The messages that a run would stop with."""
+    from pipeline.job import check_model
+
+    config = settled.config
+    reindex = config.reindex
+    if live is not None and config.read.limit:
+        yield f"--limit={config.read.limit} is for trials and --output={config.write.output} already holds a table"
+    refuses = reindex.on_model_change == "stop" or reindex.deletes == "keep" or reindex.retry_dead_letters
+    counts = {"read": {"records": float(seen.read["records"])}, "write_dead_letters": {**dead}}
+    n_live = seen.known.count_live_ids()
+    for check in (
+        lambda: check_model(live, settled.plan, config) if refuses else None,
+        lambda: check_free_space(settled.store.work, rows, round(row_bytes)),
+        lambda: check_counts(counts, config.write.max_dead_fraction),
+        lambda: check_deletes(deleted, n_live, reindex.max_delete_fraction),
+    ):
+        try:
+            check()
+        except EmbeamError as error:
+            yield str(error)
+
+
+def forecast_run(settled: Settled, rule: RecallRule, form: RowFormat, live: Manifest | None) -> dict[str, float]:
+    """A cheap forecast from a few thousand records, for the manifest of the run that is about to begin.
+
+    Args:
+      settled: the run.
+      rule: of the run, whose index of known vectors is there already.
+      form: how rows are written.
+      live: the live table's manifest.
+
+    Returns:
+      `documents`, `to_encode`, `bytes`, and `tokens` and `seconds` (in the encoder, on one worker) if they can be told
+      without loading a model.
+    """
+    plan = settled.plan
+    sampled = sample_input(settled.found, settled.config.read, settled.kept)
+    known = KnownVectors(rule.folder)
+    recaller = Recaller(known, rule)
+    to_encode = []
+    for block in _blocks(iter(sampled.documents)):
+        verdicts = recaller.judge(block)
+        to_encode += [block[i] for i in sorted(verdicts.to_encode)]
+    n_sampled = len(sampled.documents)
+    n_texts = sampled.n_documents * len(to_encode) / n_sampled if n_sampled else 0.0
+    predicted = {"documents": float(round(sampled.n_documents)), "to_encode": float(round(n_texts))}
+    each = known.n_live / known.count_live_ids() if known.n_live else 1.0
+    row_bytes = live_row_bytes(live, form)
+    if not isinstance(plan.split, PreprocessorRule):  # that would load a model, which takes as long as a small run
+        measured = measure_texts(plan, form, to_encode, measures_rows=not row_bytes)
+        each = measured.rows / measured.documents if measured.documents else each
+        row_bytes = row_bytes or measured.row_bytes
+        scaled = scale_up(settled.store, plan, measured, n_texts)
+        if plan.vectors.counts_tokens:
+            predicted["tokens"] = float(round(scaled.tokens))
+        if scaled.seconds is not None:
+            predicted["seconds"] = round(scaled.seconds, 3)
+    predicted["bytes"] = float(round(sampled.n_documents * each * (row_bytes or live_row_bytes(live))))
+    return predicted
+
+
+class SampledInput(NamedTuple):
+    """Some documents of an input, and about how many it has."""
+
+    documents: list[Document]
+    n_documents: float
+
+
+def sample_input(found: InputPlan, config: ReadConfig, kept: Sequence[Any]) -> SampledInput:
+    """Reads all of a small input, else the records at a few places that lie evenly over its bytes."""
+    if found.total_bytes <= SAMPLE_BYTES:
+        ranges = [file_range for split in found.splits for file_range in split]
+        read, is_whole = _read_some(ranges, config, kept, SAMPLE_RECORDS)
+        if is_whole:
+            return SampledInput(read.documents, len(read.documents))
+    documents, densities = [], []
+    for place in choose_places(found, config):
+        read, is_whole = _read_some([place], config, kept, SAMPLE_RECORDS // SAMPLE_PLACES)
+        n_bytes = place.n_bytes if is_whole else max(read.n_bytes, 1)
+        documents += read.documents
+        densities.append(len(read.documents) / n_bytes)
+    n = sum(densities) / len(densities) * found.total_bytes
+    unique = {digest_id(document.id): document for document in reversed(documents)}
+    n = min(n, config.limit) if config.limit else n
+    return SampledInput(list(reversed(unique.values())), n)
+
+
+def choose_places(found: InputPlan, config: ReadConfig) -> list[FileRange]:
+    """Pieces of files at even distances; a file that cannot be entered in its middle is read from its start."""
+    places: dict[tuple[int, int], FileRange] = {}
+    size = SAMPLE_BYTES // SAMPLE_PLACES
+    ends = np.cumsum([file.size for file in found.files])
+    for i in range(SAMPLE_PLACES):
+        at = int(found.total_bytes * i / SAMPLE_PLACES)
+        file = found.files[int(np.searchsorted(ends, at, "right"))]
+        start = at - int(ends[file.index] - file.size)
+        halves = replace(config, split_bytes=max(1, file.size // 2))
+        source = SOURCES[file.format]
+        enters = source.has_byte_positions and not file.compression and len(source.split_file(file, halves)) > 1
+        place = FileRange(file, start, min(start + size, file.size), min(size, file.size - start))
+        place = place if enters else FileRange.whole(file)
+        places[file.index, place.start] = place
+    return list(places.values())
+
+
+class _Read(NamedTuple):
+    documents: list[Document]
+    n_bytes: int
+
+
+def _read_some(ranges: Sequence[FileRange], config: ReadConfig, kept: Sequence[Any], most: int) -> tuple[_Read, bool]:
+    """Reads documents until there are enough; says whether that is all of the ranges."""
+    documents: dict[bytes, Document] = {}
+    n_records = n_bytes = 0
+    limit = config.limit or -1
+    for file_range in ranges:
+        n_before = n_bytes
+        for item in read_range(file_range, config, kept):
+            if n_records >= most or n_bytes - n_before >= SAMPLE_BYTES:
+                return _Read(list(documents.values()), n_bytes), False
+            n_records += 1
+            n_bytes = n_before + item.n_read
+            if isinstance(item.outcome, Document):
+                documents.setdefault(digest_id(item.outcome.id), item.outcome)
+                if len(documents) == limit:
+                    return _Read(list(documents.values()), n_bytes), True
+    return _Read(list(documents.values()), n_bytes), True
+
+
+def _blocks(documents: Iterator[Document]) -> Iterator[list[Document]]:
+    """Documents in lists of the sizes in which a run looks them up."""
+    block: list[Document] = []
+    characters = 0
+    for document in documents:
+        block.append(document)
+        characters += _size(document)
+        if len(block) >= BUFFERED_DOCUMENTS or characters >= BUFFERED_CHARACTERS:
+            yield block
+            block, characters = [], 0
+    if block:
+        yield block
+
+
+def _size(document: Document) -> int:
+    return len(document.text) + len(document.pair or "")
+
+
+def format_forecast(predicted: dict[str, float], manifest: Manifest) -> str:
+    """One line: what was predicted of a run, and what it did; "" if nothing was predicted."""
+    if not predicted:
+        return ""
+    counts = manifest.counts
+    actual = {
+        "to_encode": counts.get("recall", {}).get("encoded", 0.0),
+        "tokens": counts.get("preprocess", {}).get("tokens", 0.0),
+        "seconds": counts.get("encode", {}).get("encode_seconds", 0.0),
+    }
+    expected = [f"{predicted['to_encode']:,.0f} documents to encode"]
+    found = [f"{actual['to_encode']:,.0f}"]
+    if "tokens" in predicted:
+        expected.append(f"{predicted['tokens']:,.0f} tokens")
+        found.append(f"{actual['tokens']:,.0f}")
+    if "seconds" in predicted:
+        expected.append(f"{format_seconds(predicted['seconds'])} of encoding")
+        found.append(format_seconds(actual["seconds"]))
+    return f"predicted    {', '.join(expected)}; actual {', '.join(found)}"

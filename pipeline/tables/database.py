@@ -1,0 +1,203 @@
+"""What tables in databases share: their columns, the index made from a query, and what a commit adds and removes.
+
+A database's table holds the live state alone. A second table, NAME_runs, holds the manifest of every run; the last one
+describes the live state.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any
+
+import numpy as np
+
+from pipeline.config import EmbedConfig, VectorChoice
+from pipeline.errors import ConfigError, GateError
+from pipeline.records import digest_id
+from pipeline.sinks.index import ENTRY, Index, SourceNumbers, digest_kept
+from pipeline.sinks.layout import TableLayout
+from pipeline.sinks.writing import Shard
+from pipeline.tables.carry import Stored, damaged
+from pipeline.tables.commit import Completion, Results, check_any_rows, complete_rows
+from pipeline.tables.known import VectorFile, open_known
+from pipeline.tables.manifest import Manifest
+from pipeline.tables.publish import build_manifest, reject_snapshot
+from pipeline.tables.storage import delete_folder, join, make_folder
+from pipeline.tables.store import CommitPlan
+
+RUNS_SUFFIX = "_runs"
+DEAD_LETTERS = "dead_letters"
+RUN_COLUMNS = {"fingerprint": "string", "run_id": "string", "embedded_at": "timestamp"}
+DESCRIPTIONS = {
+    "id": "The document's id",
+    "chunk": "Number of the chunk in its document, from 0",
+    "n_chunks": "How many chunks the document has",
+    "embedding": "The vector",
+    "n_tokens": "Tokens that were encoded, [CLS] and [SEP] included",
+    "n_truncated": "Tokens that were cut; null where that is not known",
+    "content_hash": "Hash over all of the document that reaches the encoder",
+    "source": "File or table that the document came from",
+    "text": "The document's text",
+    "fingerprint": "Hash over everything that changes a vector",
+    "run_id": "The run that wrote the row; NAME_runs has its manifest",
+    "embedded_at": "When that run began to write",
+}
+KEPT_DESCRIPTION = "Field of the input that was copied"
+_IDS = "ids.jsonl"
+_FETCHED_ROWS = 1000
+
+
+def check_database_config(config: EmbedConfig) -> None:
+    """Raises ConfigError for settings that a database's table cannot hold."""
+    output = config.write.output
+    if config.vectors.dtype != "float32":
+        raise ConfigError(f"--dtype={config.vectors.dtype}: {output} holds float32 vectors only; leave it out")
+    if VectorChoice.parse(config.encoder.vector).pooling == "tokens":
+        raise ConfigError(f"--vector={config.encoder.vector}: {output} holds one vector a row; use :mean, :max or :cls")
+    for field in config.read.kept_fields():
+        if field.name in DESCRIPTIONS:
+            raise ConfigError(
+                f"--keep_fields={field.name} would collide with the table's own column {field.name!r}; rename it"
+            )
+
+
+def check_identifier(name: str, output: str) -> str:
+    """Returns a table's name if it can stand in a query unquoted.
+
+    Raises:
+      ConfigError: if it cannot.
+    """
+    if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name):
+        raise ConfigError(f"--output={output}: {name!r} is no name of a table; use letters, digits and _")
+    return name
+
+
+def database_columns(layout: TableLayout) -> dict[str, str]:
+    """All columns but the vector: name to string, int, float, bool or timestamp."""
+    return layout.columns() | RUN_COLUMNS
+
+
+def index_columns(layout: TableLayout) -> list[str]:
+    """The columns that `build_indexes` needs."""
+    own = ["id", "chunk", "content_hash", "source", *(["n_chunks"] if layout.chunked else [])]
+    return [*own, *(field.name for field in layout.kept)]
+
+
+def build_indexes(rows: Iterable[dict[str, Any]], layout: TableLayout, folder: str) -> Iterator[tuple[str, Index]]:
+    """Makes the index of a table from its rows, and notes their ids for the commit.
+
+    Args:
+      rows: mappings of `index_columns`.
+      layout: of the table.
+      folder: local, for the notes.
+    """
+    with open(os.path.join(folder, _IDS), "w", encoding="utf-8") as ids:
+        waiting = iter(rows)
+        while block := list(islice(waiting, 1 << 14)):
+            sources = SourceNumbers()
+            entries = []
+            for row in block:
+                kept = [row[field.name] for field in layout.kept]
+                packed = json.dumps(kept, ensure_ascii=False, separators=(",", ":")).encode() if kept else b""
+                content = bytes.fromhex(row["content_hash"])
+                source = sources.number(row["source"] or "")
+                n_chunks = row["n_chunks"] if layout.chunked else 1
+                entries.append((digest_id(row["id"]), content, digest_kept(packed), row["chunk"], n_chunks, source))
+                ids.write(json.dumps(row["id"]) + "\n")
+            yield "", Index(np.array(entries, ENTRY), list(sources.paths))
+
+
+def list_removed(completion: Completion) -> Iterator[str]:
+    """The ids of documents whose rows go, or are replaced; each once, in any order."""
+    rows = completion.removed_rows()
+    # Of a document's rows one is enough.
+    _, first = np.unique(completion.known.entries["id"][rows], return_index=True)
+    wanted = iter(np.sort(rows[first]).tolist())
+    number = next(wanted, None)
+    if number is None:
+        return
+    with open(os.path.join(completion.plan.takeover.rule.folder, _IDS), encoding="utf-8") as ids:
+        for i, line in enumerate(ids):
+            if i == number:
+                yield json.loads(line)
+                number = next(wanted, None)
+
+
+@dataclass(frozen=True)
+class DatabaseReader:
+    """Reads vectors of known rows by their content.
+
+    Attributes:
+      layout: of the table.
+      folder: of the index of known vectors.
+    """
+
+    layout: TableLayout
+    folder: str
+
+    def fetch(self, contents: Sequence[str]) -> list[dict[str, Any]]:
+        """The rows with some content hashes, `embedding` as little-endian float32 bytes."""
+        raise NotImplementedError
+
+    def read(self, file: VectorFile, wanted: np.ndarray) -> Iterator[Stored]:
+        entries = open_known(self.folder).entries
+        for start in range(0, len(wanted), _FETCHED_ROWS):
+            numbers = wanted[start : start + _FETCHED_ROWS].astype(np.int64)
+            keys = [(entry["content"].ljust(16, b"\0").hex(), int(entry["chunk"])) for entry in entries[numbers]]
+            found = {(row["content_hash"], row["chunk"]): row for row in self.fetch(sorted({key[0] for key in keys}))}
+            if missing := [key for key in keys if key not in found]:
+                raise damaged("the table", f"rows of content {missing[0][0]} have vanished during the run")
+            yield Stored(numbers, [found[key] for key in keys])
+
+    def select(self, stored: Stored, positions: np.ndarray) -> Any:
+        raise NotImplementedError("rows of a database stay where they are")
+
+    def columns(self, stored: Stored, positions: np.ndarray) -> dict[str, list]:
+        rows = [stored.rows[i] for i in positions.tolist()]
+        return {name: [row[name] for row in rows] for name in rows[0]}
+
+
+def complete_changes(plan: CommitPlan, results: Results) -> Completion:
+    """What a run adds to a database's table, through the gate.
+
+    Raises:
+      RunError: if it must not be published; the new rows are kept aside if they failed the gate.
+    """
+    completion = complete_rows(plan, results, whole=False)
+    if not plan.publication.previous:
+        check_any_rows(completion.shards, completion.counts)
+    try:
+        completion.check_gate()
+    except GateError as error:
+        publication = plan.publication
+        manifest = build_manifest(publication, completion.shards, completion.counts)
+        folder = reject_snapshot(publication, manifest, completion.shards)
+        raise GateError(
+            f"the new rows failed the gate and lie in {folder}: {error}; the table is what it was; "
+            "look into them, or publish all the same with --gate=off"
+        ) from error
+    return completion
+
+
+def describe_run(completion: Completion) -> tuple[Manifest, list[Shard]]:
+    """The manifest of a run on a database, but for the number of rows; and the files of its dead letters."""
+    letters = [shard for shard in completion.shards if shard.kind == "dead_letters"]
+    return build_manifest(completion.plan.publication, letters, completion.counts), letters
+
+
+def keep_dead_letters(work: str, manifest: Manifest, letters: Sequence[Shard]) -> None:
+    """Puts the files of a run's dead letters in place of the last run's."""
+    from apache_beam.io.filesystems import FileSystems
+
+    folder = join(work, DEAD_LETTERS)
+    delete_folder(folder)
+    if letters:
+        make_folder(folder)
+        ordered = sorted(letters, key=lambda shard: (shard.first, shard.path))
+        targets = [join(folder, file.name) for file in manifest.dead_letter_files]
+        FileSystems.rename([shard.path for shard in ordered], targets)
