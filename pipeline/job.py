@@ -9,6 +9,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import apache_beam as beam
@@ -18,7 +19,7 @@ from pipeline import __version__
 from pipeline.config import EmbedConfig, KeptField
 from pipeline.embed import Job, build_pipeline
 from pipeline.engine import is_local, make_runner
-from pipeline.errors import ConfigError, InputError, TableError
+from pipeline.errors import ConfigError, InputError, RunError, TableError
 from pipeline.failures import explain_failure, on_stop
 from pipeline.plan import EmbedPlan, plan_embedding
 from pipeline.progress import Progress
@@ -26,7 +27,7 @@ from pipeline.report.progress import ProgressReporter
 from pipeline.runtime import load_tensorflow
 from pipeline.saved_model import absolute_path
 from pipeline.sinks.writing import DeadLetterFormat, RowFormat
-from pipeline.sources.planning import InputPlan, estimate_documents, infer_kept_fields, plan_input
+from pipeline.sources.planning import InputPlan, estimate_documents, infer_kept_fields, plan_dead_letters, plan_input
 from pipeline.tables.attempts import abandon_attempt, sweep_dead_attempts
 from pipeline.tables.journal import flush_journals, journal_folder, list_segments
 from pipeline.tables.known import build_known
@@ -143,19 +144,45 @@ def settle(config: EmbedConfig) -> Settled:
     Raises:
       EmbeamError: if the run could not succeed.
     """
-    if not config.read.input:
-        raise ConfigError("--input is missing; name the files to embed: --input='corpus/*.txt'")
     if not config.write.output:
         raise ConfigError("--output is missing; name the folder of the table: --output=table")
     if config.write.output_format == "parquet" and config.write.compression == "gzip":
         raise ConfigError("--compression=gzip: Parquet files are compressed inside; leave it out")
+    store = open_store(config.write.output)
+    if config.reindex.retry_dead_letters:
+        return settle_retry(config, store)
+    if not config.read.input:
+        raise ConfigError("--input is missing; name the files to embed: --input='corpus/*.txt'")
     found = plan_input(config.read)
     if not found.files:
         raise InputError(f"--input={' '.join(config.read.input)} matches only empty files; give files with text")
     for path in found.empty_files:
         _LOGGER.warning("%s is empty and holds no documents", path)
     kept = tuple(infer_kept_fields(found, config.read))
-    return Settled(config, open_store(config.write.output), found, kept, plan_embedding(config))
+    return Settled(config, store, found, kept, plan_embedding(config))
+
+
+def settle_retry(config: EmbedConfig, store: Store) -> Settled:
+    """As `settle`, for a run whose input are the live table's dead letters.
+
+    Raises:
+      EmbeamError: if there are none that hold their texts.
+    """
+    live = store.read_live().manifest
+    if live is None:
+        raise TableError(f"--retry_dead_letters: {store.shown} is no table yet; run without the flag first")
+    if not live.dead_letters:
+        raise RunError(f"--retry_dead_letters: {store.shown} has no dead letters; nothing is left to do")
+    if live.settings["dead_letter_text"] != "full":
+        raise ConfigError(
+            f"--retry_dead_letters: the dead letters of {store.shown} hold no texts, as it was made with "
+            f"--dead_letter_text={live.settings['dead_letter_text']}; run on the whole --input instead"
+        )
+    files = [(store.locate_dead_letters(live, file.name), file.n_bytes) for file in live.dead_letter_files]
+    read = replace(config.read, input=(), id_field="", max_document_bytes=1 << 40)  # they have been read once
+    write = replace(config.write, max_dead_fraction=1.0)
+    found = plan_dead_letters(files, read)
+    return Settled(replace(config, read=read, write=write), store, found, live.layout.kept, plan_embedding(config))
 
 
 def prepare_job(settled: Settled, name: str, started: float, distributed: bool = False, scratch: str = "") -> Job:
@@ -191,6 +218,8 @@ def prepare_job(settled: Settled, name: str, started: float, distributed: bool =
         for flag in ("encoder", "preprocessor")
         if (path := config.flat()[flag])
     }
+    if config.reindex.retry_dead_letters and live:
+        settings = dict(live.settings)  # what the table is made from has not changed
     settings |= {"encoder_graph": plan.encoder.graph, "precision": plan.encoder.precision}  # as settled
     facts = {
         "embeam": __version__,

@@ -6,7 +6,6 @@ from itertools import islice
 from typing import Any
 
 import numpy as np
-from apache_beam.io.filesystems import FileSystems
 
 from pipeline.encoders import default
 from pipeline.encoders.parity import Parity
@@ -14,7 +13,7 @@ from pipeline.records import REASONS
 from pipeline.report.progress import format_seconds
 from pipeline.tables.manifest import Manifest, snapshot_folder
 from pipeline.tables.read import iter_table, open_live
-from pipeline.tables.store import FolderStore, open_store
+from pipeline.tables.store import open_store
 
 
 def format_summary(manifest: Manifest, table: str) -> str:
@@ -38,7 +37,7 @@ def format_summary(manifest: Manifest, table: str) -> str:
         unit = "tokens" if manifest.layout.counts_tokens else "bytes"
         used = batch.get("used_tokens", 0) / padded
         lines.append(f"  batches      {int(batch.get('batches', 0)):,}, {used:.1%} of their {unit} are not padding")
-    where = f", in {locate_dead_letters(table, manifest)}"
+    where = f", in {open_store(table).locate_dead_letters(manifest, 'dead_letters-*')}"
     n_dead = sum(manifest.dead_letters.values())
     lines.append(f"  dead letters {n_dead:,}" + (where if n_dead else ""))
     for reason, n in _by_count(manifest):
@@ -54,15 +53,6 @@ def format_summary(manifest: Manifest, table: str) -> str:
     if note := describe_training(manifest):
         lines.append(f"  note         {note}")
     return "\n".join(lines)
-
-
-def locate_dead_letters(table: str, manifest: Manifest) -> str:
-    """Glob for the files with a run's dead letters."""
-    store = open_store(table)
-    folder = snapshot_folder(table, manifest.snapshot)
-    if not isinstance(store, FolderStore):
-        folder = FileSystems.join(store.work, "dead_letters")
-    return str(FileSystems.join(folder, "dead_letters-*"))
 
 
 def describe_graph(manifest: Manifest) -> str:

@@ -1,6 +1,7 @@
 """Where documents come from: one file per input format; `planning` cuts the input up and `read` reads it."""
 
 from pipeline.sources.csv import CsvSource
+from pipeline.sources.dead_letters import DeadLetterSource
 from pipeline.sources.jsonl import JsonlSource
 from pipeline.sources.parquet import ParquetSource
 from pipeline.sources.source import Source
@@ -14,4 +15,5 @@ SOURCES: dict[str, Source] = {
     "tsv": CsvSource("\t"),
     "parquet": ParquetSource(),
     "tfrecord": TfrecordSource(),
+    "dead_letters": DeadLetterSource(),
 }

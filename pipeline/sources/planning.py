@@ -94,6 +94,18 @@ def plan_input(config: ReadConfig) -> InputPlan:
     return InputPlan(tuple(files), tuple(file.path for file in ordered if not file.size), tuple(splits))
 
 
+def plan_dead_letters(paths: Iterable[tuple[str, int]], config: ReadConfig) -> InputPlan:
+    """The plan of trying dead letters again.
+
+    Args:
+      paths: the letters' files and their sizes.
+      config: for the size of a split.
+    """
+    files = [InputFile(i, path, path, size, "dead_letters") for i, (path, size) in enumerate(paths) if size]
+    ranges = [FileRange.whole(file) for file in files]
+    return InputPlan(tuple(files), (), tuple(group_ranges(ranges, config.split_bytes)))
+
+
 def match_files(pattern: str) -> list[FoundFile]:
     """The files that a glob matches; local paths become absolute.
 

@@ -43,7 +43,10 @@ def read_range(file_range: FileRange, config: ReadConfig, kept_fields: Sequence[
     try:
         for record in source.read_records(file_range, config):
             n_read = min(record.n_read, file_range.n_bytes)
-            yield Item(build_document(record, file, source, config, kept_fields), n_read)
+            if source.restores and not record.reason:
+                yield Item(source.restore(record), n_read)
+            else:
+                yield Item(build_document(record, file, source, config, kept_fields), n_read)
             position = file_range.start + n_read if has_bytes else record.position + 1
     except FileError as error:
         # Nothing says where the next record would have begun: it is reported right behind the last one.

@@ -79,10 +79,14 @@ class Source(Protocol):
     reads_compressed: bool = True  # whether the file may be gzip, bzip2 or zstd as a whole
     values_are_strings: bool = False  # kept fields are converted from strings
     has_byte_positions: bool = False  # uncompressed files are addressed by byte offset instead of record number
+    restores: bool = False  # records are documents and dead letters already, see `restore`
 
     def split_file(self, file: InputFile, config: ReadConfig) -> list[FileRange]:
         """Cuts a file into ranges of about `split_bytes`; together they hold every record once."""
         return [FileRange.whole(file)]
+
+    def restore(self, record: Record) -> Any:
+        """The document or dead letter that a record is, where the source restores them."""
 
     def read_records(self, file_range: FileRange, config: ReadConfig) -> Iterator[Record]:
         """Yields the records of a range in order.

@@ -24,6 +24,7 @@ from pipeline.sinks.writing import RowFormat
 from pipeline.tables.carry import VectorReader
 from pipeline.tables.commit import Results
 from pipeline.tables.database import (
+    DEAD_LETTERS,
     DESCRIPTIONS,
     KEPT_DESCRIPTION,
     RUNS_SUFFIX,
@@ -93,6 +94,9 @@ class DuckdbStore:
 
     def live_files(self, live: Manifest) -> dict[str, tuple[int, str]]:
         return {}
+
+    def locate_dead_letters(self, live: Manifest, name: str) -> str:
+        return str(join(self.work, DEAD_LETTERS, name))
 
     def choose_form(self, config: EmbedConfig, layout: TableLayout) -> RowFormat:
         return RowFormat("parquet", replace(layout, sourced=True))

@@ -116,6 +116,9 @@ class Store(Protocol):
     def live_files(self, live: Manifest) -> dict[str, tuple[int, str]]:
         """Size and checksum of the live table's files, by path; none for a database."""
 
+    def locate_dead_letters(self, live: Manifest, name: str) -> str:
+        """Path or glob of the files with the dead letters of the last run."""
+
     def choose_form(self, config: EmbedConfig, layout: TableLayout) -> RowFormat:
         """How a run writes its rows to files."""
 
@@ -163,6 +166,9 @@ class FolderStore:
     def can_copy(self, live: Manifest, form: RowFormat) -> bool:
         theirs: tuple[str, str, TableLayout] = live.file_format, live.compression, live.layout
         return theirs == (form.name, form.compression, form.layout)
+
+    def locate_dead_letters(self, live: Manifest, name: str) -> str:
+        return str(join(snapshot_folder(self.work, live.snapshot), name))
 
     def choose_form(self, config: EmbedConfig, layout: TableLayout) -> RowFormat:
         return RowFormat(config.write.output_format, layout, config.write.compression)

@@ -1,0 +1,46 @@
+"""Dead letters of an earlier run, to be tried again: those that hold their document become it, the others stay dead."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from typing import Any, Union
+
+from pipeline.config import ReadConfig
+from pipeline.records import DeadLetter, Document, Origin
+from pipeline.sources.jsonl import JsonlSource
+from pipeline.sources.source import FileRange, Record
+
+RETRIED_STAGES = ("preprocess", "encode")  # what fails to be read is tried again by reading it again
+
+
+class DeadLetterSource(JsonlSource):
+    """The JSON lines that `DeadLetterWriter` writes."""
+
+    restores = True
+
+    def read_records(self, file_range: FileRange, config: ReadConfig) -> Iterator[Record]:
+        seen: set[str] = set()
+        for record in super().read_records(file_range, config):
+            if is_complete(record.values):
+                if record.values["id"] in seen:  # another chunk of the same document
+                    continue
+                seen.add(record.values["id"])
+            yield record
+
+    def restore(self, record: Record) -> Union[Document, DeadLetter]:
+        """The document that a letter holds, or the letter as it was."""
+        values = record.values
+        unit = "byte" if "byte" in values else "row"
+        origin = Origin(values["file"], values[unit], unit)
+        if not is_complete(values):
+            facts = values["stage"], values["reason"], values["message"]
+            return DeadLetter(*facts, origin, values["id"], values.get("text"))
+        kept = values.get("kept")
+        packed = json.dumps(kept, ensure_ascii=False, separators=(",", ":")).encode() if kept else b""
+        return Document(values["id"], values["text"], values.get("pair"), packed, origin)
+
+
+def is_complete(values: Any) -> bool:
+    """Whether a letter holds all that it takes to try its document again."""
+    return values.get("stage") in RETRIED_STAGES and "text" in values and values.get("id") is not None
