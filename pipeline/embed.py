@@ -17,6 +17,7 @@ from pipeline.sinks.writing import WriteTo
 from pipeline.sources.planning import InputPlan
 from pipeline.sources.read import ReadDocuments
 from pipeline.tables.commit import Commit
+from pipeline.tables.joining import JoinByContent, JoinById, JoinRule
 from pipeline.tables.journal import Journal
 from pipeline.tables.recall import Recall
 from pipeline.tables.store import CommitPlan
@@ -119,19 +120,31 @@ def build_pipeline(pipeline: beam.Pipeline, job: Job) -> beam.PCollection:
     documents, unread, read_tallies = pipeline | "Read" >> ReadDocuments(
         job.input, job.config.read, job.kept, job.attempts, job.distributed, job.progress
     )
-    to_encode, notes, recall_tallies = documents | "Recall" >> Recall(plan.takeover.rule)
-    outputs = embed_documents(to_encode, job.plan)
+    rule = plan.takeover.rule
+    recalled = documents | "Recall" >> (JoinByContent(rule) if isinstance(rule, JoinRule) else Recall(rule))
+    outputs = embed_documents(recalled.documents, job.plan)
+    all_letters = (unread, *outputs.dead_letters)
     rows = outputs.rows | "Journal" >> Journal(job.journal)
+    tallies = [read_tallies, recalled.tallies, *outputs.tallies]
+    results = {"probes": outputs.probes}
+    if isinstance(rule, JoinRule):
+        rows = (rows, recalled.rows) | "Rows" >> beam.Flatten()
+        carried = rows | "Carry" >> JoinById(rule, all_letters)
+        rows = (rows, carried.rows) | "AllRows" >> beam.Flatten()
+        tallies.append(carried.tallies)
+        results["samples"] = recalled.samples
+    else:
+        results["notes"] = recalled.notes
     shards, row_tallies = rows | "WriteRows" >> WriteTo(job.attempts, plan.form, write.shard_bytes, job.progress)
-    all_shards, all_tallies = [shards], [read_tallies, recall_tallies, *outputs.tallies, row_tallies]
+    all_shards, tallies = [shards], [*tallies, row_tallies]
 
     # One writer per stage instead of one for all: the local engine would hold what crosses a Flatten in memory.
-    for stage, letters in zip(("Read", "Preprocess", "Encode"), (unread, *outputs.dead_letters), strict=True):
+    for stage, letters in zip(("Read", "Preprocess", "Encode"), all_letters, strict=True):
         to = WriteTo(job.attempts, plan.letter_format, write.shard_bytes, job.progress)
         letter_shards, letter_tallies = letters | f"Write{stage}DeadLetters" >> to
         all_shards.append(letter_shards)
-        all_tallies.append(letter_tallies)
+        tallies.append(letter_tallies)
 
-    shards = tuple(all_shards) | "Shards" >> beam.Flatten()
-    counted = tuple(all_tallies) | "Tallies" >> beam.Flatten()
-    return pipeline | "Commit" >> Commit(job.committer, shards, counted, notes, outputs.probes)
+    results["shards"] = tuple(all_shards) | "Shards" >> beam.Flatten()
+    results["tallies"] = tuple(tallies) | "Tallies" >> beam.Flatten()
+    return pipeline | "Commit" >> Commit(job.committer, results)

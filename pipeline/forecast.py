@@ -26,13 +26,13 @@ from pipeline.errors import EmbeamError
 from pipeline.plan import EmbedPlan
 from pipeline.preprocess.batching import Batcher
 from pipeline.preprocess.chunking import PreprocessorRule, is_encodable
-from pipeline.records import Batch, Chunk, DeadLetter, Document, Row, digest_id
+from pipeline.records import Chunk, DeadLetter, Document, Row, digest_id
 from pipeline.report.progress import format_seconds
 from pipeline.runtime import has_gpu, load_tensorflow
 from pipeline.sinks.index import ENTRY
 from pipeline.sinks.writing import RowFormat
 from pipeline.sources import SOURCES
-from pipeline.sources.planning import InputPlan
+from pipeline.sources.planning import InputPlan, count_sample
 from pipeline.sources.read import read_range
 from pipeline.sources.source import FileRange
 from pipeline.tables.carry import CARRIED, Letters, check_deletes, decide_fates
@@ -51,10 +51,12 @@ if TYPE_CHECKING:
 
 SAMPLE_TEXTS, SAMPLE_CHARACTERS = 2000, 16_000_000  # that are tokenised
 SAMPLE_RECORDS, SAMPLE_BYTES, SAMPLE_PLACES = 2000, 4 << 20, 16  # that a cheap forecast reads
+SAMPLE_COMPRESSED = 2  # files whose records are counted
 SAMPLE_ROWS, SAMPLE_ROW_BYTES = 256, 8 << 20  # that are written to memory, to see how large they get
 LEAST_TOKENS = 10_000  # padded ones of an earlier run whose rate is trusted
 SPEED_KEYS = ("encoder", "vector", "graph", "precision")  # of an identity
 MATMUL_SECONDS = 0.1
+_NO_CHUNK = Chunk(Document("", ""), "", 0, 1, b"", 0, 0, 0)  # takes a place in a batch
 MATMUL_SHARE = 0.5  # of the rate of bare matmuls that encoders reach, about
 
 
@@ -131,6 +133,7 @@ def forecast_table(config: EmbedConfig) -> Forecast:
     from pipeline.job import prepare_takeover, settle
 
     settled = settle(config)
+    config = settled.config  # which retrying changes
     live = settled.store.read_live().manifest
     form = settled.store.choose_form(config, settled.plan.layout(settled.kept))
     with tempfile.TemporaryDirectory(prefix="embeam-plan-") as scratch:
@@ -181,6 +184,7 @@ class Seen(NamedTuple):
       dead: dead letters of the reading, by reason.
       letters: whose they are.
       recalled_rows: rows that are made of known vectors.
+      equal: of some documents with the text of another one that is encoded: content hash, id and file.
       sample: of the texts to encode.
       known: the index.
       marks: the notes on live rows.
@@ -191,6 +195,7 @@ class Seen(NamedTuple):
     dead: Counter
     letters: Accounts
     recalled_rows: int
+    equal: list[tuple[str, str, str]]
     sample: ThinnedSample
     known: KnownVectors
     marks: MarkWriter
@@ -204,6 +209,7 @@ def look_up_all(settled: Settled, rule: RecallRule, scratch: str) -> Seen:
     read: Counter[str] = Counter()
     dead: Counter[str] = Counter()
     recalled_rows = 0
+    equal: list[tuple[str, str, str]] = []
 
     def documents() -> Iterator[Document]:
         for outcome in read_outcomes(settled.found, settled.config.read, settled.kept, scratch):
@@ -221,8 +227,11 @@ def look_up_all(settled: Settled, rule: RecallRule, scratch: str) -> Seen:
         recalled_rows += sum(map(len, verdicts.known.values()))
         for i in sorted(verdicts.to_encode):
             sample.add(block[i])
+        for i, rows in verdicts.known.items():
+            if not len(rows) and i not in verdicts.to_encode and len(equal) < SAMPLE_TEXTS:
+                equal.append((verdicts.names[i], block[i].id, block[i].origin.path))
     marks.close()
-    return Seen(read, recaller.counts, dead, letters, recalled_rows, sample, known, marks)
+    return Seen(read, recaller.counts, dead, letters, recalled_rows, equal, sample, known, marks)
 
 
 class Measured(NamedTuple):
@@ -230,87 +239,50 @@ class Measured(NamedTuple):
 
     Attributes:
       documents: how many there are.
-      chunks: of those that can be chunked.
-      rows: that they make.
-      tokens: content tokens of the chunks.
-      cut: tokens that reach no chunk.
-      used: tokens, or bytes for text encoders, in the batches, without padding.
-      even: the same with the padding that each chunk has in a full batch of its bucket.
-      surplus: padded tokens more, as the last batches are not full.
-      repeats: whether that surplus grows with the number of texts.
-      flops: of the batches, padding included; None for an unknown architecture.
-      row_bytes: of one row and its index entry.
-      letters: dead letters among the texts.
+      counts: their chunks, rows, content tokens, tokens that are cut, and tokens in batches (bytes for text encoders).
+      lengths: chunks by the padded length of their bucket.
+      made: content hash to the number of rows, or to why there is a dead letter instead.
+      row_bytes: of one row and its index entry; 0 if that was not measured.
     """
 
     documents: int
-    chunks: int
-    rows: int
-    tokens: int
-    cut: int
-    used: int
-    even: int
-    surplus: int
-    repeats: bool
-    flops: Optional[float]
+    counts: Counter[str]
+    lengths: Counter[int]
+    made: dict[str, int | DeadLetter]
     row_bytes: float
-    letters: list[DeadLetter]
+
+    @property
+    def letters(self) -> list[DeadLetter]:
+        return [made for made in self.made.values() if isinstance(made, DeadLetter)]
 
 
 def measure_texts(
     plan: EmbedPlan, form: RowFormat, documents: Sequence[Document], measures_rows: bool = True
 ) -> Measured:
-    """Tokenises texts and makes batches of them, but encodes none."""
-    rule = plan.vectors
-    repeats = rule.average or rule.chunked
-    splitter, batcher = plan.split.load(), Batcher(plan.buckets)
-    letters: list[DeadLetter] = []
+    """Tokenises texts, but encodes none."""
+    rule, splitter = plan.vectors, plan.split.load()
     counts: Counter[str] = Counter()
-    some: list[Chunk] = []
     lengths: Counter[int] = Counter()
-
-    def count(batches: list[Batch]) -> None:
-        for batch in batches:
-            counts["padded"] += batch.rows * batch.length
-            lengths[batch.length] += batch.rows
-
+    made: dict[str, int | DeadLetter] = {}
+    some: list[Chunk] = []
     for block in _blocks(iter(documents)):
         good = [document for document in block if is_encodable(document.text) and is_encodable(document.pair or "")]
         for chunk in splitter.split(good):
             if isinstance(chunk, DeadLetter):
-                letters.append(chunk)
+                made[chunk.content_hash or ""] = chunk
                 continue
             size = chunk.n_tokens if rule.counts_tokens else len(chunk.ids)
             counts["chunks"] += 1
-            counts["documents"] += chunk.number == 0
+            counts["rows"] += rule.chunked or chunk.number == 0
             counts["tokens"] += chunk.n_content
             counts["cut"] += chunk.n_truncated or 0
             counts["used"] += size
-            counts["even"] += plan.buckets.length_for(size)
+            lengths[plan.buckets.length_for(size)] += 1
+            made[chunk.content_hash] = chunk.n_chunks if rule.chunked else 1
             if len(some) < SAMPLE_ROWS:
                 some.append(chunk)
-            if batch := batcher.add(chunk, size):
-                count([batch])
-            if repeats and chunk.number == 0 and counts["documents"] % SAFE_DOCUMENTS == 0:
-                count(list(batcher.drain()))
-    count(list(batcher.drain()))
-    flops = None
-    if plan.encoder.architecture is not None:
-        flops = sum(n * text_flops(plan.encoder.architecture, length) for length, n in lengths.items())
-    return Measured(
-        documents=len(documents),
-        chunks=counts["chunks"],
-        rows=counts["chunks"] if rule.chunked else counts["documents"],
-        tokens=counts["tokens"],
-        cut=counts["cut"],
-        used=counts["used"],
-        even=counts["even"],
-        surplus=counts["padded"] - counts["even"],
-        repeats=repeats,
-        flops=flops,
-        row_bytes=measure_row(plan, form, some) if some and measures_rows else 0.0,
-        letters=letters,
-    )
+    row_bytes = measure_row(plan, form, some) if some and measures_rows else 0.0
+    return Measured(len(documents), counts, lengths, made, row_bytes)
 
 
 def measure_row(plan: EmbedPlan, form: RowFormat, chunks: Sequence[Chunk]) -> float:
@@ -342,21 +314,15 @@ class Scaled(NamedTuple):
     """What `Measured` comes to for all texts, and how long it takes.
 
     Attributes:
-      chunks: inputs of the encoder.
-      tokens: content tokens.
-      cut: tokens that reach no chunk.
-      used: tokens or bytes in the batches.
-      padded: the same with padding.
+      counts: as measured.
+      padded: tokens or bytes in the batches, padding included.
       seconds: in the encoder; None if unknown.
       speed: `measured`, `rough`, `unknown` or `idle`.
       source: the snapshot whose run was measured.
     """
 
-    chunks: float
-    tokens: float
-    cut: float
-    used: float
-    padded: float
+    counts: dict[str, float]
+    padded: int
     seconds: Optional[float]
     speed: str
     source: str
@@ -364,21 +330,38 @@ class Scaled(NamedTuple):
 
 def scale_up(store: Store, plan: EmbedPlan, measured: Measured, n_texts: float) -> Scaled:
     """From a sample to all texts."""
-    if not measured.documents or not n_texts:
-        return Scaled(0, 0, 0, 0, 0, 0.0, "idle", "")
+    if not measured.counts["chunks"] or not n_texts:
+        return Scaled({}, 0, 0.0, "idle", "")
     factor = n_texts / measured.documents
-    padded = measured.even * factor + measured.surplus * (factor if measured.repeats else 1)
-    sums = (measured.chunks * factor, measured.tokens * factor, measured.cut * factor, measured.used * factor, padded)
-    if not padded:
-        return Scaled(*sums, 0.0, "idle", "")
+    counts = {name: n * factor for name, n in measured.counts.items()}
+    shapes = count_batches(plan, measured, n_texts)
+    padded = sum(rows * length for length, rows in shapes.items())
     rate, source, is_rough = find_rate(store, plan)
     if rate and not is_rough:
-        return Scaled(*sums, padded / rate, "measured", source)
-    if measured.flops is not None:
-        flops = measured.flops * padded / (measured.even + measured.surplus)
-        seconds = flops / (MATMUL_SHARE * measure_matmul(plan))
-        return Scaled(*sums, seconds, "rough", "")
-    return Scaled(*sums, padded / rate if rate else None, "rough" if rate else "unknown", source)
+        return Scaled(counts, padded, padded / rate, "measured", source)
+    if plan.encoder.architecture is not None:
+        flops = sum(rows * text_flops(plan.encoder.architecture, length) for length, rows in shapes.items())
+        return Scaled(counts, padded, flops / (MATMUL_SHARE * measure_matmul(plan)), "rough", "")
+    return Scaled(counts, padded, padded / rate if rate else None, "rough" if rate else "unknown", source)
+
+
+def count_batches(plan: EmbedPlan, measured: Measured, n_texts: float) -> Counter[int]:
+    """Rows of all batches, padding rows included, by length."""
+    # As in the graph: what waits for its bucket to fill leaves with the bundle, or after so many documents.
+    most = SAFE_DOCUMENTS if plan.vectors.average or plan.vectors.chunked else n_texts
+    total: Counter[int] = Counter()
+    n_full, rest = divmod(n_texts, most)
+    for n, times in ((most, int(n_full)), (rest, 1)):
+        batcher = Batcher(plan.buckets)
+        for length, n_chunks in measured.lengths.items():
+            expected = round(n_chunks * n / measured.documents)
+            full, left = divmod(expected, plan.buckets.full_rows(length))
+            total[length] += times * full * plan.buckets.full_rows(length)
+            for _ in range(left if times else 0):
+                batcher.add(_NO_CHUNK, length)
+        for batch in batcher.drain():
+            total[batch.length] += times * batch.rows
+    return total
 
 
 def find_rate(store: Store, plan: EmbedPlan) -> tuple[float, str, bool]:
@@ -443,21 +426,31 @@ def combine(
 ) -> Forecast:
     """Puts the counts together, and finds what would stop the run."""
     plan, config, counts = settled.plan, settled.config, seen.counts
-    to_encode = counts["encoded"]
+    to_encode, n_equal = counts["encoded"], counts["equal_texts"]
     scaled = scale_up(settled.store, plan, measured, to_encode)
     factor = to_encode / measured.documents if measured.documents else 0.0
-    dead = seen.dead + Counter(
-        {reason: round(n * factor) for reason, n in Counter(letter.reason for letter in measured.letters).items()}
-    )
+    each = measured.counts["rows"] / measured.documents if measured.documents else 1.0
+    dead = seen.dead.copy()
+    for reason, n in Counter(letter.reason for letter in measured.letters).items():
+        dead[reason] += round(n * factor)
     for letter in measured.letters:
         seen.letters.add(letter.id, letter.reason, letter.origin.path)
+    equal_rows = 0.0
+    for content_hash, document_id, path in seen.equal:  # they share the fate of the text that is encoded
+        made = measured.made.get(content_hash, each)
+        if isinstance(made, DeadLetter):
+            dead[made.reason] += 1
+            seen.letters.add(document_id, made.reason, path)
+        else:
+            equal_rows += made
+    if seen.equal:
+        equal_rows *= n_equal / len(seen.equal)
     ids = np.unique(np.array(list(seen.letters.ids), "S16"))
     letters = Letters(ids, seen.letters.blind, {})
     keeps = config.reindex.deletes == "keep" or config.reindex.retry_dead_letters
     fates = decide_fates(seen.known, [seen.marks.note], letters, np.empty(0, "S16"), keeps)
     carried = int(np.isin(fates.fate, CARRIED).sum()) if reusable else 0
-    each = measured.rows / measured.documents if measured.documents else 1.0
-    rows = carried + seen.recalled_rows + round((to_encode + counts["equal_texts"]) * each)
+    rows = carried + seen.recalled_rows + round(to_encode * each + equal_rows)
     row_bytes = live_row_bytes(live, form) or measured.row_bytes or live_row_bytes(live)
     lost = 0 if reusable else fates.counts["stale"] + fates.counts["kept"]
     return Forecast(
@@ -470,10 +463,10 @@ def combine(
         lost=lost,
         skipped_empty=seen.read["skipped_empty"],
         dead_letters={reason: n for reason, n in sorted(dead.items()) if n},
-        chunks=round(scaled.chunks),
-        tokens=round(scaled.tokens) if plan.vectors.counts_tokens else None,
-        cut_tokens=round(scaled.cut) if plan.vectors.counts_tokens else None,
-        padding=1 - scaled.used / scaled.padded if scaled.padded else 0.0,
+        chunks=round(scaled.counts.get("chunks", 0)),
+        tokens=round(scaled.counts.get("tokens", 0)) if plan.vectors.counts_tokens else None,
+        cut_tokens=round(scaled.counts.get("cut", 0)) if plan.vectors.counts_tokens else None,
+        padding=max(0.0, 1 - scaled.counts["used"] / scaled.padded) if scaled.padded else 0.0,
         seconds=scaled.seconds,
         speed=scaled.speed,
         speed_source=scaled.source,
@@ -528,12 +521,13 @@ def find_stops(
             yield str(error)
 
 
-def forecast_run(settled: Settled, rule: RecallRule, form: RowFormat, live: Manifest | None) -> dict[str, float]:
+def forecast_run(settled: Settled, rule: Any, form: RowFormat, live: Manifest | None) -> dict[str, float]:
     """A cheap forecast from a few thousand records, for the manifest of the run that is about to begin.
 
     Args:
       settled: the run.
-      rule: of the run, whose index of known vectors is there already.
+      rule: of the run, whose index of known vectors is there already; of another back end than the local one nothing
+        is forecast.
       form: how rows are written.
       live: the live table's manifest.
 
@@ -541,6 +535,8 @@ def forecast_run(settled: Settled, rule: RecallRule, form: RowFormat, live: Mani
       `documents`, `to_encode`, `bytes`, and `tokens` and `seconds` (in the encoder, on one worker) if they can be told
       without loading a model.
     """
+    if not isinstance(rule, RecallRule):
+        return {}
     plan = settled.plan
     sampled = sample_input(settled.found, settled.config.read, settled.kept)
     known = KnownVectors(rule.folder)
@@ -556,11 +552,11 @@ def forecast_run(settled: Settled, rule: RecallRule, form: RowFormat, live: Mani
     row_bytes = live_row_bytes(live, form)
     if not isinstance(plan.split, PreprocessorRule):  # that would load a model, which takes as long as a small run
         measured = measure_texts(plan, form, to_encode, measures_rows=not row_bytes)
-        each = measured.rows / measured.documents if measured.documents else each
+        each = measured.counts["rows"] / measured.documents if measured.documents else each
         row_bytes = row_bytes or measured.row_bytes
         scaled = scale_up(settled.store, plan, measured, n_texts)
         if plan.vectors.counts_tokens:
-            predicted["tokens"] = float(round(scaled.tokens))
+            predicted["tokens"] = float(round(scaled.counts.get("tokens", 0)))
         if scaled.seconds is not None:
             predicted["seconds"] = round(scaled.seconds, 3)
     predicted["bytes"] = float(round(sampled.n_documents * each * (row_bytes or live_row_bytes(live))))
@@ -581,12 +577,18 @@ def sample_input(found: InputPlan, config: ReadConfig, kept: Sequence[Any]) -> S
         read, is_whole = _read_some(ranges, config, kept, SAMPLE_RECORDS)
         if is_whole:
             return SampledInput(read.documents, len(read.documents))
-    documents, densities = [], []
+    documents: list[Document] = []
+    densities, compressed = [], []
     for place in choose_places(found, config):
         read, is_whole = _read_some([place], config, kept, SAMPLE_RECORDS // SAMPLE_PLACES)
-        n_bytes = place.n_bytes if is_whole else max(read.n_bytes, 1)
         documents += read.documents
-        densities.append(len(read.documents) / n_bytes)
+        if place.file.compression:  # only megabytes tell how many stored bytes a record has
+            if len(compressed) < SAMPLE_COMPRESSED:
+                n_records, n_bytes = count_sample(place, config)
+                compressed.append(n_records / n_bytes)
+            densities.append(compressed[-1])
+        else:
+            densities.append(len(read.documents) / (place.n_bytes if is_whole else max(read.n_bytes, 1)))
     n = sum(densities) / len(densities) * found.total_bytes
     unique = {digest_id(document.id): document for document in reversed(documents)}
     n = min(n, config.limit) if config.limit else n
@@ -619,16 +621,17 @@ class _Read(NamedTuple):
 def _read_some(ranges: Sequence[FileRange], config: ReadConfig, kept: Sequence[Any], most: int) -> tuple[_Read, bool]:
     """Reads documents until there are enough; says whether that is all of the ranges."""
     documents: dict[bytes, Document] = {}
-    n_records = n_bytes = 0
+    n_records = n_bytes = n_characters = 0
     limit = config.limit or -1
     for file_range in ranges:
         n_before = n_bytes
         for item in read_range(file_range, config, kept):
-            if n_records >= most or n_bytes - n_before >= SAMPLE_BYTES:
+            if n_records >= most or n_characters >= SAMPLE_BYTES:
                 return _Read(list(documents.values()), n_bytes), False
             n_records += 1
             n_bytes = n_before + item.n_read
             if isinstance(item.outcome, Document):
+                n_characters += _size(item.outcome)
                 documents.setdefault(digest_id(item.outcome.id), item.outcome)
                 if len(documents) == limit:
                     return _Read(list(documents.values()), n_bytes), True

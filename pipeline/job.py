@@ -29,8 +29,9 @@ from pipeline.saved_model import absolute_path
 from pipeline.sinks.writing import DeadLetterFormat, RowFormat
 from pipeline.sources.planning import InputPlan, estimate_documents, infer_kept_fields, plan_dead_letters, plan_input
 from pipeline.tables.attempts import abandon_attempt, sweep_dead_attempts
-from pipeline.tables.journal import flush_journals, journal_folder, list_segments
-from pipeline.tables.known import build_known
+from pipeline.tables.joining import JoinRule, KnownFile
+from pipeline.tables.journal import flush_journals, journal_folder, list_segments, read_segment
+from pipeline.tables.known import SEGMENT, VectorFile, build_known
 from pipeline.tables.lock import TableLock
 from pipeline.tables.manifest import Manifest, attempts_folder
 from pipeline.tables.publish import Publication, check_free_space, name_snapshot
@@ -212,7 +213,10 @@ def prepare_job(settled: Settled, name: str, started: float, distributed: bool =
     form = store.choose_form(config, layout)
     attempts = attempts_folder(store.work, name)
     make_folder(attempts)
-    takeover = prepare_takeover(store, live, plan, form, scratch)
+    if distributed:
+        takeover = prepare_joins(store, live, plan, form, config)
+    else:
+        takeover = prepare_takeover(store, live, plan, form, scratch)
     settings = config.flat() | {
         flag: absolute_path(path)  # a later query may run in another folder
         for flag in ("encoder", "preprocessor")
@@ -277,7 +281,7 @@ def describe_changes(old: dict[str, Any], new: dict[str, Any], name: str = "") -
 
 
 def prepare_takeover(store: Store, live: Manifest | None, plan: EmbedPlan, form: RowFormat, scratch: str) -> Takeover:
-    """Indexes what is known: the live table and the journal of earlier attempts."""
+    """Indexes what is known, for the local back end: the live table and the journal of earlier attempts."""
     folder = os.path.join(scratch, "known")
     os.makedirs(folder)
     reusable = live is not None and live.fingerprint == plan.fingerprint
@@ -288,3 +292,17 @@ def prepare_takeover(store: Store, live: Manifest | None, plan: EmbedPlan, form:
     if live is None:
         return Takeover(rule)
     return Takeover(rule, store.reader(live, folder), reusable, store.live_files(live))
+
+
+def prepare_joins(
+    store: Store, live: Manifest | None, plan: EmbedPlan, form: RowFormat, config: EmbedConfig
+) -> Takeover:
+    """Lists what is known, for the distributed back end."""
+    reusable = live is not None and live.fingerprint == plan.fingerprint
+    files = store.known_files(live) if live else []
+    for path in list_segments(store.work, plan.fingerprint):
+        if (segment := read_segment(path)) is not None:
+            files.append(KnownFile(VectorFile(path, SEGMENT, 0, len(segment.records)), ""))
+    keeps = config.reindex.deletes == "keep" or config.reindex.retry_dead_letters
+    reader = store.reader(live, "") if live else None
+    return Takeover(JoinRule(tuple(files), reader, reusable, form.layout, plan.split.prefix, keeps), reader, reusable)

@@ -8,6 +8,7 @@ Annotations are not postponed here and optional fields are `Optional[X]`: RowCod
 
 import hashlib
 import json
+from collections.abc import Sequence
 from typing import Any, NamedTuple, Optional
 
 from apache_beam import coders
@@ -31,6 +32,8 @@ class Document(NamedTuple):
       kept: JSON list of the kept fields' values, in the order of the table's kept fields; empty if there are none.
       origin: where the document came from, for dead letters.
       is_probe: it is encoded once more to be compared with the row that the table has of it, and makes no row itself.
+      followers: other documents with the same text and pair, which get its rows and its dead letters too; packed by
+        `pack_followers`.
     """
 
     id: str
@@ -39,6 +42,25 @@ class Document(NamedTuple):
     kept: bytes = b""
     origin: Origin = Origin()
     is_probe: bool = False
+    followers: bytes = b""
+
+
+def pack_followers(documents: Sequence[Document]) -> bytes:
+    """Documents of one text as `Document.followers` of another with that text."""
+    if not documents:
+        return b""
+    return json.dumps([[d.id, d.kept.decode(), list(d.origin)] for d in documents], ensure_ascii=False).encode()
+
+
+def list_followers(document: Document) -> list[Document]:
+    """The documents that follow another one."""
+    if not document.followers:
+        return []
+    followers = json.loads(document.followers)
+    return [
+        document._replace(id=name, kept=kept.encode(), origin=Origin(*origin), followers=b"")
+        for name, kept, origin in followers
+    ]
 
 
 class Chunk(NamedTuple):

@@ -15,7 +15,7 @@ from apache_beam.transforms.window import GlobalWindows
 
 from pipeline.errors import ConfigError
 from pipeline.preprocess.wordpiece import Vocabulary, load_tokenizer
-from pipeline.records import Chunk, DeadLetter, Document, Tally
+from pipeline.records import Chunk, DeadLetter, Document, Tally, list_followers
 from pipeline.runtime import load_tensorflow
 
 BUFFERED_DOCUMENTS = 1024  # the tokeniser's kernel costs about 0.2 ms a call, whatever it is given
@@ -261,10 +261,15 @@ class SplitDocuments(beam.DoFn):
         outputs = list(self._splitter.split(wanted))
         self._counts["tokenize_seconds"] += time.perf_counter() - begun
         self._counts["documents"] += len(wanted)
+        followed = {document.id: document for document in wanted if document.followers}
         for output in outputs:
             if isinstance(output, DeadLetter):
                 self._counts["dead_letters"] += 1
                 yield beam.pvalue.TaggedOutput("dead_letters", output)
+                for document in list_followers(followed[output.id]) if output.id in followed else ():
+                    facts = output.stage, output.reason, output.message
+                    letter = DeadLetter.of(*facts, document, output.content_hash or "")
+                    yield beam.pvalue.TaggedOutput("dead_letters", letter)
             else:
                 self._counts["chunks"] += 1
                 self._counts["tokens"] += output.n_content

@@ -26,6 +26,8 @@ from pipeline.sinks.index import SUFFIX as INDEX_SUFFIX
 from pipeline.sinks.index import Index, SourceNumbers, index_rows, pack_index
 from pipeline.sinks.layout import TableLayout
 
+# What a shard holds. Beam may hand records on as another type with the same fields, so it cannot be told from theirs.
+ROWS, LETTERS = "embeddings", "dead_letters"
 BUFFERED_RECORDS = 256
 BUFFERED_BYTES = 4_000_000
 
@@ -60,7 +62,7 @@ class RowFormat:
     name: str
     layout: TableLayout
     compression: str = "none"
-    kind = "embeddings"
+    kind = ROWS
 
     @property
     def suffix(self) -> str:
@@ -80,7 +82,7 @@ class DeadLetterFormat:
 
     text: str
     compression: str = "none"
-    kind = "dead_letters"
+    kind = LETTERS
     suffix = ".jsonl"
 
     def open(self, stream: BinaryIO) -> RecordWriter:
@@ -186,7 +188,7 @@ class ShardWriter:
     def write(self, records: list) -> None:
         self._begin(self._form.order(records[0]))
         self._writer.write(records)
-        if isinstance(records[0], Row):
+        if self._form.kind == ROWS:
             self._entries.append(index_rows(records, self._sources))
         self._end(len(records))
 
@@ -267,10 +269,10 @@ class WriteRecords(beam.DoFn):
 
     def process(self, record: Any) -> None:
         self._buffer.append(record)
-        self._bytes += len(record.vector) if isinstance(record, Row) else len(record.text or "")
+        self._bytes += len(record.vector) if self.form.kind == ROWS else len(record.text or "")
         if len(self._buffer) >= BUFFERED_RECORDS or self._bytes >= BUFFERED_BYTES:
             self._flush()
-        if isinstance(record, DeadLetter) and self.progress:
+        if self.form.kind == LETTERS and self.progress:
             try:
                 self.progress.add_dead_letter(record)
             except RunError:  # the run is over; what was lost must be there to be looked at
@@ -294,7 +296,7 @@ class WriteRecords(beam.DoFn):
         self._writer.write(records)
         self._counts["write_seconds"] += time.perf_counter() - begun
         self._counts["records"] += len(records)
-        if isinstance(records[0], DeadLetter):
+        if self.form.kind == LETTERS:
             self._counts.update(letter.reason for letter in records)
         elif self.progress:
             self.progress.add(rows=len(records))

@@ -33,7 +33,16 @@ from pipeline.tables.carry import (
     number_files,
     read_letters,
 )
-from pipeline.tables.gate import SAMPLED_FILES, Expected, check_probes, check_rows, check_vectors
+from pipeline.tables.gate import (
+    SAMPLED_FILES,
+    Expected,
+    check_count,
+    check_probes,
+    check_rows,
+    check_vectors,
+    compare_samples,
+)
+from pipeline.tables.joining import JoinRule
 from pipeline.tables.journal import delete_journals
 from pipeline.tables.known import ROWS, SEGMENT, KnownVectors
 from pipeline.tables.manifest import MANIFEST, attempts_folder, snapshot_folder
@@ -56,12 +65,21 @@ AGREED = (
 
 
 class Results(NamedTuple):
-    """All that a run has produced when its commit begins."""
+    """All that a run has produced when its commit begins.
 
-    shards: list[Shard]
-    tallies: list[Tally]
-    notes: list[Note]
-    probes: list[Row]
+    Attributes:
+      shards: files of rows and dead letters.
+      tallies: what its stages have counted.
+      probes: rows that were encoded once more.
+      notes: what was recalled, from the local back end.
+      samples: rows that were taken over, for comparison with probes, from the distributed back end.
+    """
+
+    shards: Sequence[Shard]
+    tallies: Sequence[Tally]
+    probes: Sequence[Row]
+    notes: Sequence[Note] = ()
+    samples: Sequence[Row] = ()
 
 
 @dataclass(frozen=True)
@@ -98,7 +116,7 @@ class FolderCommit:
             values = json.loads(read_text(path))
             shards = [Shard(*fields)._replace(index_size=tuple(fields[8])) for fields in values["shards"]]
             return shards, values["counts"]
-        completion = complete_rows(self.plan, results, whole=True)
+        completion = complete(self.plan, results, whole=True)
         shards, counts = completion.shards, completion.counts
         check_any_rows(shards, counts)
         try:
@@ -155,7 +173,7 @@ class Completion:
     counts: dict[str, dict[str, float]]
     fates: Fates
     expected: Expected
-    probes: list[Row]
+    probes: Sequence[Row]
     whole: bool
 
     def check_gate(self) -> None:
@@ -173,6 +191,56 @@ class Completion:
     def removed_rows(self) -> np.ndarray:
         """Numbers of the live rows that go, or are replaced."""
         return np.flatnonzero(~np.isin(self.fates.fate, CARRIED))
+
+
+def complete(plan: CommitPlan, results: Results, whole: bool) -> Completion | JoinedCompletion:
+    """Brings a run's rows to their end, by the back end that it ran with; see `complete_rows`."""
+    if isinstance(plan.takeover.rule, JoinRule):
+        return complete_joined(plan, results)
+    return complete_rows(plan, results, whole)
+
+
+@dataclass(frozen=True)
+class JoinedCompletion:
+    """As `Completion`, where joins have brought everything together already."""
+
+    plan: CommitPlan
+    results: Results
+    shards: list[Shard]
+    counts: dict[str, dict[str, float]]
+    expected: Expected
+
+    def check_gate(self) -> None:
+        """Raises GateError if the new state must not go live."""
+        if self.plan.publication.reindex.gate == "off":
+            return
+        carry = self.counts.get("carry", {})
+        if twice := int(carry.get("duplicate_rows", 0)):
+            raise GateError(f"{twice:,} rows have an id and chunk that another row has too")
+        check_count(int(carry.get("documents", 0)), self.expected)
+        form = self.plan.form
+        rows = [shard for shard in self.shards if shard.kind == "embeddings"]
+        reader = FileReader(form.name, form.layout, form.compression)
+        check_vectors(number_files(rows[:: max(1, len(rows) // SAMPLED_FILES)], 0), reader)
+        compare_samples(self.results.probes, self.results.samples, form.layout)
+
+
+def complete_joined(plan: CommitPlan, results: Results) -> JoinedCompletion:
+    """Checks what the distributed back end has counted.
+
+    Raises:
+      RunError: if more of the table's documents are gone than is allowed, or too much cannot be embedded.
+    """
+    counts = sum_tallies(results.tallies)
+    check_counts(counts, plan.publication.max_dead_fraction)
+    carry = counts.get("carry", {})
+    reindex = plan.publication.reindex
+    check_deletes(int(carry.get("deleted", 0)), int(carry.get("live", 0)), reindex.max_delete_fraction)
+    letters = read_letters(shard for shard in results.shards if shard.kind == "dead_letters")
+    dead = {letter["id"] for found in letters.by_content.values() for letter in found}
+    read = int(counts.get("recall", {}).get("documents", 0))
+    expected = Expected(read - len(dead), read if plan.form.layout.chunked else read - len(dead))
+    return JoinedCompletion(plan, results, list(results.shards), counts, expected)
 
 
 def complete_rows(plan: CommitPlan, results: Results, whole: bool) -> Completion:
@@ -246,10 +314,8 @@ class CommitResults(beam.DoFn):
     def __init__(self, commit: Any) -> None:
         self.commit = commit
 
-    def process(
-        self, _: Any, shards: list[Shard], tallies: list[Tally], notes: list[Note], probes: list[Row]
-    ) -> list[str]:
-        return [self.commit.commit(Results(list(shards), list(tallies), list(notes), list(probes)))]
+    def process(self, _: Any, **results: list) -> list[str]:
+        return [self.commit.commit(Results(**results))]
 
 
 @dataclass
@@ -258,22 +324,16 @@ class Commit(beam.PTransform):
 
     Attributes:
       commit: what publishes; from a store's `committer`.
-      shards: PCollection of the files that the run has finished.
-      tallies: PCollection of what its stages have counted.
-      notes: PCollection of what was recalled.
-      probes: PCollection of rows that were encoded once more.
+      results: PCollections of what the run has produced, by the name of their field in `Results`.
     """
 
     commit: Any
-    shards: Any
-    tallies: Any
-    notes: Any
-    probes: Any
+    results: dict[str, beam.PCollection]
 
     def expand(self, pipeline: Any) -> beam.PCollection:
-        everything = (self.shards, self.tallies, self.notes, self.probes)
+        sides = {name: beam.pvalue.AsList(collection) for name, collection in self.results.items()}
         return (
             pipeline
             | "Begin" >> beam.Create([None], reshuffle=False)
-            | "CommitResults" >> beam.ParDo(CommitResults(self.commit), *map(beam.pvalue.AsList, everything))
+            | "CommitResults" >> beam.ParDo(CommitResults(self.commit), **sides)
         )

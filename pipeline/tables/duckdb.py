@@ -39,6 +39,7 @@ from pipeline.tables.database import (
     keep_dead_letters,
     list_removed,
 )
+from pipeline.tables.joining import KnownFile
 from pipeline.tables.journal import delete_journals
 from pipeline.tables.manifest import Manifest, attempts_folder
 from pipeline.tables.storage import delete_folder, join, write_atomically
@@ -91,6 +92,9 @@ class DuckdbStore:
 
     def can_copy(self, live: Manifest, form: RowFormat) -> bool:
         return live.layout == form.layout
+
+    def known_files(self, live: Manifest) -> list[KnownFile]:
+        raise ConfigError(f"--output={self.shown}: a DuckDB file is on one machine; use --runner=local")
 
     def live_files(self, live: Manifest) -> dict[str, tuple[int, str]]:
         return {}

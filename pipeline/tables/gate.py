@@ -60,6 +60,11 @@ def check_rows(shards: Sequence[Shard], staying: np.ndarray, expected: Expected)
     if twice := int(np.count_nonzero(same_id & (keys["chunk"][1:] == keys["chunk"][:-1]))):
         raise GateError(f"{twice:,} rows have an id and chunk that another row has too")
     n = len(keys) - int(np.count_nonzero(same_id))
+    check_count(n, expected)
+
+
+def check_count(n: int, expected: Expected) -> None:
+    """Raises GateError if there are rows of more or fewer documents than there should be."""
     if not expected.least <= n <= expected.most:
         wanted = f"{expected.least:,}" + (f" to {expected.most:,}" if expected.most != expected.least else "")
         raise GateError(f"rows of {n:,} documents were written instead of {wanted}")
@@ -139,6 +144,16 @@ def check_probes(
             if not waiting:
                 break
     return n
+
+
+def compare_samples(probes: Sequence[Row], samples: Sequence[Row], layout: TableLayout) -> int:
+    """As `check_probes`, for rows that were taken over and are at hand."""
+    again = {(row.content_hash, row.chunk): row for row in probes}
+    pairs = [(again[key], row) for row in samples if (key := (row.content_hash, row.chunk)) in again]
+    for probe, row in pairs:
+        columns = {"embedding": [row.vector], "scale": [row.scale], "n_tokens": [row.n_tokens]}
+        compare_row(probe, columns, layout, row.source or "the journal")
+    return len(pairs)
 
 
 def _find_fresh(probes: Sequence[Row], fresh: Sequence[tuple[VectorFile, Shard]]) -> dict[tuple[str, int], int]:

@@ -258,13 +258,21 @@ class RecallDocuments(beam.DoFn):
         self._wishes_file.write(wish.to_line())
 
 
+class Recalled(NamedTuple):
+    """What `Recall` gives."""
+
+    documents: beam.PCollection  # of Document, to encode
+    notes: beam.PCollection  # of Note
+    tallies: beam.PCollection  # of Tally
+
+
 @dataclass
 class Recall(beam.PTransform):
-    """PCollection[Document] -> (those to encode, PCollection[Note], PCollection[Tally])."""
+    """PCollection[Document] -> Recalled."""
 
     rule: RecallRule
 
-    def expand(self, documents: beam.PCollection) -> tuple:
+    def expand(self, documents: beam.PCollection) -> Recalled:
         recall = beam.ParDo(RecallDocuments(self.rule)).with_output_types(Document, notes=Note, tallies=Tally)
         outputs = documents | "RecallDocuments" >> recall.with_outputs("notes", "tallies", main="documents")
-        return outputs.documents, outputs.notes, outputs.tallies
+        return Recalled(outputs.documents, outputs.notes, outputs.tallies)

@@ -15,6 +15,7 @@ from pipeline.sinks.index import Index, read_index
 from pipeline.sinks.layout import TableLayout
 from pipeline.sinks.writing import DeadLetterFormat, RowFormat
 from pipeline.tables.carry import FileReader, VectorReader, damaged
+from pipeline.tables.joining import JoinRule, KnownFile
 from pipeline.tables.known import ROWS, VectorFile
 from pipeline.tables.manifest import POINTER, Manifest, read_manifest, read_pointer, snapshot_folder
 from pipeline.tables.pointer import read_versioned
@@ -28,13 +29,13 @@ class Takeover:
     """What a run may take over from the live table.
 
     Attributes:
-      rule: where the index of known vectors is.
+      rule: of the back end that looks up what is known: the local one's index, or the distributed one's joins.
       reader: how the live table's vectors are read; None if there is no live table.
       reusable: whether they have the wanted fingerprint.
       live: size and checksum of the live table's files, by path; empty for databases.
     """
 
-    rule: RecallRule
+    rule: RecallRule | JoinRule
     reader: Optional[VectorReader] = None
     reusable: bool = True
     live: dict[str, tuple[int, str]] = field(default_factory=dict)
@@ -113,6 +114,13 @@ class Store(Protocol):
     def can_copy(self, live: Manifest, form: RowFormat) -> bool:
         """Whether unchanged rows can stay as they are stored."""
 
+    def known_files(self, live: Manifest) -> list[KnownFile]:
+        """The live table's files for the distributed back end.
+
+        Raises:
+          ConfigError: if the store has none.
+        """
+
     def live_files(self, live: Manifest) -> dict[str, tuple[int, str]]:
         """Size and checksum of the live table's files, by path; none for a database."""
 
@@ -184,6 +192,13 @@ class FolderStore:
         from pipeline.tables.commit import FolderCommit
 
         return FolderCommit(plan)
+
+    def known_files(self, live: Manifest) -> list[KnownFile]:
+        root = snapshot_folder(self.work, live.snapshot)
+        return [
+            KnownFile(VectorFile(join(root, file.name), ROWS, 0, file.rows), join(root, index.name))
+            for file, index in zip(live.files, live.index_files, strict=True)
+        ]
 
     def live_files(self, live: Manifest) -> dict[str, tuple[int, str]]:
         root = snapshot_folder(self.work, live.snapshot)

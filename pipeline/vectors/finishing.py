@@ -12,7 +12,7 @@ import numpy as np
 from apache_beam.transforms.window import GlobalWindows
 
 from pipeline.config import VectorConfig
-from pipeline.records import Chunk, DeadLetter, Encoded, Row, Tally
+from pipeline.records import Chunk, DeadLetter, Encoded, Row, Tally, list_followers
 from pipeline.vectors.storing import quantize_vectors, shape_vectors
 
 
@@ -89,7 +89,7 @@ def finish_chunks(results: list[Result], rule: VectorRule) -> Iterator[Row | Dea
     encoded = []
     for chunk, vector, error in results:
         if vector is None:
-            yield _reject(chunk, "encoder_error", error)
+            yield from _reject(chunk, "encoder_error", error)
         else:
             encoded.append((chunk, vector))
     good = []
@@ -97,7 +97,9 @@ def finish_chunks(results: list[Result], rule: VectorRule) -> Iterator[Row | Dea
         if is_finite:
             good.append((chunk, vector))
         else:
-            yield _reject(chunk, "not_finite", f"the vector holds {'NaN' if np.isnan(vector).any() else 'infinity'}")
+            yield from _reject(
+                chunk, "not_finite", f"the vector holds {'NaN' if np.isnan(vector).any() else 'infinity'}"
+            )
     if not good:
         return
     if rule.tokens:  # one row holds a matrix, and one scale serves all of it
@@ -109,22 +111,24 @@ def finish_chunks(results: list[Result], rule: VectorRule) -> Iterator[Row | Dea
         stored, scales = quantize_vectors(matrix, rule.vectors.dtype)
     for (chunk, _), numbers, scale in zip(good, stored, scales, strict=True):
         if numbers.dtype == np.float16 and not np.isfinite(numbers).all():
-            yield _reject(chunk, "not_finite", "a number exceeds float16's 65504; use --dtype=float32 or --normalize")
+            yield from _reject(
+                chunk, "not_finite", "a number exceeds float16's 65504; use --dtype=float32 or --normalize"
+            )
             continue
-        document = chunk.document
-        yield Row(
-            id=document.id,
-            chunk=chunk.number,
-            vector=numbers.tobytes(),
-            scale=float(scale),
-            n_tokens=_count_tokens(chunk, rule),
-            n_truncated=chunk.n_truncated,
-            content_hash=chunk.content_hash,
-            kept=document.kept,
-            text=document.text if rule.keep_text else None,
-            n_chunks=chunk.n_chunks if rule.chunked else 1,
-            source=document.origin.path,
-        )
+        for document in (chunk.document, *list_followers(chunk.document)):
+            yield Row(
+                id=document.id,
+                chunk=chunk.number,
+                vector=numbers.tobytes(),
+                scale=float(scale),
+                n_tokens=_count_tokens(chunk, rule),
+                n_truncated=chunk.n_truncated,
+                content_hash=chunk.content_hash,
+                kept=document.kept,
+                text=document.text if rule.keep_text else None,
+                n_chunks=chunk.n_chunks if rule.chunked else 1,
+                source=document.origin.path,
+            )
 
 
 def _are_finite(vectors: list[np.ndarray], rule: VectorRule) -> list[bool]:
@@ -139,10 +143,10 @@ def _count_tokens(chunk: Chunk, rule: VectorRule) -> int | None:
     return chunk.n_content + 2 * chunk.n_chunks if rule.average else chunk.n_tokens
 
 
-def _reject(chunk: Chunk, reason: str, message: str) -> DeadLetter:
-    document = chunk.document
+def _reject(chunk: Chunk, reason: str, message: str) -> Iterator[DeadLetter]:
     where = f"chunk {chunk.number} of {chunk.n_chunks}: " if chunk.n_chunks > 1 else ""
-    return DeadLetter.of("encode", reason, where + message, document, chunk.content_hash)
+    for document in (chunk.document, *list_followers(chunk.document)):
+        yield DeadLetter.of("encode", reason, where + message, document, chunk.content_hash)
 
 
 class FinishVectors(beam.DoFn):

