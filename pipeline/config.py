@@ -87,7 +87,14 @@ class VectorChoice:
 class ReadConfig(_Checked):
     """Input"""
 
-    input: tuple[str, ...] = setting("file or glob to read; may be given several times", (), metavar="GLOB")
+    input: tuple[str, ...] = setting(
+        "file, glob or bq://PROJECT.DATASET.TABLE to read; may be given several times", (), metavar="GLOB"
+    )
+    query: str = setting("BigQuery query whose rows are read instead", "", metavar="SQL")
+    query_dataset: str = setting("where the rows of --query are kept for two days", "", metavar="PROJECT.DATASET")
+    row_restriction: str = setting(
+        "condition in SQL on the rows of BigQuery tables, such as day = '2026-01-31'", "", metavar="SQL"
+    )
     input_format: str = setting(
         "format of every input; auto goes by the file's extension",
         "auto",
@@ -110,6 +117,12 @@ class ReadConfig(_Checked):
         self._require_positive("max_document_bytes", "split_bytes")
         if self.limit < 0:
             raise ConfigError(f"--limit={self.limit} is negative; leave it out to read everything")
+        if self.query and self.input:
+            raise ConfigError("--query and --input are both given; a run reads one or the other")
+        if self.query and self.query_dataset.count(".") != 1:
+            raise ConfigError(
+                "--query needs a dataset for its rows; add --query_dataset=PROJECT.DATASET, one that may be written to"
+            )
         if not self.text_field:
             raise ConfigError("--text_field is empty; name the field that holds the text")
         names = [f.name for f in self.kept_fields()]
@@ -211,7 +224,8 @@ class VectorConfig(_Checked):
 class WriteConfig(_Checked):
     """Output"""
 
-    output: str = setting("folder of the table", "", metavar="DIR")
+    output: str = setting("folder of the table, duckdb://FILE/TABLE or bq://PROJECT.DATASET.TABLE", "", metavar="DIR")
+    work_dir: str = setting("gs:// folder for the lock, journal and dead letters of a bq:// table", "", metavar="DIR")
     output_format: str = setting("format of the table's files", "tfrecord", ("tfrecord", "parquet"))
     compression: str = setting("compression of the table's files", "none", ("none", "gzip"))
     shard_bytes: int = setting("size at which a new file is begun", 256 * MIB)

@@ -149,10 +149,10 @@ def settle(config: EmbedConfig) -> Settled:
         raise ConfigError("--output is missing; name the folder of the table: --output=table")
     if config.write.output_format == "parquet" and config.write.compression == "gzip":
         raise ConfigError("--compression=gzip: Parquet files are compressed inside; leave it out")
-    store = open_store(config.write.output)
+    store = open_store(config.write.output, config.write.work_dir)
     if config.reindex.retry_dead_letters:
         return settle_retry(config, store)
-    if not config.read.input:
+    if not (config.read.input or config.read.query):
         raise ConfigError("--input is missing; name the files to embed: --input='corpus/*.txt'")
     found = plan_input(config.read)
     if not found.files:

@@ -1,5 +1,6 @@
 """Where documents come from: one file per input format; `planning` cuts the input up and `read` reads it."""
 
+from pipeline.sources.bigquery import BigQuerySource
 from pipeline.sources.csv import CsvSource
 from pipeline.sources.dead_letters import DeadLetterSource
 from pipeline.sources.jsonl import JsonlSource
@@ -15,5 +16,6 @@ SOURCES: dict[str, Source] = {
     "tsv": CsvSource("\t"),
     "parquet": ParquetSource(),
     "tfrecord": TfrecordSource(),
+    "bigquery": BigQuerySource(),
     "dead_letters": DeadLetterSource(),
 }

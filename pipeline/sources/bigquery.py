@@ -6,7 +6,7 @@ it is read, for the six hours that a session lasts; the rows of two sessions are
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -112,7 +112,16 @@ def open_session(name: BigQueryName, config: ReadConfig, max_streams: int) -> Ta
     if missing := explain_missing(columns, config):
         raise InputError(f"{name}: {missing}")
     selected = [column for column in needed_fields(config) if column in columns]
-    return _create_session(name, selected, getattr(config, "row_restriction", ""), max_streams)
+    return _create_session(name, selected, config.row_restriction, max_streams)
+
+
+def open_table_session(name: BigQueryName, columns: Sequence[str]) -> TableSession:
+    """Makes a read session of one stream for some columns of all rows.
+
+    Raises:
+      InputError: if the table cannot be read.
+    """
+    return _create_session(name, list(columns), "", 1)
 
 
 def materialize_query(sql: str, into: BigQueryName, hours: int = 48) -> None:

@@ -6,6 +6,7 @@ nobody can guess, two files whose ids would collide, a field that does not exist
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
 from collections import defaultdict
@@ -16,9 +17,11 @@ from typing import Any, NamedTuple
 
 from apache_beam.io.filesystems import FileSystems
 
+from pipeline.bigquery import SCHEME, BigQueryName
 from pipeline.config import KeptField, ReadConfig
 from pipeline.errors import ConfigError, InputError
 from pipeline.sources import SOURCES
+from pipeline.sources.bigquery import materialize_query, measure_table, require_id_field
 from pipeline.sources.compression import FileError
 from pipeline.sources.fields import infer_type
 from pipeline.sources.source import FileRange, InputFile, Record
@@ -80,9 +83,10 @@ def plan_input(config: ReadConfig) -> InputPlan:
       InputError: if a glob matches nothing, a format is unknown, or ids of two files would collide.
       ConfigError: if fields are asked for that the format does not have.
     """
-    if not config.input:
+    patterns = [keep_query(config)] if config.query else config.input
+    if not patterns:
         raise InputError("--input is missing; name a file or a glob, as in --input='shards/*.txt'")
-    found = {file.path: file for pattern in reversed(config.input) for file in match_files(pattern)}
+    found = {file.path: file for pattern in reversed(patterns) for file in find_input(pattern, config)}
     ordered = sorted(found.values())
     files = [
         InputFile(index, file.path, file.name, file.size, *detect_format(file.path, config.input_format))
@@ -104,6 +108,28 @@ def plan_dead_letters(paths: Iterable[tuple[str, int]], config: ReadConfig) -> I
     files = [InputFile(i, path, path, size, "dead_letters") for i, (path, size) in enumerate(paths) if size]
     ranges = [FileRange.whole(file) for file in files]
     return InputPlan(tuple(files), (), tuple(group_ranges(ranges, config.split_bytes)))
+
+
+def find_input(pattern: str, config: ReadConfig) -> list[FoundFile]:
+    """The files of a glob, or the table of a name.
+
+    Raises:
+      InputError: if there are none, or they cannot be read.
+      ConfigError: if a table's rows would have no ids.
+    """
+    if not pattern.startswith(SCHEME):
+        return match_files(pattern)
+    name = BigQueryName.parse(pattern, "input")
+    require_id_field(pattern, config)
+    return [FoundFile(pattern, name.table, measure_table(name, config))]
+
+
+def keep_query(config: ReadConfig) -> str:
+    """Runs the query of the input; returns the name of the table with its rows."""
+    digest = hashlib.sha256(config.query.encode()).hexdigest()[:16]
+    name = BigQueryName.parse(f"{SCHEME}{config.query_dataset}.embeam_query_{digest}", "query_dataset")
+    materialize_query(config.query, name)
+    return str(name)
 
 
 def match_files(pattern: str) -> list[FoundFile]:
@@ -142,6 +168,8 @@ def detect_format(path: str, input_format: str = "auto") -> tuple[str, str]:
     Raises:
       InputError: if the extension says nothing, or the format cannot be compressed as a whole.
     """
+    if path.startswith(SCHEME):
+        return "bigquery", ""
     stem, extension = os.path.splitext(_SHARD.sub("", path.rpartition("/")[2]).lower())
     compression = COMPRESSIONS.get(extension, "")
     if compression:

@@ -332,8 +332,10 @@ class Commit(beam.PTransform):
 
     def expand(self, pipeline: Any) -> beam.PCollection:
         sides = {name: beam.pvalue.AsList(collection) for name, collection in self.results.items()}
-        return (
+        committed = (
             pipeline
             | "Begin" >> beam.Create([None], reshuffle=False)
-            | "CommitResults" >> beam.ParDo(CommitResults(self.commit), **sides)
+            | "CommitResults" >> beam.ParDo(CommitResults(self.commit), **sides).with_output_types(str)
         )
+        # What has more to do than one worker can, such as loading rows, adds its own steps.
+        return self.commit.finish(pipeline, committed) if hasattr(self.commit, "finish") else committed

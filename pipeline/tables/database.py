@@ -10,7 +10,7 @@ import json
 import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any
 
@@ -21,7 +21,7 @@ from pipeline.errors import ConfigError, GateError
 from pipeline.records import digest_id
 from pipeline.sinks.index import ENTRY, Index, SourceNumbers, digest_kept
 from pipeline.sinks.layout import TableLayout
-from pipeline.sinks.writing import Shard
+from pipeline.sinks.writing import LETTERS, ROWS, Shard
 from pipeline.tables.carry import Stored, damaged
 from pipeline.tables.commit import Completion, Results, check_any_rows, complete_rows
 from pipeline.tables.known import VectorFile, open_known
@@ -185,9 +185,11 @@ def complete_changes(plan: CommitPlan, results: Results) -> Completion:
 
 
 def describe_run(completion: Completion) -> tuple[Manifest, list[Shard]]:
-    """The manifest of a run on a database, but for the number of rows; and the files of its dead letters."""
-    letters = [shard for shard in completion.shards if shard.kind == "dead_letters"]
-    return build_manifest(completion.plan.publication, letters, completion.counts), letters
+    """The manifest of a run on a database, and the files of its dead letters."""
+    letters = [shard for shard in completion.shards if shard.kind == LETTERS]
+    manifest = build_manifest(completion.plan.publication, letters, completion.counts)
+    n_new = sum(shard.rows for shard in completion.shards if shard.kind == ROWS)
+    return replace(manifest, rows=completion.known.n_live - len(completion.removed_rows()) + n_new), letters
 
 
 def keep_dead_letters(work: str, manifest: Manifest, letters: Sequence[Shard]) -> None:

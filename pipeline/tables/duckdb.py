@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from pipeline.config import EmbedConfig
-from pipeline.errors import ConfigError, TableError, first_line
+from pipeline.errors import ConfigError, GateError, TableError, first_line
 from pipeline.failures import PUBLISHING
 from pipeline.saved_model import absolute_path
 from pipeline.sinks.index import Index
@@ -54,7 +54,7 @@ _METRICS = {"cosine": "cosine", "l2sq": "l2sq", "ip": "ip"}
 class DuckdbStore:
     """A table of a DuckDB file."""
 
-    def __init__(self, output: str) -> None:
+    def __init__(self, output: str, work_dir: str = "") -> None:
         path, _, table = output.removeprefix(SCHEME).rpartition("/")
         if not path or not table:
             raise ConfigError(f"--output={output} is not duckdb://FILE/TABLE, such as duckdb://vectors.duckdb/notes")
@@ -164,7 +164,7 @@ class DuckdbCommit:
         with PUBLISHING, connect(self.path) as connection:
             indexes = self._drop_indexes(connection, work)
             connection.execute("BEGIN")
-            manifest = self._write(connection, manifest, rows, removed)
+            self._write(connection, manifest, rows, removed)
             connection.execute("COMMIT")
             if publication.reindex.create_vector_index and not indexes:
                 indexes = {f"{self.table}_embedding": "cosine"}
@@ -177,7 +177,7 @@ class DuckdbCommit:
             os.remove(join(work, INDEXES))
         return publication.name
 
-    def _write(self, connection: Any, manifest: Manifest, rows: list[str], removed: str) -> Manifest:
+    def _write(self, connection: Any, manifest: Manifest, rows: list[str], removed: str) -> None:
         table, runs = quote(self.table), quote(self.table + RUNS_SUFFIX)
         live = read_last_run(connection, self.table)
         if live.version != self.plan.publication.version:
@@ -205,11 +205,11 @@ class DuckdbCommit:
                 [manifest.fingerprint, manifest.snapshot, manifest.created_at, rows],
             )
         (n_rows,) = connection.execute(f"SELECT count(*) FROM {table}").fetchone()
-        manifest = replace(manifest, rows=n_rows)
+        if n_rows != manifest.rows:
+            raise GateError(f"{self.table} would have {n_rows:,} rows instead of {manifest.rows:,}; run again")
         connection.execute(
             f"INSERT INTO {runs} VALUES (?, ?, ?)", [manifest.snapshot, manifest.created_at, manifest.to_json()]
         )
-        return manifest
 
     def _drop_indexes(self, connection: Any, work: str) -> dict[str, str]:
         """Drops vector indexes, whose persistence survives no crash; returns their names and metrics.

@@ -20,7 +20,7 @@ from contextlib import suppress
 from types import TracebackType
 from typing import Any, Optional
 
-from pipeline.errors import TableError
+from pipeline.errors import TableError, first_line
 from pipeline.tables.pointer import GcsObject, is_gcs
 from pipeline.tables.storage import is_local, join
 
@@ -140,8 +140,14 @@ class _GcsLock:
         self._stop = threading.Event()
 
     def acquire(self) -> None:
-        lock = GcsObject(self._path)
-        self._generation = self._take(lock)
+        try:
+            self._generation = self._take(GcsObject(self._path))
+        except TableError:
+            raise
+        except Exception as error:  # no bucket, no right to it, no network
+            raise TableError(
+                f"--output={self._table} cannot be locked: {first_line(error)}; check the bucket's name and permissions"
+            ) from error
         threading.Thread(target=self._renew, name="embeam-table-lock", daemon=True).start()
 
     def release(self) -> None:

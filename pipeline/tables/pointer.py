@@ -33,16 +33,13 @@ def read_versioned(path: str) -> tuple[str, str]:
     """Reads a small file together with a token that changes whenever its content does.
 
     Returns:
-      The text and the version; "" and "" where there is no file.
-
-    Raises:
-      UnicodeDecodeError: if it holds no text.
+      The text and the version; "" and "" where there is no file. What is no UTF-8 in the text becomes U+FFFD.
     """
     if is_gcs(path):
         stored = GcsObject(path).read()
-        return (stored.data.decode(), str(stored.generation)) if stored else ("", "")
+        return (_decode(stored.data), str(stored.generation)) if stored else ("", "")
     data = _read_bytes(path)
-    return (data.decode(), _hash(data)) if data is not None else ("", "")
+    return (_decode(data), _hash(data)) if data is not None else ("", "")
 
 
 def replace_if(path: str, text: str, version: str) -> bool:
@@ -86,6 +83,10 @@ def _read_bytes(path: str) -> Optional[bytes]:
         return None
     with FileSystems.open(path, compression_type="uncompressed") as file:
         return bytes(file.read())
+
+
+def _decode(data: bytes) -> str:
+    return data.decode(errors="replace")  # a damaged file may be replaced too
 
 
 def _hash(data: bytes) -> str:

@@ -212,14 +212,18 @@ STORES = {
 }
 
 
-def open_store(output: str) -> Store:
+def open_store(output: str, work_dir: str = "") -> Store:
     """The store that an output names.
+
+    Args:
+      output: a folder, or a database's table.
+      work_dir: folder for what the runs on a table of BigQuery keep; not needed for reading.
 
     Raises:
       ConfigError: if it names none.
     """
     for scheme, (module, name) in STORES.items():
         if output.startswith(scheme):
-            store: Store = getattr(importlib.import_module(module), name)(output)
+            store: Store = getattr(importlib.import_module(module), name)(output, work_dir)
             return store
     return FolderStore(output)

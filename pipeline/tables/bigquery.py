@@ -1,0 +1,438 @@
+"""A table in BigQuery: `bq://PROJECT.DATASET.TABLE`. Every run is one MERGE.
+
+New rows, and markers for ids that are gone, are loaded into a staging table; then one transaction replaces the rows of
+every id there and writes the run's manifest. The folder WORK_DIR/PROJECT.DATASET.TABLE holds the lock, the journal and
+dead letters.
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+import apache_beam as beam
+import numpy as np
+import pyarrow as pa
+from apache_beam.io.filesystems import FileSystems
+
+from pipeline.bigquery import BigQueryName, LoadParameters, client, make_merge
+from pipeline.config import EmbedConfig
+from pipeline.errors import ConfigError, GateError, TableError, first_line
+from pipeline.failures import PUBLISHING
+from pipeline.sinks.index import Index
+from pipeline.sinks.layout import TableLayout
+from pipeline.sinks.parquet import decode_stored, read_stored
+from pipeline.sinks.writing import ROWS, RowFormat, Shard
+from pipeline.sources.bigquery import open_table_session, read_stream
+from pipeline.tables.carry import VectorReader
+from pipeline.tables.commit import Results
+from pipeline.tables.database import (
+    DEAD_LETTERS,
+    DESCRIPTIONS,
+    KEPT_DESCRIPTION,
+    RUNS_SUFFIX,
+    DatabaseReader,
+    build_indexes,
+    check_database_config,
+    complete_changes,
+    database_columns,
+    describe_run,
+    index_columns,
+    keep_dead_letters,
+    list_removed,
+)
+from pipeline.tables.joining import KnownFile
+from pipeline.tables.journal import delete_journals
+from pipeline.tables.manifest import Manifest, attempts_folder
+from pipeline.tables.storage import create_file, delete_folder, is_local, join, read_text
+from pipeline.tables.store import CommitPlan, Live
+
+_TYPES = {"string": "STRING", "int": "INTEGER", "float": "FLOAT", "bool": "BOOLEAN", "timestamp": "TIMESTAMP"}
+_SQL_TYPES = {"string": "STRING", "int": "INT64", "float": "FLOAT64", "bool": "BOOL", "timestamp": "TIMESTAMP"}
+_MARKER = "is_marker"
+_STAGING_HOURS = 24
+
+
+class BigqueryStore:
+    """A table of BigQuery."""
+
+    def __init__(self, output: str, work_dir: str = "") -> None:
+        self.shown = output
+        self.name = BigQueryName.parse(output, "output")
+        self.work = join(work_dir, self.name.plain) if work_dir else ""
+
+    def check(self, config: EmbedConfig) -> None:
+        check_database_config(config)
+        if not self.work or is_local(self.work):
+            raise ConfigError(
+                f"--output={self.shown} needs a folder of Cloud Storage for what is loaded and for the journal; "
+                "add --work_dir=gs://BUCKET/FOLDER"
+            )
+        with explained(self.name):
+            connection = client(self.name.project)
+            connection.get_dataset(f"{self.name.project}.{self.name.dataset}")
+            if find_table(connection, self.name) and not find_table(connection, runs_of(self.name)):
+                raise TableError(f"--output={self.shown} is a table that embeam did not make; name another one")
+
+    def read_live(self) -> Live:
+        with explained(self.name):
+            connection = client(self.name.project)
+            runs = runs_of(self.name)
+            if not find_table(connection, runs):
+                return Live(None, "")
+            query = f"SELECT run_id, manifest FROM {runs.sql} ORDER BY run_id DESC LIMIT 1"
+            rows = list(connection.query(query).result())
+        return Live(Manifest.from_json(rows[0]["manifest"]), rows[0]["run_id"]) if rows else Live(None, "")
+
+    def read_indexes(self, live: Manifest, scratch: str) -> Iterator[tuple[str, Index]]:
+        rows = (row for batch in self._read(index_columns(live.layout)) for row in batch.to_pylist())
+        yield from build_indexes(rows, live.layout, scratch)
+
+    def reader(self, live: Manifest, scratch: str) -> VectorReader:
+        return BigqueryReader(live.layout, scratch, self.name)
+
+    def can_copy(self, live: Manifest, form: RowFormat) -> bool:
+        return live.layout == form.layout
+
+    def known_files(self, live: Manifest) -> list[KnownFile]:
+        raise ConfigError(f"--output={self.shown}: tables in BigQuery are written by --runner=local only")
+
+    def live_files(self, live: Manifest) -> dict[str, tuple[int, str]]:
+        return {}
+
+    def locate_dead_letters(self, live: Manifest, name: str) -> str:
+        return str(join(self.work, DEAD_LETTERS, name))
+
+    def choose_form(self, config: EmbedConfig, layout: TableLayout) -> RowFormat:
+        return RowFormat("parquet", replace(layout, sourced=True))
+
+    def committer(self, plan: CommitPlan) -> BigqueryCommit:
+        return BigqueryCommit(plan, self.name)
+
+    def read_columns(self, live: Manifest) -> Iterator[dict[str, list]]:
+        names = list(live.layout.columns())
+        for batch in self._read([*names, "embedding"]):
+            columns = {name: batch.column(name).to_pylist() for name in names}
+            yield columns | {"embedding": [pack_vector(row) for row in batch.column("embedding").to_pylist()]}
+
+    def _read(self, columns: Sequence[str]) -> Iterator[pa.RecordBatch]:
+        for stream in open_table_session(self.name, columns).streams:
+            for batch, _, _ in read_stream(stream, str(self.name)):
+                yield batch
+
+
+@dataclass(frozen=True)
+class BigqueryReader(DatabaseReader):
+    """Reads vectors from BigQuery by content."""
+
+    name: BigQueryName
+
+    def fetch(self, contents: Sequence[str]) -> list[dict[str, Any]]:
+        from google.cloud import bigquery
+
+        wanted = ("content_hash", "chunk", "n_chunks", "n_tokens", "n_truncated")
+        names = [name for name in wanted if name in self.layout.columns()]
+        query = f"SELECT {', '.join(names)}, embedding FROM {self.name.sql} WHERE content_hash IN UNNEST(@contents)"
+        parameters = [bigquery.ArrayQueryParameter("contents", "STRING", list(contents))]
+        with explained(self.name):
+            found = client(self.name.project).query(query, bigquery.QueryJobConfig(query_parameters=parameters))
+            rows = [dict(row) for row in found.result()]
+        return [row | {"embedding": pack_vector(row["embedding"])} for row in rows]
+
+
+class Changes(NamedTuple):
+    """What a run loads; kept in the attempt's folder, so that a repeated commit loads the same.
+
+    Attributes:
+      rows: files with new rows.
+      letters: files with dead letters.
+      removed: file with the ids of documents whose rows go.
+      n_staged: rows and markers together.
+      manifest: of the run.
+    """
+
+    rows: list[str]
+    letters: list[list]
+    removed: str
+    n_staged: int
+    manifest: str
+
+
+@dataclass(frozen=True)
+class BigqueryCommit:
+    """Publishes a run: `commit` completes it and makes the staging table, `finish` loads and merges."""
+
+    plan: CommitPlan
+    name: BigQueryName
+
+    @property
+    def staging(self) -> BigQueryName:
+        run = self.plan.publication.name.replace("-", "_")
+        return self.name._replace(table=f"{self.name.table}_staging_{run}")
+
+    def commit(self, results: Results) -> str:
+        """Checks and completes what a run has produced. Returns the path of its `Changes`.
+
+        Raises:
+          RunError: if there is too little to publish, or the gate stops it.
+        """
+        publication = self.plan.publication
+        folder = attempts_folder(publication.table, publication.name)
+        path = str(join(folder, "changes.json"))
+        if not FileSystems.exists(path):  # else a repeated attempt at the same commit
+            completion = complete_changes(self.plan, results)
+            manifest, letters = describe_run(completion)
+            removed = list(list_removed(completion))
+            create_file(join(folder, "removed.json"), json.dumps(removed).encode())
+            rows = [shard for shard in completion.shards if shard.kind == ROWS]
+            changes = Changes(
+                [shard.path for shard in rows],
+                [list(letter) for letter in letters],
+                join(folder, "removed.json"),
+                sum(shard.rows for shard in rows) + len(removed),
+                manifest.to_json(),
+            )
+            create_file(path, json.dumps(changes).encode())
+        with explained(self.name):
+            self._make_staging()
+        return path
+
+    def finish(self, pipeline: Any, committed: beam.PCollection) -> beam.PCollection:
+        """Loads the changes and merges them: PCollection[str] with the run's name."""
+        layout = self.plan.form.layout
+        folder = attempts_folder(self.plan.publication.table, self.plan.publication.name)
+        rows = (
+            committed
+            | "ListParts" >> beam.FlatMap(list_parts).with_output_types(tuple[str, str])
+            | "SpreadParts" >> beam.Reshuffle()
+            | "ReadPart" >> beam.ParDo(ReadPart(self.plan)).with_output_types(dict[str, Any])
+        )
+        # Rows and markers come from one step: the local engine would hold what crosses a Flatten in memory.
+        written = rows | "LoadStaging" >> beam.io.WriteToBigQuery(
+            self.staging.beam,
+            schema={"fields": [*schema_fields(layout), {"name": _MARKER, "type": "BOOLEAN", "mode": "NULLABLE"}]},
+            method=beam.io.WriteToBigQuery.Method.FILE_LOADS,
+            temp_file_format="AVRO",
+            custom_gcs_temp_location=join(folder, "load"),
+            create_disposition=beam.io.BigQueryDisposition.CREATE_NEVER,
+            write_disposition=beam.io.BigQueryDisposition.WRITE_TRUNCATE,
+            additional_bq_parameters=LoadParameters(),
+        )
+        return (
+            pipeline
+            | "BeginMerge" >> beam.Create([None], reshuffle=False)
+            | "MergeStaging"
+            >> beam.ParDo(
+                MergeStaging(self),
+                beam.pvalue.AsSingleton(committed),
+                beam.pvalue.AsList(written.destination_load_jobid_pairs),  # to wait for the jobs
+                beam.pvalue.AsList(written.destination_copy_jobid_pairs),
+            )
+        )
+
+    def merge(self, path: str) -> str:
+        """Replaces the rows of all ids of the staging table, and removes what the run has left.
+
+        Raises:
+          GateError: if the staging table does not hold what was loaded.
+          TableError: if another run has published meanwhile.
+        """
+        publication = self.plan.publication
+        changes = Changes(*json.loads(read_text(path)))
+        manifest = Manifest.from_json(changes.manifest)
+        layout, work = self.plan.form.layout, publication.table
+        with PUBLISHING, explained(self.name):
+            connection = client(self.name.project)
+            self._make_tables(connection)
+            if self._is_published(connection):
+                return publication.name
+            (row,) = connection.query(f"SELECT COUNT(*) AS n FROM {self.staging.sql}").result()
+            if row["n"] != changes.n_staged:
+                raise GateError(
+                    f"{self.staging} holds {row['n']:,} rows instead of {changes.n_staged:,}; run the same command again"
+                )
+            columns = [*database_columns(layout), "embedding"]
+            merge = make_merge(self.name, self.staging, columns) if changes.n_staged else "SELECT 1"
+            run_script(connection, self._make_script(merge, manifest))
+            if not self._is_published(connection):
+                raise TableError(
+                    f"another run has changed {self.name} since this one started; run the same command again"
+                )
+            if publication.reindex.create_vector_index:
+                connection.query(make_index_statement(self.name)).result()
+            connection.delete_table(self.staging.plain, not_found_ok=True)
+        keep_dead_letters(work, manifest, [Shard(*letter) for letter in changes.letters])
+        delete_folder(attempts_folder(work, publication.name))
+        delete_journals(work)
+        return publication.name
+
+    def _make_staging(self) -> None:
+        from google.cloud import bigquery
+
+        connection = client(self.name.project)
+        connection.delete_table(self.staging.plain, not_found_ok=True)
+        fields = [*schema_fields(self.plan.form.layout), {"name": _MARKER, "type": "BOOLEAN", "mode": "NULLABLE"}]
+        table = bigquery.Table(self.staging.plain, [bigquery.SchemaField.from_api_repr(field) for field in fields])
+        table.expires = datetime.datetime.now(datetime.UTC) + datetime.timedelta(hours=_STAGING_HOURS)
+        connection.create_table(table)
+
+    def _make_tables(self, connection: Any) -> None:
+        from google.cloud import bigquery
+
+        fields = schema_fields(self.plan.form.layout)
+        table = bigquery.Table(self.name.plain, [bigquery.SchemaField.from_api_repr(field) for field in fields])
+        table.clustering_fields = ["id"]
+        table.description = f"Embeddings, written by embeam; {self.name.table}{RUNS_SUFFIX} says how"
+        there = find_table(connection, self.name)
+        connection.create_table(table, exists_ok=True)
+        runs = [("run_id", "STRING"), ("created_at", "TIMESTAMP"), ("manifest", "STRING")]
+        schema = [bigquery.SchemaField(name, kind) for name, kind in runs]
+        connection.create_table(bigquery.Table(runs_of(self.name).plain, schema), exists_ok=True)
+        if there:  # with columns of an earlier run
+            for name, kind in database_columns(self.plan.form.layout).items():
+                connection.query(
+                    f"ALTER TABLE {self.name.sql} ADD COLUMN IF NOT EXISTS `{name}` {_SQL_TYPES[kind]}"
+                ).result()
+
+    def _is_published(self, connection: Any) -> bool:
+        from google.cloud import bigquery
+
+        query = f"SELECT COUNT(*) AS n FROM {runs_of(self.name).sql} WHERE run_id = @run"
+        parameters = [bigquery.ScalarQueryParameter("run", "STRING", self.plan.publication.name)]
+        (row,) = connection.query(query, bigquery.QueryJobConfig(query_parameters=parameters)).result()
+        return bool(row["n"])
+
+    def _make_script(self, merge: str, manifest: Manifest) -> str:
+        """The transaction: it does nothing if the last run is another than when this one began."""
+        runs, publication = runs_of(self.name).sql, self.plan.publication
+        previous = json.dumps(publication.version)
+        rest = json.dumps(manifest.to_json(), ensure_ascii=False)
+        return f"""BEGIN TRANSACTION;
+{merge};
+INSERT INTO {runs} (run_id, created_at, manifest)
+SELECT {json.dumps(publication.name)}, TIMESTAMP {json.dumps(manifest.created_at)}, {rest};
+SELECT IF((SELECT COALESCE(MAX(run_id), '') FROM {runs} WHERE run_id != {json.dumps(publication.name)}) = {previous},
+  1, ERROR('embeam: another run was faster'));
+COMMIT TRANSACTION;"""
+
+
+def list_parts(path: str) -> Iterator[tuple[str, str]]:
+    """The files that hold a run's changes, and what is in each."""
+    changes = Changes(*json.loads(read_text(path)))
+    yield from (("rows", part) for part in changes.rows)
+    yield "markers", changes.removed
+
+
+class ReadPart(beam.DoFn):
+    """A file of changes -> rows of the staging table."""
+
+    def __init__(self, plan: CommitPlan) -> None:
+        self.plan = plan
+
+    def process(self, part: tuple[str, str]) -> Iterator[dict[str, Any]]:
+        kind, path = part
+        layout, facts = self.plan.form.layout, self.plan.publication
+        written = datetime.datetime.fromtimestamp(facts.started, datetime.UTC)
+        own = {"fingerprint": facts.facts["fingerprint"], "run_id": facts.name, "embedded_at": written}
+        if kind == "markers":
+            nothing = dict.fromkeys(database_columns(layout))
+            for name in json.loads(read_text(path)):
+                yield {**nothing, "id": name, "embedding": [], _MARKER: True}
+            return
+        with FileSystems.open(path, compression_type="uncompressed") as stream:
+            for batch in read_stored(stream, layout):
+                columns = decode_stored(batch, layout)
+                vectors = columns.pop("embedding")
+                for i, vector in enumerate(vectors):
+                    values = {name: column[i] for name, column in columns.items()}
+                    yield {**values, **own, "embedding": np.frombuffer(vector, "<f4").tolist(), _MARKER: False}
+
+
+class MergeStaging(beam.DoFn):
+    def __init__(self, commit: BigqueryCommit) -> None:
+        self.commit = commit
+
+    def process(self, _: Any, path: str, loads: list, copies: list) -> list[str]:
+        return [self.commit.merge(path)]
+
+
+@contextmanager
+def explained(name: BigQueryName) -> Iterator[None]:
+    """Turns errors of Google's client into ours."""
+    from google.api_core.exceptions import GoogleAPIError, NotFound
+
+    try:
+        yield
+    except NotFound as error:
+        raise TableError(
+            f"{name}: {first_line(error)}; check the name, and make the dataset first: bq mk {name.project}:{name.dataset}"
+        ) from error
+    except GoogleAPIError as error:
+        raise TableError(f"{name} cannot be used: {first_line(error)}") from error
+
+
+def runs_of(name: BigQueryName) -> BigQueryName:
+    """The table of manifests beside a table."""
+    return name._replace(table=name.table + RUNS_SUFFIX)
+
+
+def find_table(connection: Any, name: BigQueryName) -> bool:
+    from google.api_core.exceptions import NotFound
+
+    try:
+        connection.get_table(name.plain)
+    except NotFound:
+        return False
+    return True
+
+
+def run_script(connection: Any, script: str) -> None:
+    """Runs statements in one session without repeating them: whether they took effect is asked afterwards."""
+    from google.api_core.exceptions import GoogleAPIError
+
+    try:
+        connection.query(script, retry=None, job_retry=None).result(retry=None, job_retry=None)
+    except GoogleAPIError as error:
+        if "another run was faster" not in str(error):
+            raise
+
+
+def schema_fields(layout: TableLayout) -> list[dict[str, Any]]:
+    """The columns as BigQuery's API takes them."""
+    fields = [
+        {
+            "name": name,
+            "type": _TYPES[kind],
+            "mode": "NULLABLE",
+            "description": DESCRIPTIONS.get(name, KEPT_DESCRIPTION),
+        }
+        for name, kind in database_columns(layout).items()
+    ]
+    vector = {"name": "embedding", "type": "FLOAT", "mode": "REPEATED", "description": DESCRIPTIONS["embedding"]}
+    return [*fields, vector]
+
+
+def pack_vector(numbers: Sequence[float]) -> bytes:
+    return np.array(numbers, "<f4").tobytes()
+
+
+def make_index_statement(name: BigQueryName) -> str:
+    """The DDL of a vector index by cosine distance. BigQuery builds none on tables under 10 MB."""
+    return (
+        f"CREATE VECTOR INDEX IF NOT EXISTS `{name.table}_embedding` ON {name.sql} (embedding)\n"
+        "OPTIONS (index_type = 'IVF', distance_type = 'COSINE')"
+    )
+
+
+def make_search_query(name: BigQueryName, dimension: int) -> str:
+    """A query for the rows nearest to a vector."""
+    return f"""DECLARE query_vector ARRAY<FLOAT64> DEFAULT [/* {dimension} numbers: the vector of a query */];
+SELECT base.id, base.chunk, distance
+FROM VECTOR_SEARCH(
+  TABLE {name.sql}, 'embedding', (SELECT query_vector AS embedding), 'embedding',
+  top_k => 10, distance_type => 'COSINE')
+ORDER BY distance"""
