@@ -2,9 +2,10 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+EMULATORS := .emulators
 UV ?= uv
 
-.PHONY: setup demo test lint bench clean lock
+.PHONY: setup setup-emulators demo test lint bench clean lock
 
 setup: $(READY)
 
@@ -13,13 +14,20 @@ $(READY): pyproject.toml requirements.lock setup.py
 	@$(PYTHON) scripts/set_up.py $(VENV)
 	@touch $@
 
+# Stand-ins for Cloud Storage and BigQuery, which the tests start.
+setup-emulators: $(EMULATORS)/.ready
+
+$(EMULATORS)/.ready: emulators.lock scripts/set_up_emulators.py
+	@$(PYTHON) scripts/set_up_emulators.py $(EMULATORS)
+	@touch $@
+
 demo: $(READY)
 	$(BIN)/embeam embed --input='examples/demo/corpus/*' --output=build/demo --keep_text --vector=sequence_output:mean
 	$(BIN)/embeam query build/demo "the four largest moons of Jupiter change places from night to night" --top=3
 	$(BIN)/embeam query build/demo "tulip bulbs planted too shallow are dug up" --top=3
 	$(BIN)/embeam query build/demo "sourdough starter smells of nail varnish" --top=3
 
-test: $(READY)
+test: $(READY) $(EMULATORS)/.ready
 	@$(BIN)/python -m pytest -q
 
 lint: $(READY)

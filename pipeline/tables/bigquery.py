@@ -253,7 +253,8 @@ class BigqueryCommit:
             (row,) = connection.query(f"SELECT COUNT(*) AS n FROM {self.staging.sql}").result()
             if row["n"] != changes.n_staged:
                 raise GateError(
-                    f"{self.staging} holds {row['n']:,} rows instead of {changes.n_staged:,}; run the same command again"
+                    f"{self.staging} holds {row['n']:,} rows instead of {changes.n_staged:,}; "
+                    "run the same command again"
                 )
             columns = [*database_columns(layout), "embedding"]
             merge = make_merge(self.name, self.staging, columns) if changes.n_staged else "SELECT 1"
@@ -369,7 +370,8 @@ def explained(name: BigQueryName) -> Iterator[None]:
         yield
     except NotFound as error:
         raise TableError(
-            f"{name}: {first_line(error)}; check the name, and make the dataset first: bq mk {name.project}:{name.dataset}"
+            f"{name}: {first_line(error)}; check the name, and make the dataset first: "
+            f"bq mk {name.project}:{name.dataset}"
         ) from error
     except GoogleAPIError as error:
         raise TableError(f"{name} cannot be used: {first_line(error)}") from error

@@ -310,10 +310,17 @@ def load_vss(connection: Any) -> None:
     import duckdb
 
     try:
-        connection.execute("LOAD vss")
-    except duckdb.Error as error:
+        try:
+            connection.execute("LOAD vss")
+        except duckdb.Error:
+            from duckdb_extensions import import_extension  # a package that carries it
+
+            import_extension("vss")
+            connection.execute("LOAD vss")
+    except (ImportError, duckdb.Error) as error:
         raise TableError(
-            "the vector index needs DuckDB's extension vss, which is not installed; run `INSTALL vss` in DuckDB"
+            "the vector index needs DuckDB's extension vss, which is not installed; run `INSTALL vss` in DuckDB, or "
+            "pip install 'embeam[duckdb]'"
         ) from error
     connection.execute("SET hnsw_enable_experimental_persistence = true")
 
