@@ -25,6 +25,7 @@ from pipeline.flags import (
     read_config_file,
     refuse,
 )
+from pipeline.table_verbs import add_table_verbs
 
 EXIT_FAILED, EXIT_USAGE = 1, 2
 
@@ -116,6 +117,7 @@ def build_parsers() -> tuple[Parser, Parser]:
     query.add_argument("--top", type=at_least_one, default=5, metavar="N", help="how many rows to print (default: 5)")
     query.set_defaults(run=run_query, parser=query, stray="put a text of several words in quotes")
     add_export_verbs(verbs)
+    add_table_verbs(verbs)
     return parser, embed
 
 

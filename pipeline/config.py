@@ -253,6 +253,9 @@ class ReindexConfig(_Checked):
         "embed",
         ("embed", "stop"),
     )
+    verify_live: bool = setting(
+        "compare the live table's files with their checksums first; damaged ones are made anew", False
+    )
     retry_dead_letters: bool = setting("try the table's dead letters again, instead of reading --input", False)
     create_vector_index: bool = setting("give a database's table an index for nearest neighbours", False)
     gate: str = setting("check a snapshot before it goes live; off publishes whatever came out", "on", ("on", "off"))

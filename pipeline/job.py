@@ -21,6 +21,7 @@ from pipeline.embed import Job, build_pipeline
 from pipeline.engine import is_local, make_runner
 from pipeline.errors import ConfigError, InputError, RunError, TableError
 from pipeline.failures import explain_failure, on_stop
+from pipeline.forecast import forecast_run
 from pipeline.plan import EmbedPlan, plan_embedding
 from pipeline.progress import Progress
 from pipeline.report.progress import ProgressReporter
@@ -120,7 +121,10 @@ def run_job(job: Job, runner: Any, options: PipelineOptions) -> None:
     names = (publication.table, publication.name, publication.previous)
 
     def stop() -> str:
-        flush_journals()
+        try:
+            flush_journals()
+        except Exception as problem:  # a full disk; what was written earlier counts all the same
+            _LOGGER.warning("the last seconds of work could not be kept: %s", problem)
         return abandon_attempt(*names)
 
     forget = on_stop(stop)
@@ -216,7 +220,8 @@ def prepare_job(settled: Settled, name: str, started: float, distributed: bool =
     if distributed:
         takeover = prepare_joins(store, live, plan, form, config)
     else:
-        takeover = prepare_takeover(store, live, plan, form, scratch)
+        takeover = prepare_takeover(store, live, plan, form, scratch, config.reindex.verify_live)
+    predicted = forecast_run(settled, takeover.rule, form, live)
     settings = config.flat() | {
         flag: absolute_path(path)  # a later query may run in another folder
         for flag in ("encoder", "preprocessor")
@@ -234,6 +239,7 @@ def prepare_job(settled: Settled, name: str, started: float, distributed: bool =
         "identity": plan.identity,
         "settings": settings,
         "parity": plan.encoder.parity._asdict() if plan.encoder.parity else {},
+        "predicted": predicted,
     }
     dead = config.write.max_dead_fraction
     previous = live.snapshot if live else ""
@@ -280,15 +286,18 @@ def describe_changes(old: dict[str, Any], new: dict[str, Any], name: str = "") -
             yield f"{name}{key} {' -> '.join(shown)}"
 
 
-def prepare_takeover(store: Store, live: Manifest | None, plan: EmbedPlan, form: RowFormat, scratch: str) -> Takeover:
+def prepare_takeover(
+    store: Store, live: Manifest | None, plan: EmbedPlan, form: RowFormat, scratch: str, verify: bool = False
+) -> Takeover:
     """Indexes what is known, for the local back end: the live table and the journal of earlier attempts."""
     folder = os.path.join(scratch, "known")
     os.makedirs(folder)
     reusable = live is not None and live.fingerprint == plan.fingerprint
-    indexes = store.read_indexes(live, folder) if live else ()
+    lost = store.find_damaged(live, verify) if live else set()
+    indexes = store.read_indexes(live, folder, lost) if live else ()
     build_known(folder, indexes, list_segments(store.work, plan.fingerprint), reusable)
     rows_stay = live is not None and reusable and store.can_copy(live, form)
-    rule = RecallRule(folder, plan.split.prefix, rows_stay, form.layout.keep_text)
+    rule = RecallRule(folder, plan.split.prefix, reusable, rows_stay, form.layout.keep_text)
     if live is None:
         return Takeover(rule)
     return Takeover(rule, store.reader(live, folder), reusable, store.live_files(live))
@@ -299,7 +308,8 @@ def prepare_joins(
 ) -> Takeover:
     """Lists what is known, for the distributed back end."""
     reusable = live is not None and live.fingerprint == plan.fingerprint
-    files = store.known_files(live) if live else []
+    lost = store.find_damaged(live, config.reindex.verify_live) if live else set()
+    files = store.known_files(live, lost) if live else []
     for path in list_segments(store.work, plan.fingerprint):
         if (segment := read_segment(path)) is not None:
             files.append(KnownFile(VectorFile(path, SEGMENT, 0, len(segment.records)), ""))

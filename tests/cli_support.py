@@ -24,6 +24,7 @@ def run_embed(source, table, **settings):
 
     inputs = [str(source)] if not isinstance(source, (list, tuple)) else [str(path) for path in source]
     values = {"input": inputs, "output": str(table), "encoder": str(ENCODER), "max_dead_fraction": 1.0} | settings
+    values.setdefault("max_delete_fraction", 1.0)
     return build_table(EmbedConfig.from_flat(values))
 
 

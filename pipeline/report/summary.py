@@ -22,6 +22,8 @@ def format_summary(manifest: Manifest, table: str) -> str:
     batch, encode = manifest.counts.get("batch", {}), manifest.counts.get("encode", {})
     write = manifest.counts.get("write_embeddings", {})
     rate = manifest.rows / manifest.seconds if manifest.seconds else 0
+    from pipeline.forecast import format_forecast
+
     lines = [
         f"{table} is published: {manifest.rows:,} rows of {manifest.layout.dimension} x {manifest.layout.dtype}",
         f"  documents    {int(read.get('records', 0)):,} read in {format_seconds(manifest.seconds)}"
@@ -37,6 +39,7 @@ def format_summary(manifest: Manifest, table: str) -> str:
         unit = "tokens" if manifest.layout.counts_tokens else "bytes"
         used = batch.get("used_tokens", 0) / padded
         lines.append(f"  batches      {int(batch.get('batches', 0)):,}, {used:.1%} of their {unit} are not padding")
+    lines += describe_changes(manifest)
     where = f", in {open_store(table).locate_dead_letters(manifest, 'dead_letters-*')}"
     n_dead = sum(manifest.dead_letters.values())
     lines.append(f"  dead letters {n_dead:,}" + (where if n_dead else ""))
@@ -50,9 +53,25 @@ def format_summary(manifest: Manifest, table: str) -> str:
     }
     lines.append("  seconds      " + ", ".join(f"{value:.1f} {name}" for name, value in seconds.items()))
     lines.append(f"  encoder      {describe_graph(manifest)}")
+    if line := format_forecast(manifest.predicted, manifest):
+        lines.append(f"  {line}")
     if note := describe_training(manifest):
         lines.append(f"  note         {note}")
     return "\n".join(lines)
+
+
+def describe_changes(manifest: Manifest) -> list[str]:
+    """What a run found changed, and what it took over; nothing for the first run of a table without equal texts."""
+    recall, carry = manifest.counts.get("recall", {}), manifest.counts.get("carry", {})
+    found = [f"{int(recall[name]):,} {name}" for name in ("new", "changed", "updated", "remade", "unchanged") if recall.get(name)]
+    found += [f"{int(carry[name]):,} {name}" for name in ("deleted", "kept", "stale", "lost") if carry.get(name)]
+    known = [
+        f"{int(recall[name]):,} {what}"
+        for name, what in (("recalled", "had a vector already"), ("equal_texts", "equal to another text"))
+        if recall.get(name)
+    ]
+    lines = [f"  changes      {', '.join(found)}"] if manifest.previous and found else []
+    return lines + ([f"  not encoded  {', '.join(known)}"] if known else [])
 
 
 def describe_graph(manifest: Manifest) -> str:

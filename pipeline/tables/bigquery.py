@@ -88,7 +88,10 @@ class BigqueryStore:
             rows = list(connection.query(query).result())
         return Live(Manifest.from_json(rows[0]["manifest"]), rows[0]["run_id"]) if rows else Live(None, "")
 
-    def read_indexes(self, live: Manifest, scratch: str) -> Iterator[tuple[str, Index]]:
+    def find_damaged(self, live: Manifest, by_checksum: bool) -> set[str]:
+        return set()
+
+    def read_indexes(self, live: Manifest, scratch: str, lost: set[str]) -> Iterator[tuple[str, Index]]:
         rows = (row for batch in self._read(index_columns(live.layout)) for row in batch.to_pylist())
         yield from build_indexes(rows, live.layout, scratch)
 
@@ -98,7 +101,7 @@ class BigqueryStore:
     def can_copy(self, live: Manifest, form: RowFormat) -> bool:
         return live.layout == form.layout
 
-    def known_files(self, live: Manifest) -> list[KnownFile]:
+    def known_files(self, live: Manifest, lost: set[str]) -> list[KnownFile]:
         raise ConfigError(f"--output={self.shown}: tables in BigQuery are written by --runner=local only")
 
     def live_files(self, live: Manifest) -> dict[str, tuple[int, str]]:

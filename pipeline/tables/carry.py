@@ -24,7 +24,6 @@ from pipeline.sinks import SINKS
 from pipeline.sinks.index import Index, read_bytes, read_index, unpack_records
 from pipeline.sinks.layout import TableLayout
 from pipeline.sinks.writing import RowFormat, Shard, ShardWriter, write_index
-from pipeline.sources.compression import FileError
 from pipeline.tables.journal import read_segment
 from pipeline.tables.known import ROWS, KnownVectors, VectorFile
 from pipeline.tables.recall import MARK, STAYS, Note, Wish
@@ -123,8 +122,8 @@ def check_deletes(n_deleted: int, n_live: int, max_fraction: float) -> None:
     if n_live and n_deleted / n_live > max_fraction:
         raise RunError(
             f"{n_deleted:,} of the table's {n_live:,} documents are gone from the input, more than "
-            f"--max_delete_fraction={max_fraction:g} allows; check --input, or raise it, or use --deletes=keep; "
-            "what was encoded is in the journal and costs nothing when run again"
+            f"--max_delete_fraction={max_fraction:g} allows; check --input, or raise it, or use --deletes=keep (what "
+            "was encoded is kept for the next run)"
         )
 
 
@@ -185,7 +184,7 @@ class FileReader:
                 for rows in SINKS[self.file_format].read(stream, self.layout):
                     yield Stored(np.arange(first, first + len(rows)), rows)
                     first += len(rows)
-        except (OSError, EOFError, ValueError, FileError) as error:
+        except Exception as error:  # every format and file system has its own
             raise damaged(file.path, str(error)) from error
         if first != file.first + file.rows:
             raise damaged(file.path, f"it has {first - file.first} rows instead of {file.rows}")
@@ -223,10 +222,7 @@ class SegmentReader:
 
 def damaged(path: str, why: str) -> TableError:
     """The error for a part of the live table that cannot be read."""
-    return TableError(
-        f"{path} is damaged: {why}; embeam rollback returns to an older snapshot, and without the file CURRENT "
-        "embeam embed makes the table anew"
-    )
+    return TableError(f"{path} is damaged: {why}; run embeam embed again with --verify_live, which makes its rows anew")
 
 
 class Carrier:

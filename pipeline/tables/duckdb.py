@@ -81,7 +81,10 @@ class DuckdbStore:
         with connect(self.path, read_only=True) as connection:
             return read_last_run(connection, self.table)
 
-    def read_indexes(self, live: Manifest, scratch: str) -> Iterator[tuple[str, Index]]:
+    def find_damaged(self, live: Manifest, by_checksum: bool) -> set[str]:
+        return set()
+
+    def read_indexes(self, live: Manifest, scratch: str, lost: set[str]) -> Iterator[tuple[str, Index]]:
         with connect(self.path, read_only=True) as connection:
             names = ", ".join(map(quote, index_columns(live.layout)))
             query = connection.execute(f"SELECT {names} FROM {quote(self.table)}")
@@ -93,7 +96,7 @@ class DuckdbStore:
     def can_copy(self, live: Manifest, form: RowFormat) -> bool:
         return live.layout == form.layout
 
-    def known_files(self, live: Manifest) -> list[KnownFile]:
+    def known_files(self, live: Manifest, lost: set[str]) -> list[KnownFile]:
         raise ConfigError(f"--output={self.shown}: a DuckDB file is on one machine; use --runner=local")
 
     def live_files(self, live: Manifest) -> dict[str, tuple[int, str]]:
@@ -112,7 +115,7 @@ class DuckdbStore:
         with connect(self.path, read_only=True) as connection:
             names = [*live.layout.columns(), "embedding"]
             query = connection.execute(f"SELECT {', '.join(map(quote, names))} FROM {quote(self.table)}")
-            for batch in query.fetch_record_batch(1024):
+            for batch in query.to_arrow_reader(1024):
                 columns = {name: batch.column(name).to_pylist() for name in live.layout.columns()}
                 numbers = batch.column("embedding").flatten().to_numpy(zero_copy_only=False).astype("<f4")
                 rows = numbers.reshape(len(batch), -1)

@@ -96,6 +96,8 @@ def check_folder(table: str) -> None:
             raise TableError(
                 f"--output={table} holds {foreign[0]!r} and is no table; give an empty or new folder, or a table's"
             )
+    if not is_local(table) and (set(table) & set("*?[") or "/" not in table.partition("://")[2].rstrip("/")):
+        raise TableError(f"--output={table}: give a folder below the bucket, without any of * ? [ in its name")
     probe = FileSystems.join(attempts_folder(table, uuid.uuid4().hex), "probe")
     try:
         make_folder(os.path.dirname(probe))

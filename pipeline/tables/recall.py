@@ -91,12 +91,14 @@ class RecallRule:
     Attributes:
       folder: local folder of the index of known vectors; notes are written beside it.
       prefix: what is put before every text.
-      rows_stay: whether unchanged rows can stay as they are stored: same fingerprint, columns and file format.
+      reusable: whether the live table's vectors have the wanted fingerprint.
+      rows_stay: whether unchanged rows can stay as they are stored: reusable, and same columns and file format.
       keep_text: rows carry their document's text.
     """
 
     folder: str
     prefix: str
+    reusable: bool
     rows_stay: bool
     keep_text: bool
 
@@ -174,7 +176,7 @@ class Recaller:
             same_text = len(rows) == some["n_chunks"][0] and bool((some["content"] == hashes[i]).all())
             stays[i] = self._rule.rows_stay and same_text and bool((some["kept"] == kept[i]).all())
             if not stays[i]:
-                self.counts["updated" if same_text else "changed"] += 1
+                self.counts["changed" if not same_text else "updated" if self._rule.reusable else "remade"] += 1
         return stays
 
 

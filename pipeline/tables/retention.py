@@ -5,7 +5,6 @@ from __future__ import annotations
 import datetime
 import time
 import uuid
-from itertools import pairwise
 
 from apache_beam.io.filesystems import FileSystems
 
@@ -42,16 +41,25 @@ def expire_snapshots(table: str, keep: int, grace_seconds: float) -> list[str]:
     Returns:
       The names of the removed ones.
     """
-    names = list_snapshots(table)
-    live = read_pointer(table)
-    older = [name for name in names if name < live]
+    live = read_manifest(table, read_pointer(table))
+    # The one that was live until now comes first, whatever its age: after a rollback it is not the youngest.
+    older = sorted((n for n in list_snapshots(table) if n != live.snapshot), reverse=True)
+    older.sort(key=lambda name: name != live.previous)
     expired = []
-    for position, (name, successor) in enumerate(pairwise([*older, live])):
-        is_kept = len(older) - position < keep
-        if not is_kept and time.time() - _published_at(table, successor) >= grace_seconds:
+    for name in older[keep - 1 :]:
+        retired = min((at for at, previous in _successions(table) if previous == name), default=0.0)
+        if name == live.previous:
+            retired = _published_at(live)
+        if time.time() - retired >= grace_seconds:
             delete_folder(snapshot_folder(table, name))
             expired.append(name)
     return expired
+
+
+def _successions(table: str) -> list[tuple[float, str]]:
+    """When each snapshot was published, and which one it followed."""
+    manifests = [read_manifest(table, name) for name in list_snapshots(table)]
+    return [(_published_at(manifest), manifest.previous) for manifest in manifests]
 
 
 def roll_back(table: str, to: str = "") -> Manifest:
@@ -82,5 +90,5 @@ def roll_back(table: str, to: str = "") -> Manifest:
         return older
 
 
-def _published_at(table: str, name: str) -> float:
-    return datetime.datetime.fromisoformat(read_manifest(table, name).created_at).timestamp()
+def _published_at(manifest: Manifest) -> float:
+    return datetime.datetime.fromisoformat(manifest.created_at).timestamp()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import shutil
 import uuid
@@ -65,6 +66,25 @@ def list_files(folder: str) -> list[str]:
     if not is_local(folder):
         return [found.path for found in FileSystems.match([folder + "/*"])[0].metadata_list]
     return [entry.path for entry in os.scandir(folder) if entry.is_file()] if os.path.isdir(folder) else []
+
+
+def measure_files(folder: str) -> dict[str, int]:
+    """Sizes in bytes of the files in a folder, by path."""
+    if not is_local(folder):
+        return {found.path: found.size_in_bytes for found in FileSystems.match([folder + "/*"])[0].metadata_list}
+    return {path: os.path.getsize(path) for path in list_files(folder)}
+
+
+def hash_content(path: str) -> str:
+    """The sha256 of a file; "" if it cannot be read."""
+    digest = hashlib.sha256()
+    try:
+        with FileSystems.open(path, compression_type="uncompressed") as stream:
+            while data := stream.read(1 << 20):
+                digest.update(data)
+    except Exception:  # every file system has exceptions of its own
+        return ""
+    return digest.hexdigest()
 
 
 def list_folders(folder: str) -> list[str]:

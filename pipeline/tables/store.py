@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import logging
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Optional, Protocol
@@ -21,7 +22,9 @@ from pipeline.tables.manifest import POINTER, Manifest, read_manifest, read_poin
 from pipeline.tables.pointer import read_versioned
 from pipeline.tables.publish import Publication, check_folder
 from pipeline.tables.recall import RecallRule
-from pipeline.tables.storage import join
+from pipeline.tables.storage import hash_content, join, measure_files
+
+_LOGGER = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -97,15 +100,24 @@ class Store(Protocol):
           TableError: if it cannot be read.
         """
 
-    def read_indexes(self, live: Manifest, scratch: str) -> Iterator[tuple[str, Index]]:
-        """Yields path and index of each file of the live table; a database's rows are one file without a path.
+    def find_damaged(self, live: Manifest, by_checksum: bool) -> set[str]:
+        """Paths of the live table's files whose rows must not be taken over.
+
+        Args:
+          live: from `read_live`.
+          by_checksum: read everything, instead of looking at sizes alone.
+        """
+
+    def read_indexes(self, live: Manifest, scratch: str, lost: set[str]) -> Iterator[tuple[str, Index]]:
+        """Yields path and index of each file of the live table; a database's rows have no path.
 
         Args:
           live: from `read_live`.
           scratch: local folder for what the commit will need to know of these rows.
+          lost: paths of files to leave out, as if their rows had never been.
 
         Raises:
-          TableError: if the table is damaged.
+          TableError: if the table cannot be read.
         """
 
     def reader(self, live: Manifest, scratch: str) -> VectorReader:
@@ -114,8 +126,8 @@ class Store(Protocol):
     def can_copy(self, live: Manifest, form: RowFormat) -> bool:
         """Whether unchanged rows can stay as they are stored."""
 
-    def known_files(self, live: Manifest) -> list[KnownFile]:
-        """The live table's files for the distributed back end.
+    def known_files(self, live: Manifest, lost: set[str]) -> list[KnownFile]:
+        """The live table's files for the distributed back end, but for the lost ones.
 
         Raises:
           ConfigError: if the store has none.
@@ -156,17 +168,32 @@ class FolderStore:
         name = read_pointer(self.work)
         return Live(read_manifest(self.work, name) if name else None, version)
 
-    def read_indexes(self, live: Manifest, scratch: str) -> Iterator[tuple[str, Index]]:
+    def find_damaged(self, live: Manifest, by_checksum: bool) -> set[str]:
+        root = snapshot_folder(self.work, live.snapshot)
+        there = {path.rpartition("/")[2]: n_bytes for path, n_bytes in measure_files(root).items()}
+        damaged = set()
+        for file, index_file in zip(live.files, live.index_files, strict=True):
+            for part in (file, index_file):
+                path = join(root, part.name)
+                if there.get(part.name) != part.n_bytes or (by_checksum and hash_content(path) != part.sha256):
+                    _LOGGER.warning("%s is damaged; its rows are made anew", path)
+                    damaged.add(join(root, file.name))
+        return damaged
+
+    def read_indexes(self, live: Manifest, scratch: str, lost: set[str]) -> Iterator[tuple[str, Index]]:
         root = snapshot_folder(self.work, live.snapshot)
         for file, index_file in zip(live.files, live.index_files, strict=True):
-            path = join(root, index_file.name)
+            path = join(root, file.name)
+            if path in lost:
+                continue
+            index_path = join(root, index_file.name)
             try:
-                index = read_index(path)
-            except (OSError, ValueError) as error:
-                raise damaged(path, str(error)) from error
+                index = read_index(index_path)
+            except Exception as error:  # every file system has exceptions of its own
+                raise damaged(index_path, str(error)) from error
             if len(index.entries) != file.rows:
-                raise damaged(path, f"it has {len(index.entries)} entries instead of {file.rows}")
-            yield join(root, file.name), index
+                raise damaged(index_path, f"it has {len(index.entries)} entries instead of {file.rows}")
+            yield path, index
 
     def reader(self, live: Manifest, scratch: str) -> VectorReader:
         return FileReader(live.file_format, live.layout, live.compression)
@@ -193,11 +220,12 @@ class FolderStore:
 
         return FolderCommit(plan)
 
-    def known_files(self, live: Manifest) -> list[KnownFile]:
+    def known_files(self, live: Manifest, lost: set[str]) -> list[KnownFile]:
         root = snapshot_folder(self.work, live.snapshot)
         return [
             KnownFile(VectorFile(join(root, file.name), ROWS, 0, file.rows), join(root, index.name))
             for file, index in zip(live.files, live.index_files, strict=True)
+            if join(root, file.name) not in lost
         ]
 
     def live_files(self, live: Manifest) -> dict[str, tuple[int, str]]:
