@@ -17,6 +17,7 @@ BENCHMARKS = {
     "encoder": "the fast encoder from text to table, against stock Beam and bare matmuls",
     "overhead": "the whole pipeline, against a bare loop around its encoder",
     "tokenize": "text to token ids on one core, against the published preprocessor",
+    "reindex": "a run after few documents have changed, against the run that made the table",
     "memory": "peak memory at a tenth of the documents and at all of them",
 }
 

@@ -1,4 +1,4 @@
-"""The verbs around a table: `embeam plan` before a run, `embeam verify` and `embeam rollback` after it."""
+"""The verbs around a table: `embeam plan` before a run, `verify`, `rollback` and `sql` after it."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ EXIT_FOUND = 1
 
 
 def add_table_verbs(verbs: Any) -> None:
-    """Adds the three verbs to the command's."""
+    """Adds the verbs to the command's."""
     plan = verbs.add_parser(
         "plan",
         help="say what embed would do, without doing it",
@@ -64,7 +64,25 @@ def add_table_verbs(verbs: Any) -> None:
     choice = rollback.add_mutually_exclusive_group()
     choice.add_argument("--to", default="", metavar="NAME", help="the snapshot to return to")
     choice.add_argument("--list", action="store_true", help="list the snapshots and change nothing")
+    sql = verbs.add_parser(
+        "sql",
+        help="print the statements that search a table in BigQuery",
+        description="Prints the statement that makes a table's vector index, and a query for its nearest rows.",
+    )
+    sql.add_argument("table", metavar="bq://PROJECT.DATASET.TABLE", help="the table")
+    sql.add_argument("--dimensions", type=at_least_zero, default=0, metavar="N", help="of the vectors; default: look")
+    sql.set_defaults(run=run_sql, parser=sql, stray="name one table")
     rollback.set_defaults(run=run_rollback, parser=rollback, stray="name one table; a snapshot goes into --to={}")
+
+
+def run_sql(known: argparse.Namespace) -> None:
+    from pipeline.bigquery import BigQueryName
+    from pipeline.tables.bigquery import make_index_statement, make_search_query
+    from pipeline.tables.read import open_live
+
+    name = BigQueryName.parse(known.table)
+    dimension = known.dimensions or open_live(known.table)[0].layout.dimension
+    print(f"{make_index_statement(name)};\n\n{make_search_query(name, dimension)};")
 
 
 def run_plan(known: argparse.Namespace) -> None:

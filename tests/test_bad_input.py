@@ -325,7 +325,7 @@ def test_a_disk_that_fills_up_during_the_run(tmp_path, small_disk, published, mo
 
 @pytest.mark.parametrize("at", ["schema.pbtxt", "manifest.json", "CURRENT"])
 def test_a_disk_that_fills_up_while_publishing(tmp_path, table, monkeypatch, at):
-    from pipeline.tables import publish
+    from pipeline.tables import pointer, publish
 
     write = publish.write_atomically
 
@@ -335,11 +335,12 @@ def test_a_disk_that_fills_up_while_publishing(tmp_path, table, monkeypatch, at)
         write(path, text)
 
     before = remember(table)
-    monkeypatch.setattr(publish, "write_atomically", fail)
+    module = pointer if at == "CURRENT" else publish
+    monkeypatch.setattr(module, "write_atomically", fail)
     with pytest.raises(RunError, match="disk is full"):
         run_embed(write_lines(tmp_path / "b.txt", "a dog"), table)
     assert_unchanged(table, before)
-    monkeypatch.setattr(publish, "write_atomically", write)
+    monkeypatch.setattr(module, "write_atomically", write)
     assert run_embed(tmp_path / "b.txt", table).rows == 1
 
 
@@ -494,6 +495,24 @@ def test_a_damaged_table_is_mended_by_the_run_that_its_message_asks_for(tmp_path
     assert ids_of(table) == ["a.txt@0", "a.txt@12", "a.txt@6"]
 
 
+def test_a_flipped_byte_is_mended_where_checksums_are_looked_at(tmp_path, table):
+    (path,) = table.glob("snapshots/*/embeddings-*")
+    data = path.read_bytes()
+    path.write_bytes(data[:100] + bytes([data[100] ^ 255]) + data[101:])
+    source = write_lines(tmp_path / "a.txt", "a dog", "a cat")
+    with pytest.raises(TableError, match="run embeam embed again with --verify_live"):
+        run_embed(source, table)
+    run_embed(source, table, verify_live=True)
+    assert ids_of(table) == ["a.txt@0", "a.txt@6"]
+
+
+def test_a_damaged_index_is_made_anew(tmp_path, table):
+    (path,) = table.glob("snapshots/*/index-*")
+    path.write_bytes(path.read_bytes()[:-1])
+    run_embed(write_lines(tmp_path / "a.txt", "a dog", "a cat"), table)
+    assert ids_of(table) == ["a.txt@0", "a.txt@6"]
+
+
 # Too many dead letters.
 
 
@@ -553,17 +572,17 @@ def test_a_trial_does_not_replace_a_table(tmp_path, table):
 
 
 def test_a_run_that_was_overtaken_does_not_replace_the_others_table(tmp_path, table, monkeypatch):
-    from pipeline.tables import publish
+    from pipeline.tables import commit
 
     (snapshot,) = (table / "snapshots").iterdir()
     shutil.copytree(snapshot, snapshot.with_name("other"))
-    move = publish._move_shards
+    place = commit.place_files
 
-    def move_while_another_publishes(*arguments):
+    def place_while_another_publishes(*arguments):
         (table / "CURRENT").write_text("other\n")
-        return move(*arguments)
+        return place(*arguments)
 
-    monkeypatch.setattr(publish, "_move_shards", move_while_another_publishes)
+    monkeypatch.setattr(commit, "place_files", place_while_another_publishes)
     with pytest.raises(TableError, match="another run has published other"):
         run_embed(write_lines(tmp_path / "b.txt", "a dog"), table)
     assert (table / "CURRENT").read_text() == "other\n"

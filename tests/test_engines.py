@@ -96,7 +96,7 @@ def test_two_processes_give_the_same_table(corpus, local, tmp_path, monkeypatch)
     kept: list[dict[str, Any]] = []
 
     def keep_progress(folder: str, **options: Any) -> None:
-        kept.extend(json.loads(path.read_text()) for path in Path(folder).glob("*.json"))
+        kept.extend(json.loads(path.read_text()) for path in Path(folder).rglob("*.json"))
         rmtree(folder, **options)
 
     rmtree = shutil.rmtree

@@ -34,7 +34,7 @@ def table(tmp_path):
 def start_embed(corpus, table, *flags):
     return start_cli(
         *("embed", f"--input={corpus}", f"--output={table}", f"--encoder={ENCODER}", "--batch_tokens=64"),
-        *("--split_bytes=500000", *flags),
+        *("--split_bytes=500000", "--max_delete_fraction=1", *flags),
     )
 
 

@@ -209,10 +209,14 @@ def test_the_manifest_says_what_the_files_are(output_format, compression, tmp_pa
     folder = snapshot_folder(tmp_path / "table")
     manifest = json.loads((folder / "manifest.json").read_text())
     files = [*manifest["files"], *manifest["dead_letter_files"]]
+    assert [file["rows"] for file in manifest["index_files"]] == [file["rows"] for file in manifest["files"]]
+    for file in manifest["index_files"]:
+        content = (folder / file["name"]).read_bytes()
+        assert (file["n_bytes"], file["sha256"]) == (len(content), hashlib.sha256(content).hexdigest())
     named = {"manifest.json", *(file["name"] for file in files)}
     if output_format == "tfrecord":
         named.add("schema.pbtxt")
-    assert set(os.listdir(folder)) == named
+    assert set(os.listdir(folder)) == named | {file["name"] for file in manifest["index_files"]}
     for file in files:
         path = folder / file["name"]
         content = path.read_bytes()
@@ -236,7 +240,7 @@ def test_a_new_file_is_begun_at_shard_bytes(output_format, tmp_path):
     sizes = [(folder / file.name).stat().st_size for file in manifest.files]
     one_write = 256 * 400  # rows are written by 256, of some 400 bytes each
     assert all(size < 100_000 + one_write for size in sizes)
-    assert sum(size >= 100_000 for size in sizes) >= len(sizes) - 1
+    assert sum(size >= 100_000 for size in sizes) >= len(sizes) - 2  # the last of the encoded, and of equal texts
     n = len(manifest.files)
     suffix = {"tfrecord": ".tfrecord", "parquet": ".parquet"}[output_format]
     assert [file.name for file in manifest.files] == [f"embeddings-{i:05d}-of-{n:05d}{suffix}" for i in range(n)]
@@ -253,7 +257,7 @@ def test_current_names_the_snapshot_and_a_second_run_replaces_it(tmp_path):
     assert set(first_rows) == {("0", 0), ("1", 0)}
     assert set(second_rows) == {("0", 0), ("1", 0), ("2", 0)}
     assert {path: path.read_bytes() for path in content} == content  # whoever still reads the old one can
-    assert {path.name for path in table.iterdir()} <= {"CURRENT", "snapshots", "attempts"}
+    assert {path.name for path in table.iterdir()} <= {"CURRENT", "snapshots", "attempts", "lock"}
     assert not list((table / "attempts").iterdir())
 
 

@@ -207,7 +207,7 @@ def test_too_many_deletes_change_nothing(target, tmp_path):
 )
 def test_what_a_database_cannot_hold_is_said_first(target, tmp_path, settings, message):
     with pytest.raises(ConfigError, match=message):
-        run(tmp_path, [{"id": "a", "text": "a", "run_id": "b"}], **{**target("notes"), **settings})
+        run(tmp_path, [first_records()[0] | {"run_id": "b"}], **{**target("notes"), **settings})
 
 
 # --- DuckDB ----------------------------------------------------------------------------------------------------------
@@ -486,3 +486,14 @@ def test_the_search_statements_name_the_table():
     assert "index_type = 'IVF', distance_type = 'COSINE'" in index
     search = make_search_query(name, 64)
     assert "VECTOR_SEARCH(\n  TABLE `my-project.data.notes`, 'embedding'" in search and "64 numbers" in search
+
+
+def test_the_verb_sql_prints_both_statements(capsys):
+    from pipeline.cli import main
+
+    main(["sql", "bq://my-project.data.notes", "--dimensions=64"])
+    out = capsys.readouterr().out
+    assert out.startswith("CREATE VECTOR INDEX") and "VECTOR_SEARCH(" in out
+    with pytest.raises(SystemExit, match="2"):
+        main(["sql", "notes"])
+    assert "bq://PROJECT.DATASET.TABLE" in capsys.readouterr().err
