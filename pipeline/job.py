@@ -39,7 +39,7 @@ from pipeline.tables.publish import Publication, check_free_space, name_snapshot
 from pipeline.tables.recall import RecallRule
 from pipeline.tables.storage import is_local as is_local_path
 from pipeline.tables.storage import join, make_folder
-from pipeline.tables.store import CommitPlan, Store, Takeover, open_store
+from pipeline.tables.store import CommitPlan, FolderStore, Store, Takeover, open_store
 
 _LOGGER = logging.getLogger(__name__)
 _STORED_BYTES = {"float32": 4.0, "float16": 2.0, "int8": 1.0, "binary": 0.125}
@@ -218,6 +218,8 @@ def prepare_job(settled: Settled, name: str, started: float, distributed: bool =
     attempts = attempts_folder(store.work, name)
     make_folder(attempts)
     if distributed:
+        if not isinstance(store, FolderStore):
+            raise ConfigError(f"--output={store.shown}: tables in databases are written by --runner=local only")
         takeover = prepare_joins(store, live, plan, form, config)
     else:
         takeover = prepare_takeover(store, live, plan, form, scratch, config.reindex.verify_live)
@@ -304,7 +306,7 @@ def prepare_takeover(
 
 
 def prepare_joins(
-    store: Store, live: Manifest | None, plan: EmbedPlan, form: RowFormat, config: EmbedConfig
+    store: FolderStore, live: Manifest | None, plan: EmbedPlan, form: RowFormat, config: EmbedConfig
 ) -> Takeover:
     """Lists what is known, for the distributed back end."""
     reusable = live is not None and live.fingerprint == plan.fingerprint

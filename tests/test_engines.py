@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,6 @@ from support import (
     write_jsonl,
 )
 
-import pipeline.job
 from pipeline.sources.planning import plan_input
 from pipeline.tables.manifest import Manifest, open_table
 
@@ -93,20 +93,29 @@ def assert_same_table(table: str, local: Rows) -> None:
 
 
 def test_two_processes_give_the_same_table(corpus, local, tmp_path, monkeypatch):
-    kept: list[dict[str, Any]] = []
+    readers: set[str] = set()
+    ended = threading.Event()
 
-    def keep_progress(folder: str, **options: Any) -> None:
-        kept.extend(json.loads(path.read_text()) for path in Path(folder).rglob("*.json"))
-        rmtree(folder, **options)
+    def watch_progress() -> None:
+        """Every process that reads says so in a file of its own, which is there until the run's end."""
+        while not ended.wait(0.02):
+            for path in tmp_path.glob("table/attempts/*/scratch/*.json"):
+                with contextlib.suppress(OSError, ValueError):
+                    if json.loads(path.read_text()).get("documents"):
+                        readers.add(path.name)
 
-    rmtree = shutil.rmtree
-    monkeypatch.setattr(pipeline.job.shutil, "rmtree", keep_progress)
+    watcher = threading.Thread(target=watch_progress)
+    watcher.start()
     monkeypatch.setenv("PYTHONPATH", str(ROOT), prepend=os.pathsep)
     table = str(tmp_path / "table")
     processes = ["--direct_running_mode=multi_processing", "--direct_num_workers=2"]
-    manifest = run_pipeline(corpus, processes, output=table, **SETTINGS)
+    try:
+        manifest = run_pipeline(corpus, processes, output=table, **SETTINGS)
+    finally:
+        ended.set()
+        watcher.join()
     assert_same_table(table, local)
-    assert len([progress for progress in kept if progress.get("documents")]) == 2, "one process read everything"
+    assert len(readers) == 2, "one process read everything"
     assert len(manifest.files) >= 2
 
 

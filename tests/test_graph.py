@@ -148,7 +148,15 @@ def test_everything_from_reading_to_writing_is_one_fused_stage(tmp_path):
     _, stages = fn_runner.FnApiRunner().create_stages(build_proto(tmp_path))
     (reading,) = (stage for stage in stages if any("ParDo(ReadSplit)" in t.unique_name for t in stage.transforms))
     names = "\n".join(transform.unique_name for transform in reading.transforms)
-    for step in ("RecallDocuments", "WriteJournal", "SplitDocuments", "CollectBatches", "BeamML_RunInference", "FinishVectors", "WriteRows/WriteRecords"):
+    for step in (
+        "RecallDocuments",
+        "WriteJournal",
+        "SplitDocuments",
+        "CollectBatches",
+        "BeamML_RunInference",
+        "FinishVectors",
+        "WriteRows/WriteRecords",
+    ):
         assert step in names
     assert names.count("ParDo(WriteRecords)") == 4
 

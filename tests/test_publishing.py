@@ -71,9 +71,7 @@ def test_a_repeated_publication_leaves_no_file_that_a_glob_would_read(tmp_path):
     (folder / "embeddings-00000-of-00003.parquet").write_bytes(b"of an attempt with other files")
     for name in ("shard", "index"):
         (tmp_path / name).write_bytes(b"rows")
-    shards = [
-        Shard(str(tmp_path / "shard"), "embeddings", ".parquet", 1, 4, "", "a", str(tmp_path / "index"), (4, ""))
-    ]
+    shards = [Shard(str(tmp_path / "shard"), "embeddings", ".parquet", 1, 4, "", "a", str(tmp_path / "index"), (4, ""))]
     manifest = build_manifest(plan, shards, {"read": {"records": 1}})
     for _ in range(2):
         place_files(manifest, shards, str(folder))

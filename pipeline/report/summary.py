@@ -63,7 +63,11 @@ def format_summary(manifest: Manifest, table: str) -> str:
 def describe_changes(manifest: Manifest) -> list[str]:
     """What a run found changed, and what it took over; nothing for the first run of a table without equal texts."""
     recall, carry = manifest.counts.get("recall", {}), manifest.counts.get("carry", {})
-    found = [f"{int(recall[name]):,} {name}" for name in ("new", "changed", "updated", "remade", "unchanged") if recall.get(name)]
+    found = [
+        f"{int(recall[name]):,} {name}"
+        for name in ("new", "changed", "updated", "remade", "unchanged")
+        if recall.get(name)
+    ]
     found += [f"{int(carry[name]):,} {name}" for name in ("deleted", "kept", "stale", "lost") if carry.get(name)]
     known = [
         f"{int(recall[name]):,} {what}"

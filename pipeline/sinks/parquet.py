@@ -17,11 +17,11 @@ SUFFIX = ".parquet"
 _ARROW = {"string": pa.string(), "int": pa.int64(), "float": pa.float64(), "bool": pa.bool_()}
 _NUMBERS = {"float32": pa.float32(), "float16": pa.float16(), "int8": pa.int8(), "binary": pa.uint8()}
 _READ_ROWS = 1024
-_GROUP_ROWS = 1024
+_GROUP_ROWS = 256
 
 
 class ParquetWriter:
-    """Writes rows to one file, in row groups of about a thousand."""
+    """Writes rows to one file, in row groups of at least a few hundred."""
 
     def __init__(self, stream: BinaryIO, layout: TableLayout) -> None:
         self._layout = layout

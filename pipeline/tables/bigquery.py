@@ -45,7 +45,6 @@ from pipeline.tables.database import (
     keep_dead_letters,
     list_removed,
 )
-from pipeline.tables.joining import KnownFile
 from pipeline.tables.journal import delete_journals
 from pipeline.tables.manifest import Manifest, attempts_folder
 from pipeline.tables.storage import create_file, delete_folder, is_local, join, read_text
@@ -100,9 +99,6 @@ class BigqueryStore:
 
     def can_copy(self, live: Manifest, form: RowFormat) -> bool:
         return live.layout == form.layout
-
-    def known_files(self, live: Manifest, lost: set[str]) -> list[KnownFile]:
-        raise ConfigError(f"--output={self.shown}: tables in BigQuery are written by --runner=local only")
 
     def live_files(self, live: Manifest) -> dict[str, tuple[int, str]]:
         return {}

@@ -39,7 +39,6 @@ from pipeline.tables.database import (
     keep_dead_letters,
     list_removed,
 )
-from pipeline.tables.joining import KnownFile
 from pipeline.tables.journal import delete_journals
 from pipeline.tables.manifest import Manifest, attempts_folder
 from pipeline.tables.storage import delete_folder, join, write_atomically
@@ -95,9 +94,6 @@ class DuckdbStore:
 
     def can_copy(self, live: Manifest, form: RowFormat) -> bool:
         return live.layout == form.layout
-
-    def known_files(self, live: Manifest, lost: set[str]) -> list[KnownFile]:
-        raise ConfigError(f"--output={self.shown}: a DuckDB file is on one machine; use --runner=local")
 
     def live_files(self, live: Manifest) -> dict[str, tuple[int, str]]:
         return {}

@@ -126,13 +126,6 @@ class Store(Protocol):
     def can_copy(self, live: Manifest, form: RowFormat) -> bool:
         """Whether unchanged rows can stay as they are stored."""
 
-    def known_files(self, live: Manifest, lost: set[str]) -> list[KnownFile]:
-        """The live table's files for the distributed back end, but for the lost ones.
-
-        Raises:
-          ConfigError: if the store has none.
-        """
-
     def live_files(self, live: Manifest) -> dict[str, tuple[int, str]]:
         """Size and checksum of the live table's files, by path; none for a database."""
 
@@ -221,6 +214,7 @@ class FolderStore:
         return FolderCommit(plan)
 
     def known_files(self, live: Manifest, lost: set[str]) -> list[KnownFile]:
+        """The live table's files for the distributed back end, but for the lost ones."""
         root = snapshot_folder(self.work, live.snapshot)
         return [
             KnownFile(VectorFile(join(root, file.name), ROWS, 0, file.rows), join(root, index.name))

@@ -1,0 +1,199 @@
+"""The back end of distributed engines: by joins, and yet the same tables as by the local index."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from apache_beam.options.pipeline_options import PipelineOptions
+from support import ENCODER, Rows, assert_close, make_config, read_rows, run_pipeline, some_texts, write_jsonl
+
+from pipeline.encoders.handler import LoadedEncoder
+from pipeline.engine import make_runner
+from pipeline.errors import ConfigError, EmbeamError, GateError, RunError
+from pipeline.job import prepare_job, run_job, scratch_folder, settle
+from pipeline.tables.joining import JoinRule
+from pipeline.tables.manifest import Manifest, open_table
+from pipeline.tables.publish import name_snapshot
+from pipeline.tables.storage import make_folder
+
+ROOT = Path(__file__).resolve().parents[1]
+N_TEXTS = 60
+SETTINGS = {"keep_fields": "year", "max_dead_fraction": 0.5, "split_bytes": 2000}
+
+
+def first_records() -> list[dict[str, Any]]:
+    texts = some_texts(N_TEXTS, seed=9, words=(1, 30))
+    records = [{"id": f"n{i}", "text": text, "year": i} for i, text in enumerate(texts)]
+    return [*records, *({"id": f"twin{i}", "text": texts[i], "year": -i} for i in range(5))]
+
+
+def second_records() -> list[dict[str, Any]]:
+    records = [dict(record) for record in first_records()]
+    records[10]["text"] = "the text has changed"
+    records[11]["year"] = 77
+    records[12]["id"] = "renamed"
+    records[13]["text"] = "dog " * 600
+    del records[20:26]
+    return [*records, {"id": "new", "text": "a new one", "year": 1}, {"id": "new twin", "text": "a new one", "year": 2}]
+
+
+def run_joined(folder: Path, **settings: Any) -> Manifest:
+    """Runs a job as it runs on a distributed engine, by the local one."""
+    config = make_config(folder, **{**SETTINGS, **settings})
+    settled, options, name = settle(config), PipelineOptions([]), name_snapshot()
+    make_folder(settled.store.work)
+    with scratch_folder(settled.store.work, name) as scratch:
+        job = prepare_job(settled, name, time.time(), True, scratch)
+        assert isinstance(job.commit_plan.takeover.rule, JoinRule)
+        run_job(job, make_runner(options), options)
+    return open_table(config.write.output)[0]
+
+
+def write_corpus(folder: Path, records: list[dict[str, Any]]) -> None:
+    """Two files, which two workers would read."""
+    for i in range(2):
+        write_jsonl(folder / f"part-{i}.jsonl", records[i::2])
+
+
+def assert_same_rows(actual: Rows, expected: Rows) -> None:
+    assert set(actual) == set(expected)
+    for key, row in actual.items():
+        assert_close(row["embedding"], expected[key]["embedding"], key)
+        assert {k: v for k, v in row.items() if k != "embedding"} == {
+            k: v for k, v in expected[key].items() if k != "embedding"
+        }
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"on_long": "reject"},
+        {"on_long": "chunk", "max_tokens": 16, "chunk_overlap": 2},
+        {"on_long": "average", "max_tokens": 16, "output_format": "parquet", "keep_text": True},
+        {"dtype": "int8", "compression": "gzip"},
+        {"vector": "sequence_output:tokens"},
+        {"deletes": "keep", "on_long": "reject"},
+    ],
+    ids=lambda settings: "-".join(map(str, settings.values())),
+)
+def test_a_history_gives_the_table_of_the_local_back_end(tmp_path, settings):
+    local_table = str(tmp_path / "local")
+    for records in (first_records(), second_records(), second_records()):
+        write_corpus(tmp_path, records)
+        joined = run_joined(tmp_path, **settings)
+        local = run_pipeline(tmp_path, **{**SETTINGS, **settings, "output": local_table})
+        assert_same_rows(read_rows(str(tmp_path / "table")), read_rows(local_table))
+        assert joined.rows == local.rows and joined.dead_letters == local.dead_letters
+        for name in ("documents", "encoded", "equal_texts", "unchanged"):
+            assert joined.counts["recall"].get(name, 0) == local.counts["recall"].get(name, 0), name
+        for name in ("deleted", "stale", "kept"):
+            assert joined.counts["carry"].get(name, 0) == local.counts["carry"].get(name, 0), name
+        assert joined.counts["encode"].get("chunks", 0) == local.counts["encode"].get("chunks", 0)
+    assert joined.counts["recall"]["unchanged"] > 50
+
+
+def test_the_journal_and_a_stopped_run(tmp_path):
+    write_corpus(tmp_path, first_records())
+    run_joined(tmp_path)
+    write_corpus(tmp_path, [*first_records()[:30], {"id": "late", "text": "encoded in vain, for now", "year": 1}])
+    with pytest.raises(RunError, match=r"--max_delete_fraction=0\.2"):
+        run_joined(tmp_path)
+    assert len(read_rows(str(tmp_path / "table"))) == N_TEXTS + 5
+    manifest = run_joined(tmp_path, max_delete_fraction=1)
+    assert manifest.rows == 31 and manifest.counts["encode"].get("chunks", 0) == 0
+
+
+def test_another_model_replaces_every_row(tmp_path):
+    write_corpus(tmp_path, first_records())
+    run_joined(tmp_path)
+    manifest = run_joined(tmp_path, max_tokens=8)
+    assert manifest.counts["recall"]["encoded"] == N_TEXTS
+    local = run_pipeline(tmp_path, **SETTINGS, max_tokens=8, output=str(tmp_path / "local"))
+    assert local.rows == manifest.rows
+    assert_same_rows(read_rows(str(tmp_path / "table")), read_rows(str(tmp_path / "local")))
+
+
+def test_a_file_that_is_cut_off_keeps_its_rows(tmp_path):
+    write_corpus(tmp_path, first_records())
+    whole = (tmp_path / "part-1.jsonl").read_text()
+    run_joined(tmp_path)
+    (tmp_path / "part-1.jsonl").write_text(whole[: len(whole) // 2])  # ends within a line, which says no id
+    manifest = run_joined(tmp_path)
+    assert manifest.rows == N_TEXTS + 5 and manifest.counts["carry"]["stale"] > 10
+    assert manifest.counts["carry"].get("deleted", 0) == 0
+
+
+def test_every_follower_of_a_bad_text_gets_a_letter(tmp_path, monkeypatch):
+    encode, bad = LoadedEncoder.encode, first_records()[2]["text"]
+
+    def fail_often(self: Any, batch: Any) -> Any:
+        done = encode(self, batch)
+        for i, chunk in enumerate(batch):
+            if chunk.document.text == bad:
+                done.vectors[i], done.errors[i] = None, "out of luck"
+        return done
+
+    write_corpus(tmp_path, first_records())
+    with monkeypatch.context() as patch:
+        patch.setattr(LoadedEncoder, "encode", fail_often)
+        manifest = run_joined(tmp_path)
+    assert manifest.dead_letters == {"encoder_error": 2} and manifest.rows == N_TEXTS + 3
+    retried = run_joined(tmp_path, retry_dead_letters=True)
+    assert retried.dead_letters == {} and retried.rows == N_TEXTS + 5
+    run_pipeline(tmp_path, **SETTINGS, output=str(tmp_path / "local"))
+    assert_same_rows(read_rows(str(tmp_path / "table")), read_rows(str(tmp_path / "local")))
+
+
+def test_the_gate_compares_what_is_taken_over(tmp_path, monkeypatch):
+    write_corpus(tmp_path, first_records())
+    run_joined(tmp_path)
+    encode = LoadedEncoder.encode
+
+    def turn(self: Any, batch: Any) -> Any:
+        done = encode(self, batch)
+        return done._replace(vectors=[-vector for vector in done.vectors])
+
+    monkeypatch.setattr(LoadedEncoder, "encode", turn)
+    with pytest.raises(GateError, match="encoded again, gives another vector"):
+        run_joined(tmp_path)
+
+
+def test_databases_are_refused_by_name(tmp_path):
+    write_corpus(tmp_path, first_records())
+    output = f"duckdb://{tmp_path}/v.duckdb/notes"
+    with pytest.raises(ConfigError, match="--runner=local"):
+        run_joined(tmp_path, output=output)
+
+
+def test_a_job_service_reindexes(tmp_path):
+    """The same through a real job service and worker processes of its own."""
+    write_corpus(tmp_path, first_records())
+    run_pipeline(tmp_path, **SETTINGS, on_long="reject")
+    write_corpus(tmp_path, second_records())
+    flags = {**SETTINGS, "input": f"{tmp_path}/*.jsonl", "output": f"{tmp_path}/table", "encoder": ENCODER}
+    flags |= {"id_field": "id", "on_long": "reject"}
+    command = [sys.executable, "-m", "runners.portable", f"--log_dir={tmp_path}/logs", sys.executable, "-m"]
+    command += ["pipeline.cli", "embed", *(f"--{name}={value}" for name, value in flags.items())]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=110, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    manifest, folder = open_table(str(tmp_path / "table"))
+    assert manifest.counts["recall"]["encoded"] == 3 and manifest.counts["carry"]["stale"] == 1
+    rows = read_rows(str(tmp_path / "table"))
+    letters = [json.loads(line) for path in Path(folder).glob("dead_letters-*") for line in path.open()]
+    assert [letter["id"] for letter in letters] == ["n13"]
+    for records in (first_records(), second_records()):
+        write_corpus(tmp_path, records)
+        run_pipeline(tmp_path, **SETTINGS, on_long="reject", output=str(tmp_path / "local"))
+    assert_same_rows(rows, read_rows(str(tmp_path / "local")))
+
+
+def test_an_error_on_a_worker_is_told_in_one_line(tmp_path):
+    write_corpus(tmp_path, first_records())
+    with pytest.raises(EmbeamError, match="--max_dead_fraction"):
+        run_joined(tmp_path, on_long="reject", max_tokens=6, max_dead_fraction=0.1)
