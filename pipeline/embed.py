@@ -129,7 +129,7 @@ def build_pipeline(pipeline: beam.Pipeline, job: Job) -> beam.PCollection:
     results = {"probes": outputs.probes}
     if isinstance(rule, JoinRule):
         rows = (rows, recalled.rows) | "Rows" >> beam.Flatten()
-        carried = rows | "Carry" >> JoinById(rule, all_letters)
+        carried = rows | "Carry" >> JoinById(rule, recalled.moved, all_letters)
         rows = (rows, carried.rows) | "AllRows" >> beam.Flatten()
         tallies.append(carried.tallies)
         results["samples"] = recalled.samples

@@ -35,8 +35,8 @@ from pipeline.sources import SOURCES
 from pipeline.sources.planning import InputPlan, count_sample
 from pipeline.sources.read import read_range
 from pipeline.sources.source import FileRange
-from pipeline.tables.carry import CARRIED, Letters, check_deletes, decide_fates
 from pipeline.tables.commit import check_counts
+from pipeline.tables.fates import CARRIED, check_deletes, decide_fates
 from pipeline.tables.known import KnownVectors
 from pipeline.tables.manifest import Manifest, read_manifest
 from pipeline.tables.publish import check_free_space
@@ -44,6 +44,7 @@ from pipeline.tables.recall import BUFFERED_CHARACTERS, BUFFERED_DOCUMENTS, Mark
 from pipeline.tables.retention import list_snapshots
 from pipeline.tables.store import FolderStore, Store
 from pipeline.tables.verify import Accounts, read_outcomes
+from pipeline.tables.wishes import Letters
 from pipeline.vectors.storing import quantize_vectors
 
 if TYPE_CHECKING:
@@ -183,7 +184,7 @@ class Seen(NamedTuple):
       counts: documents, as the run's recalling counts them.
       dead: dead letters of the reading, by reason.
       letters: whose they are.
-      recalled_rows: rows that are made of known vectors.
+      recalled: numbers of the known rows whose vectors other rows are made of.
       equal: of some documents with the text of another one that is encoded: content hash, id and file.
       sample: of the texts to encode.
       known: the index.
@@ -194,7 +195,7 @@ class Seen(NamedTuple):
     counts: Counter
     dead: Counter
     letters: Accounts
-    recalled_rows: int
+    recalled: np.ndarray
     equal: list[tuple[str, str, str]]
     sample: ThinnedSample
     known: KnownVectors
@@ -208,7 +209,7 @@ def look_up_all(settled: Settled, rule: RecallRule, scratch: str) -> Seen:
     sample, letters = ThinnedSample(), Accounts(set(), set())
     read: Counter[str] = Counter()
     dead: Counter[str] = Counter()
-    recalled_rows = 0
+    recalled = [np.empty(0, np.int64)]
     equal: list[tuple[str, str, str]] = []
 
     def documents() -> Iterator[Document]:
@@ -224,14 +225,14 @@ def look_up_all(settled: Settled, rule: RecallRule, scratch: str) -> Seen:
     for block in _blocks(documents()):
         verdicts = recaller.judge(block)
         marks.write(block, verdicts)
-        recalled_rows += sum(map(len, verdicts.known.values()))
+        recalled += [rows.astype(np.int64) for rows in verdicts.known.values()]
         for i in sorted(verdicts.to_encode):
             sample.add(block[i])
         for i, rows in verdicts.known.items():
             if not len(rows) and i not in verdicts.to_encode and len(equal) < SAMPLE_TEXTS:
                 equal.append((verdicts.names[i], block[i].id, block[i].origin.path))
     marks.close()
-    return Seen(read, recaller.counts, dead, letters, recalled_rows, equal, sample, known, marks)
+    return Seen(read, recaller.counts, dead, letters, np.concatenate(recalled), equal, sample, known, marks)
 
 
 class Measured(NamedTuple):
@@ -448,9 +449,9 @@ def combine(
     ids = np.unique(np.array(list(seen.letters.ids), "S16"))
     letters = Letters(ids, seen.letters.blind, {})
     keeps = config.reindex.deletes == "keep" or config.reindex.retry_dead_letters
-    fates = decide_fates(seen.known, [seen.marks.note], letters, np.empty(0, "S16"), keeps)
+    fates = decide_fates(seen.known, [seen.marks.note], letters, seen.recalled, np.empty(0, "S16"), keeps)
     carried = int(np.isin(fates.fate, CARRIED).sum()) if reusable else 0
-    rows = carried + seen.recalled_rows + round(to_encode * each + equal_rows)
+    rows = carried + len(seen.recalled) + round(to_encode * each + equal_rows)
     row_bytes = live_row_bytes(live, form) or measured.row_bytes or live_row_bytes(live)
     lost = 0 if reusable else fates.counts["stale"] + fates.counts["kept"]
     return Forecast(
@@ -474,7 +475,9 @@ def combine(
         bytes=round(rows * row_bytes),
         is_sampled=measured.documents < to_encode,
         changes=find_changes(live, plan),
-        stops=list(find_stops(settled, live, seen, dead, fates.counts["deleted"], rows, row_bytes)),
+        stops=list(
+            find_stops(settled, live, seen, dead, fates.counts["deleted"] - fates.counts["moved"], rows, row_bytes)
+        ),
     )
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import datetime
 import json
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -28,7 +29,6 @@ from pipeline.sinks.layout import TableLayout
 from pipeline.sinks.parquet import decode_stored, read_stored
 from pipeline.sinks.writing import ROWS, RowFormat, Shard
 from pipeline.sources.bigquery import open_table_session, read_stream
-from pipeline.tables.carry import VectorReader
 from pipeline.tables.commit import Results
 from pipeline.tables.database import (
     DEAD_LETTERS,
@@ -47,6 +47,7 @@ from pipeline.tables.database import (
 )
 from pipeline.tables.journal import delete_journals
 from pipeline.tables.manifest import Manifest, attempts_folder
+from pipeline.tables.readers import VectorReader
 from pipeline.tables.storage import create_file, delete_folder, is_local, join, read_text
 from pipeline.tables.store import CommitPlan, Live
 
@@ -170,7 +171,7 @@ class BigqueryCommit:
 
     @property
     def staging(self) -> BigQueryName:
-        run = self.plan.publication.name.replace("-", "_")
+        run = re.sub(r"\W", "_", self.plan.publication.name)
         return self.name._replace(table=f"{self.name.table}_staging_{run}")
 
     def commit(self, results: Results) -> str:

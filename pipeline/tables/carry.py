@@ -6,223 +6,26 @@ are stored, wishes are granted with the vectors that pass by. A file of which ev
 
 from __future__ import annotations
 
-import gzip
 import json
-from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any, NamedTuple, Optional, Protocol
+from collections import Counter
+from collections.abc import Sequence
+from contextlib import ExitStack
+from typing import Any, Optional
 
 import numpy as np
-from apache_beam.io.filesystems import FileSystems
 
 from pipeline.config import KeptField
-from pipeline.errors import RunError, TableError
-from pipeline.records import DeadLetter, Row, digest_id
-from pipeline.runtime import load_tensorflow
-from pipeline.sinks import SINKS
-from pipeline.sinks.index import Index, read_bytes, read_index, unpack_records
+from pipeline.records import Row
+from pipeline.sinks.index import Index
 from pipeline.sinks.layout import TableLayout
 from pipeline.sinks.writing import RowFormat, Shard, ShardWriter, write_index
-from pipeline.tables.journal import read_segment
+from pipeline.tables.fates import Fates
 from pipeline.tables.known import ROWS, KnownVectors, VectorFile
-from pipeline.tables.recall import MARK, STAYS, Note, Wish
+from pipeline.tables.readers import Stored, VectorReader
+from pipeline.tables.recall import Wish
+from pipeline.tables.wishes import Wishes
 
-UNSEEN, STALE, KEPT, GONE = 0, 3, 4, 5  # besides STAYS and SUPERSEDED
-CARRIED = (STAYS, STALE, KEPT)
-WANT = np.dtype([("row", "<u8"), ("file", "<u4"), ("offset", "<u8")])
-FRESH = "fresh"
 MAX_SMALL_FILES = 16  # unchanged files below a quarter of --shard_bytes, before they are merged
-
-
-class Letters(NamedTuple):
-    """What the dead letters of a run say of documents.
-
-    Attributes:
-      ids: digests of the documents' ids, sorted, `[n]` of S16.
-      blind: files of which not every record could be told: they prove of no document that it is gone.
-      by_content: content hash to the letters of documents that were read.
-    """
-
-    ids: np.ndarray
-    blind: set[str]
-    by_content: dict[str, list[dict[str, Any]]]
-
-
-def read_letters(shards: Iterable[Shard]) -> Letters:
-    """Reads the dead letters that a run has written."""
-    ids, blind, by_content = [], set(), defaultdict(list)
-    for shard in shards:
-        with FileSystems.open(shard.path, compression_type="uncompressed") as stream:
-            for line in stream:
-                letter = json.loads(line)
-                if letter["id"] is None:
-                    blind.add(letter["file"])
-                elif letter["reason"] != "duplicate_id":  # another document has the id, and counts
-                    ids.append(digest_id(letter["id"]))
-                if "content_hash" in letter:
-                    by_content[letter["content_hash"]].append(letter)
-    return Letters(np.unique(np.array(ids, "S16")), blind, dict(by_content))
-
-
-class Fates(NamedTuple):
-    """What becomes of the live rows.
-
-    Attributes:
-      fate: `[n_live]`: STAYS, SUPERSEDED, STALE, KEPT or GONE.
-      source: `[n_live]` number of the file that each row's document comes from now.
-      sources: the files.
-      counts: documents by fate.
-    """
-
-    fate: np.ndarray
-    source: np.ndarray
-    sources: list[str]
-    counts: dict[str, int]
-
-
-def decide_fates(
-    known: KnownVectors, notes: Iterable[Note], letters: Letters, fresh_ids: np.ndarray, keeps_deleted: bool
-) -> Fates:
-    """Decides about every live row.
-
-    A row is gone if nothing was seen of its document in an input that was read to the end. It is stale if that cannot
-    be said, or if the document's new version is a dead letter: then the old vector is better than none.
-
-    Args:
-      known: the index of known vectors.
-      notes: of the run.
-      letters: the run's dead letters.
-      fresh_ids: digests of the ids of all new rows, `[n]` of S16.
-      keeps_deleted: whether rows of documents that are gone are kept.
-    """
-    n = known.n_live
-    fate = np.zeros(n, "u1")
-    source = known.entries["source"][:n].copy()
-    sources = list(known.sources)
-    for note in notes:
-        if note.kind == "marks":
-            marks, names = unpack_records(read_bytes(note.path), MARK)
-            fate[marks["row"]] = marks["fate"]
-            source[marks["row"]] = marks["source"] + len(sources)
-            sources += names
-    ids = known.entries["id"][:n]
-    is_dead = np.isin(ids, letters.ids[~np.isin(letters.ids, fresh_ids)])
-    blind = np.array([i for i, path in enumerate(sources) if path in letters.blind])
-    unseen = fate == UNSEEN
-    fate[unseen] = KEPT if keeps_deleted else GONE
-    fate[(unseen & np.isin(source, blind)) | (is_dead & (fate != STAYS))] = STALE
-    names = {STALE: "stale", KEPT: "kept", GONE: "deleted", STAYS: "unchanged"}
-    counts = {name: len(np.unique(ids[fate == value])) for value, name in names.items()}
-    return Fates(fate, source, sources, counts)
-
-
-def check_deletes(n_deleted: int, n_live: int, max_fraction: float) -> None:
-    """Raises RunError if so many documents are gone that the input must be wrong."""
-    if n_live and n_deleted / n_live > max_fraction:
-        raise RunError(
-            f"{n_deleted:,} of the table's {n_live:,} documents are gone from the input, more than "
-            f"--max_delete_fraction={max_fraction:g} allows; check --input, or raise it, or use --deletes=keep (what "
-            "was encoded is kept for the next run)"
-        )
-
-
-class Stored(NamedTuple):
-    """Some rows as they are stored, and their numbers `[n]`, ascending."""
-
-    numbers: np.ndarray
-    rows: Any
-
-
-class VectorReader(Protocol):
-    """Reads rows with vectors, file by file.
-
-    Attributes:
-      layout: of the rows.
-    """
-
-    layout: TableLayout
-
-    def read(self, file: VectorFile, wanted: np.ndarray) -> Iterator[Stored]:
-        """Yields rows of a file in order: all of them, or those among `wanted` at least.
-
-        Args:
-          file: the file.
-          wanted: ascending numbers of rows `[m]`.
-
-        Raises:
-          TableError: if it is damaged.
-        """
-
-    def select(self, stored: Stored, positions: np.ndarray) -> Any:
-        """Some rows as they are stored; only for files with rows."""
-
-    def columns(self, stored: Stored, positions: np.ndarray) -> dict[str, list]:
-        """Some rows, column by column; `embedding` is stored bytes."""
-
-
-@dataclass(frozen=True)
-class FileReader:
-    """Reads a table's files.
-
-    Attributes:
-      file_format: a key of `SINKS`.
-      layout: of the rows.
-      compression: none or gzip.
-    """
-
-    file_format: str
-    layout: TableLayout
-    compression: str
-
-    def read(self, file: VectorFile, wanted: np.ndarray) -> Iterator[Stored]:
-        first = file.first
-        load_tensorflow()  # tfx-bsl would import it with all its noise
-        try:
-            with FileSystems.open(file.path, compression_type="uncompressed") as raw:
-                stream = gzip.GzipFile(fileobj=raw) if self.compression == "gzip" else raw
-                for rows in SINKS[self.file_format].read(stream, self.layout):
-                    yield Stored(np.arange(first, first + len(rows)), rows)
-                    first += len(rows)
-        except Exception as error:  # every format and file system has its own
-            raise damaged(file.path, str(error)) from error
-        if first != file.first + file.rows:
-            raise damaged(file.path, f"it has {first - file.first} rows instead of {file.rows}")
-
-    def select(self, stored: Stored, positions: np.ndarray) -> Any:
-        return SINKS[self.file_format].select(stored.rows, positions)
-
-    def columns(self, stored: Stored, positions: np.ndarray) -> dict[str, list]:
-        return SINKS[self.file_format].decode(self.select(stored, positions), self.layout)
-
-
-@dataclass(frozen=True)
-class SegmentReader:
-    """Reads segments of the journal.
-
-    Attributes:
-      layout: of the rows that are made from them.
-    """
-
-    layout: TableLayout
-
-    def read(self, file: VectorFile, wanted: np.ndarray) -> Iterator[Stored]:
-        segment = read_segment(file.path)
-        if segment is None:
-            raise TableError(f"{file.path} has vanished or is damaged; run the same command again")
-        yield Stored(np.arange(file.first, file.first + file.rows), segment)
-
-    def select(self, stored: Stored, positions: np.ndarray) -> Any:
-        raise NotImplementedError("the journal has no rows to copy, only vectors")
-
-    def columns(self, stored: Stored, positions: np.ndarray) -> dict[str, list]:
-        columns: dict[str, list] = stored.rows.columns(positions.tolist())
-        return columns
-
-
-def damaged(path: str, why: str) -> TableError:
-    """The error for a part of the live table that cannot be read."""
-    return TableError(f"{path} is damaged: {why}; run embeam embed again with --verify_live, which makes its rows anew")
 
 
 class Carrier:
@@ -231,75 +34,58 @@ class Carrier:
     Args:
       known: the index of known vectors.
       readers: how to read files of kind ROWS (the live table's), SEGMENT and FRESH (this run's own).
-      fresh: the files of new rows.
       form: how rows are written.
       folder: where to.
       shard_bytes: size at which a new file is begun.
 
     Attributes:
       counts: rows by what became of them.
-      dead: dead letters of documents whose text is equal to one that could not be encoded.
     """
 
     def __init__(
         self,
         known: KnownVectors,
         readers: dict[str, VectorReader],
-        fresh: Sequence[Shard],
         form: RowFormat,
         folder: str,
         shard_bytes: int,
     ) -> None:
         self.known = known
         self.readers = readers
-        self.fresh = fresh
         self.form = form
         self.folder = folder
         self.shard_bytes = shard_bytes
         self.counts: Counter[str] = Counter()
-        self.dead: list[DeadLetter] = []
         self._writer = ShardWriter(folder, form, shard_bytes)
         self._linked: list[Shard] = []
 
     def carry(
-        self,
-        carried: np.ndarray,
-        fates: Fates,
-        notes: Sequence[Note],
-        letters: Letters,
-        live: dict[str, tuple[int, str]],
-        copies: bool,
+        self, carried: np.ndarray, fates: Fates, wishes: Wishes, live: dict[str, tuple[int, str]], copies: bool
     ) -> list[Shard]:
         """Writes all rows that are not fresh.
 
         Args:
           carried: which live rows `[n_live]` are written again; none where they stay in a database.
           fates: of the live rows.
-          notes: of the run.
-          letters: the run's dead letters.
+          wishes: for rows from known vectors.
           live: size and checksum of each file of the live table, by path.
           copies: whether live rows can be copied as they are stored.
 
         Returns:
           Shards with the carried rows.
         """
-        paths = [note.path for note in notes if note.kind == "wishes"]
-        fresh_files = number_files(self.fresh, len(self.known.entries))
-        wants = self._plan_wishes(paths, letters, fresh_files)
         small = self._find_small(carried, live) if copies else set()
-        wishes = [open(path, "rb") for path in paths]  # noqa: SIM115  closed below
-        try:
-            for file in [*self.known.files, *fresh_files]:
+        wants = wishes.wants
+        with ExitStack() as stack:
+            streams = [stack.enter_context(open(path, "rb")) for path in wishes.paths]
+            for file in [*self.known.files, *wishes.fresh]:
                 end = file.first + file.rows
                 low, high = np.searchsorted(wants["row"], [file.first, end])
                 keeps = carried[file.first : end] if file.kind == ROWS else np.zeros(0, bool)
                 if low == high and copies and len(keeps) and keeps.all() and file.path not in small:
                     self._link(file, fates, live)
                 elif low < high or keeps.any():
-                    self._stream(file, keeps, wants[low:high], wishes, fates, copies)
-        finally:
-            for stream in wishes:
-                stream.close()
+                    self._stream(file, keeps, wants[low:high], streams, fates, copies)
         return [*self._linked, *self._writer.finish()]
 
     def _find_small(self, carried: np.ndarray, live: dict[str, tuple[int, str]]) -> set[str]:
@@ -312,65 +98,6 @@ class Carrier:
             and carried[file.first : file.first + file.rows].all()
         }
         return small if len(small) > MAX_SMALL_FILES else set()
-
-    def _plan_wishes(self, paths: Sequence[str], letters: Letters, fresh_files: Sequence[VectorFile]) -> np.ndarray:
-        """All (row, wish) pairs, sorted by row; wishes for texts that could not be encoded become dead letters."""
-        wants: list[np.ndarray] = []
-        equal: list[tuple[bytes, int, int]] = []
-        for number, path in enumerate(paths):
-            block: list[tuple[int, int, int]] = []
-            with open(path, "rb") as lines:
-                offset = 0
-                for line in lines:
-                    wish = Wish.from_line(line)
-                    if wish.rows is None:
-                        equal.append((bytes.fromhex(wish.content_hash), number, offset))
-                        self._follow_letters(wish, letters)
-                    else:
-                        block += [(row, number, offset) for row in wish.rows]
-                    offset += len(line)
-                    if len(block) >= 1 << 16:
-                        wants.append(np.array(block, WANT))
-                        block = []
-            wants.append(np.array(block, WANT))
-        wants.append(self._find_equal(equal, letters, fresh_files))
-        joined = np.concatenate(wants)
-        return joined[np.argsort(joined["row"], kind="stable")]
-
-    def _follow_letters(self, wish: Wish, letters: Letters) -> None:
-        for letter in letters.by_content.get(wish.content_hash, ()):
-            facts = letter["stage"], letter["reason"], letter["message"]
-            self.dead.append(DeadLetter.of(*facts, wish.document, wish.content_hash))
-
-    def _find_equal(
-        self, equal: list[tuple[bytes, int, int]], letters: Letters, fresh_files: Sequence[VectorFile]
-    ) -> np.ndarray:
-        """The rows of this run for texts that were equal to one that was encoded."""
-        if not equal:
-            return np.empty(0, WANT)
-        waiting = np.array(equal, [("content", "S16"), ("file", "<u4"), ("offset", "<u8")])
-        wanted = np.unique(waiting["content"])
-        found = [np.empty(0, [("content", "S16"), ("chunk", "<u4"), ("row", "<u8")])]
-        for file, shard in zip(fresh_files, self.fresh, strict=True):
-            entries = read_index(shard.index).entries
-            hits = np.flatnonzero(np.isin(entries["content"], wanted))
-            block = np.empty(len(hits), found[0].dtype)
-            block["content"], block["chunk"] = entries["content"][hits], entries["chunk"][hits]
-            block["row"] = hits + file.first
-            found.append(block)
-        rows = np.concatenate(found)
-        _, first = np.unique(rows[["content", "chunk"]], return_index=True)
-        rows = rows[first]
-        low, high = (np.searchsorted(rows["content"], waiting["content"], side) for side in ("left", "right"))
-        for content in np.unique(waiting["content"][low == high]):
-            if content.ljust(16, b"\0").hex() not in letters.by_content:
-                raise RunError("a vector was lost between encoding and publishing; run the same command again")
-        n = high - low
-        wants = np.empty(int(n.sum()), WANT)
-        wants["file"], wants["offset"] = np.repeat(waiting["file"], n), np.repeat(waiting["offset"], n)
-        begins = np.repeat(low - np.concatenate([[0], np.cumsum(n)[:-1]]), n)
-        wants["row"] = rows["row"][np.arange(len(wants)) + begins]
-        return wants
 
     def _link(self, file: VectorFile, fates: Fates, live: dict[str, tuple[int, str]]) -> None:
         index = write_index(self.folder, self._index(file, np.arange(file.rows), fates))
@@ -439,15 +166,6 @@ class Carrier:
         for start in range(0, len(rows), 1024):
             self._writer.write(rows[start : start + 1024])
         self.counts["granted_rows"] += len(rows)
-
-
-def number_files(fresh: Sequence[Shard], first: int) -> list[VectorFile]:
-    """The files of new rows, numbered on from the known ones."""
-    files = []
-    for shard in fresh:
-        files.append(VectorFile(shard.path, FRESH, first, shard.rows))
-        first += shard.rows
-    return files
 
 
 def build_row(columns: dict[str, list], i: int, wish: Wish, layout: TableLayout) -> Row:

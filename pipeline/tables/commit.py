@@ -15,24 +15,11 @@ from apache_beam.io.filesystems import FileSystems
 from pipeline.errors import GateError, RunError
 from pipeline.failures import PUBLISHING
 from pipeline.progress import check_dead_fraction
-from pipeline.records import Row, Tally
+from pipeline.records import Row, Tally, digest_id
 from pipeline.sinks.index import read_index
 from pipeline.sinks.writing import Shard, ShardWriter
-from pipeline.tables.carry import (
-    CARRIED,
-    FRESH,
-    GONE,
-    Carrier,
-    Fates,
-    FileReader,
-    Letters,
-    SegmentReader,
-    VectorReader,
-    check_deletes,
-    decide_fates,
-    number_files,
-    read_letters,
-)
+from pipeline.tables.carry import Carrier
+from pipeline.tables.fates import CARRIED, GONE, Fates, check_deletes, decide_fates, read_letters
 from pipeline.tables.gate import (
     SAMPLED_FILES,
     Expected,
@@ -54,10 +41,12 @@ from pipeline.tables.publish import (
     reject_snapshot,
     sum_tallies,
 )
+from pipeline.tables.readers import FileReader, SegmentReader, VectorReader
 from pipeline.tables.recall import Note
 from pipeline.tables.retention import expire_snapshots
 from pipeline.tables.storage import create_file, delete_folder, join, read_text
 from pipeline.tables.store import CommitPlan
+from pipeline.tables.wishes import FRESH, Letters, Wishes, number_files, plan_wishes
 
 AGREED = (
     "commit.json"  # in the attempt's folder: the files of the new snapshot, so that a repeated commit takes the same
@@ -235,7 +224,8 @@ def complete_joined(plan: CommitPlan, results: Results) -> JoinedCompletion:
     check_counts(counts, plan.publication.max_dead_fraction)
     carry = counts.get("carry", {})
     reindex = plan.publication.reindex
-    check_deletes(int(carry.get("deleted", 0)), int(carry.get("live", 0)), reindex.max_delete_fraction)
+    gone = int(carry.get("deleted", 0) - carry.get("moved", 0))
+    check_deletes(gone, int(carry.get("live", 0)), reindex.max_delete_fraction)
     letters = read_letters(shard for shard in results.shards if shard.kind == "dead_letters")
     dead = {letter["id"] for found in letters.by_content.values() for letter in found}
     read = int(counts.get("recall", {}).get("documents", 0))
@@ -262,8 +252,13 @@ def complete_rows(plan: CommitPlan, results: Results, whole: bool) -> Completion
     fresh_ids = np.concatenate([np.empty(0, "S16"), *(read_index(shard.index).entries["id"] for shard in fresh)])
     reindex = publication.reindex
     keeps_deleted = reindex.deletes == "keep" or reindex.retry_dead_letters
-    fates = decide_fates(known, results.notes, letters, fresh_ids, keeps_deleted)
-    check_deletes(fates.counts["deleted"], known.count_live_ids(), reindex.max_delete_fraction)
+    wishes = plan_wishes(results.notes, letters, fresh, len(known.entries))
+    dead_ids = np.array([digest_id(letter.id or "") for letter in wishes.dead], "S16")
+    letters = letters._replace(ids=np.unique(np.concatenate([letters.ids, dead_ids])))
+    recalled = wishes.wants["row"].astype(np.int64)
+    fates = decide_fates(known, results.notes, letters, recalled, fresh_ids, keeps_deleted)
+    gone = fates.counts["deleted"] - fates.counts["moved"]
+    check_deletes(gone, known.count_live_ids(), reindex.max_delete_fraction)
     if not takeover.reusable:
         fates = _drop_all(fates)
     fresh_reader = FileReader(plan.form.name, plan.form.layout, plan.form.compression)
@@ -273,21 +268,21 @@ def complete_rows(plan: CommitPlan, results: Results, whole: bool) -> Completion
         ROWS: takeover.reader or fresh_reader,
     }
     folder = attempts_folder(publication.table, publication.name)
-    carrier = Carrier(known, readers, fresh, plan.form, folder, plan.shard_bytes)
+    carrier = Carrier(known, readers, plan.form, folder, plan.shard_bytes)
     carried = np.isin(fates.fate, CARRIED) if whole else np.zeros(known.n_live, bool)
-    shards = carrier.carry(carried, fates, results.notes, letters, takeover.live, whole and takeover.rule.rows_stay)
+    shards = carrier.carry(carried, fates, wishes, takeover.live, whole and takeover.rule.rows_stay)
     letter_writer = ShardWriter(folder, plan.letter_format, plan.shard_bytes)
-    if carrier.dead:
-        letter_writer.write(carrier.dead)
+    if wishes.dead:
+        letter_writer.write(wishes.dead)
     counts = sum_tallies(
         [
             *results.tallies,
             Tally.of("carry", {**carrier.counts, **fates.counts}),
-            Tally.of("write_dead_letters", Counter(letter.reason for letter in carrier.dead)),
+            Tally.of("write_dead_letters", Counter(letter.reason for letter in wishes.dead)),
         ]
     )
     check_counts(counts, publication.max_dead_fraction)
-    expected = expect_documents(plan, counts, fates, letters, carrier)
+    expected = expect_documents(plan, counts, fates, letters, wishes)
     everything = [*results.shards, *shards, *letter_writer.finish()]
     return Completion(plan, known, readers, fresh, everything, counts, fates, expected, results.probes, whole)
 
@@ -299,13 +294,13 @@ def _drop_all(fates: Fates) -> Fates:
 
 
 def expect_documents(
-    plan: CommitPlan, counts: dict[str, dict[str, float]], fates: Fates, letters: Letters, carrier: Carrier
+    plan: CommitPlan, counts: dict[str, dict[str, float]], fates: Fates, letters: Letters, wishes: Wishes
 ) -> Expected:
     """How many documents should have rows: from what was counted on the way, not from what was written."""
     read = int(counts.get("recall", {}).get("documents", 0))
     carried = fates.counts["stale"] + fates.counts["kept"]
     dead = {letter["id"] for found in letters.by_content.values() for letter in found}
-    dead |= {letter.id for letter in carrier.dead}
+    dead |= {letter.id for letter in wishes.dead}
     least = read - len(dead) + carried
     return Expected(least, read + carried if plan.form.layout.chunked else least)
 

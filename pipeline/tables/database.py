@@ -22,11 +22,11 @@ from pipeline.records import digest_id
 from pipeline.sinks.index import ENTRY, Index, SourceNumbers, digest_kept
 from pipeline.sinks.layout import TableLayout
 from pipeline.sinks.writing import LETTERS, ROWS, Shard
-from pipeline.tables.carry import Stored, damaged
 from pipeline.tables.commit import Completion, Results, check_any_rows, complete_rows
 from pipeline.tables.known import VectorFile, open_known
 from pipeline.tables.manifest import Manifest
 from pipeline.tables.publish import build_manifest, reject_snapshot
+from pipeline.tables.readers import Stored, damaged
 from pipeline.tables.storage import delete_folder, join, make_folder
 from pipeline.tables.store import CommitPlan
 

@@ -21,7 +21,6 @@ from pipeline.saved_model import absolute_path
 from pipeline.sinks.index import Index
 from pipeline.sinks.layout import TableLayout
 from pipeline.sinks.writing import RowFormat
-from pipeline.tables.carry import VectorReader
 from pipeline.tables.commit import Results
 from pipeline.tables.database import (
     DEAD_LETTERS,
@@ -41,6 +40,7 @@ from pipeline.tables.database import (
 )
 from pipeline.tables.journal import delete_journals
 from pipeline.tables.manifest import Manifest, attempts_folder
+from pipeline.tables.readers import VectorReader
 from pipeline.tables.storage import delete_folder, join, write_atomically
 from pipeline.tables.store import CommitPlan, Live
 

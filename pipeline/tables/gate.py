@@ -12,8 +12,8 @@ from pipeline.records import Row
 from pipeline.sinks.index import read_index
 from pipeline.sinks.layout import TableLayout
 from pipeline.sinks.writing import Shard
-from pipeline.tables.carry import VectorReader
 from pipeline.tables.known import KnownVectors, VectorFile
+from pipeline.tables.readers import VectorReader
 
 SAMPLED_FILES, SAMPLED_ROWS = 8, 1000
 MAX_FLAT_FRACTION = 0.01  # of rows that are zero or one number throughout

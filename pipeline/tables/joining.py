@@ -21,8 +21,9 @@ from pipeline.preprocess.chunking import hash_content
 from pipeline.records import DeadLetter, Document, Row, Tally, digest_id, pack_followers
 from pipeline.sinks.index import read_index
 from pipeline.sinks.layout import TableLayout
-from pipeline.tables.carry import SegmentReader, VectorReader, convert_rows
+from pipeline.tables.carry import convert_rows
 from pipeline.tables.known import ROWS, SEGMENT, VectorFile
+from pipeline.tables.readers import SegmentReader, VectorReader
 from pipeline.tables.recall import ProbePicker
 
 GROUPED = "known", "documents"
@@ -62,6 +63,7 @@ class Joined(NamedTuple):
     documents: beam.PCollection  # of Document, to encode
     rows: beam.PCollection  # of Row, recalled
     samples: beam.PCollection  # of Row, recalled, for comparison with probes
+    moved: beam.PCollection  # of (digest, 0): ids of live rows whose vectors go on under another id
     tallies: beam.PCollection
 
 
@@ -143,6 +145,8 @@ class MeetByContent(beam.DoFn):
                 self._counts["unchanged" if (document.id, document.kept) in live else "recalled"] += 1
                 for row in known:
                     yield beam.pvalue.TaggedOutput("rows", give_row(row, document, self.rule.layout))
+            for name in {row.id for row in group[1]["known"]} - {document.id for document in documents} - {""}:
+                yield beam.pvalue.TaggedOutput("moved", (digest_id(name), 0))
         else:
             self._counts["encoded"] += 1
             self._counts["equal_texts"] += len(documents) - 1
@@ -179,10 +183,10 @@ class JoinByContent(beam.PTransform):
             | "GroupByContent" >> beam.CoGroupByKey()
             | "MeetByContent"
             >> beam.ParDo(MeetByContent(rule))
-            .with_output_types(Document, rows=Row, samples=Row, tallies=Tally)
-            .with_outputs("rows", "samples", "tallies", main="documents")
+            .with_output_types(Document, rows=Row, samples=Row, moved=tuple[bytes, int], tallies=Tally)
+            .with_outputs("rows", "samples", "moved", "tallies", main="documents")
         )
-        return Joined(outputs.documents, outputs.rows, outputs.samples, outputs.tallies)
+        return Joined(outputs.documents, outputs.rows, outputs.samples, outputs.moved, outputs.tallies)
 
 
 def _key_by_content(document: Document, prefix: str) -> tuple[str, Document]:
@@ -229,6 +233,7 @@ class MeetById(beam.DoFn):
         is_stale = any(True for _ in group[1]["dead"]) or any(entry.source in set(blind) for entry in live)
         fate = "stale" if is_stale else "kept" if self.keeps_deleted else "deleted"
         self._counts[fate if self.reusable or fate == "deleted" else "lost"] += 1
+        self._counts["moved"] += fate == "deleted" and any(True for _ in group[1]["moved"])
         if self.reusable and fate != "deleted":
             for entry in live:
                 yield entry.file, entry.row
@@ -264,10 +269,12 @@ class JoinById(beam.PTransform):
 
     Attributes:
       rule: what may be taken over.
+      moved: from `JoinByContent`.
       letters: PCollections of the run's dead letters.
     """
 
     rule: JoinRule
+    moved: beam.PCollection
     letters: Sequence[beam.PCollection]
 
     def expand(self, rows: beam.PCollection) -> Carried:
@@ -283,7 +290,7 @@ class JoinById(beam.PTransform):
         dead = letters | "DeadIds" >> beam.FlatMap(_key_letter).with_output_types(tuple[bytes, int])
         blind = letters | "BlindFiles" >> beam.FlatMap(_blind_file).with_output_types(str) | beam.Distinct()
         outputs = (
-            {"live": live, "fresh": fresh, "dead": dead}
+            {"live": live, "fresh": fresh, "dead": dead, "moved": self.moved}
             | "GroupById" >> beam.CoGroupByKey()
             | "MeetById"
             >> beam.ParDo(MeetById(rule.keeps_deleted, rule.reusable), beam.pvalue.AsList(blind))

@@ -77,7 +77,7 @@ class Publication:
 def name_snapshot() -> str:
     """A new name; names sort by time."""
     now = datetime.datetime.now(datetime.UTC)
-    return f"{now:%Y%m%dT%H%M%SZ}-{uuid.uuid4().hex[:6]}"
+    return f"{now:%Y%m%dT%H%M%S.%fZ}-{uuid.uuid4().hex[:6]}"
 
 
 def check_folder(table: str) -> None:

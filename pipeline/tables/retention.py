@@ -46,20 +46,15 @@ def expire_snapshots(table: str, keep: int, grace_seconds: float) -> list[str]:
     older = sorted((n for n in list_snapshots(table) if n != live.snapshot), reverse=True)
     older.sort(key=lambda name: name != live.previous)
     expired = []
+    manifests = [read_manifest(table, name) for name in list_snapshots(table)]
     for name in older[keep - 1 :]:
-        retired = min((at for at, previous in _successions(table) if previous == name), default=0.0)
-        if name == live.previous:
-            retired = _published_at(live)
+        retired = max((_published_at(m) for m in manifests if m.previous == name), default=0.0)
+        # One that was rolled back from has no successor: it went when the next run after it published.
+        retired = retired or min((_published_at(m) for m in manifests if m.snapshot > name), default=time.time())
         if time.time() - retired >= grace_seconds:
             delete_folder(snapshot_folder(table, name))
             expired.append(name)
     return expired
-
-
-def _successions(table: str) -> list[tuple[float, str]]:
-    """When each snapshot was published, and which one it followed."""
-    manifests = [read_manifest(table, name) for name in list_snapshots(table)]
-    return [(_published_at(manifest), manifest.previous) for manifest in manifests]
 
 
 def roll_back(table: str, to: str = "") -> Manifest:

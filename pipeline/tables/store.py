@@ -15,12 +15,12 @@ from pipeline.saved_model import absolute_path
 from pipeline.sinks.index import Index, read_index
 from pipeline.sinks.layout import TableLayout
 from pipeline.sinks.writing import DeadLetterFormat, RowFormat
-from pipeline.tables.carry import FileReader, VectorReader, damaged
 from pipeline.tables.joining import JoinRule, KnownFile
 from pipeline.tables.known import ROWS, VectorFile
 from pipeline.tables.manifest import POINTER, Manifest, read_manifest, read_pointer, snapshot_folder
 from pipeline.tables.pointer import read_versioned
 from pipeline.tables.publish import Publication, check_folder
+from pipeline.tables.readers import FileReader, VectorReader, damaged
 from pipeline.tables.recall import RecallRule
 from pipeline.tables.storage import hash_content, join, measure_files
 

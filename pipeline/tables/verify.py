@@ -27,10 +27,10 @@ from pipeline.sinks.index import ENTRY, Index, digest_kept, read_index
 from pipeline.sources.duplicates import ScanToFile, merge_scans
 from pipeline.sources.planning import InputPlan, plan_input
 from pipeline.sources.read import ReadSplit
-from pipeline.tables.carry import FileReader
 from pipeline.tables.gate import compare_row, restore_row
 from pipeline.tables.known import ROWS, KnownVectors, VectorFile, build_known
 from pipeline.tables.manifest import MANIFEST, TableFile, open_table
+from pipeline.tables.readers import FileReader
 from pipeline.tables.storage import join, list_files, list_folders
 from pipeline.vectors.storing import STORED_DTYPES, quantize_vectors
 

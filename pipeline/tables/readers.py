@@ -1,0 +1,116 @@
+"""Reading rows with vectors, file by file: those of a table, and those of the journal."""
+
+from __future__ import annotations
+
+import gzip
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+from apache_beam.io.filesystems import FileSystems
+
+from pipeline.errors import TableError
+from pipeline.runtime import load_tensorflow
+from pipeline.sinks import SINKS
+from pipeline.sinks.layout import TableLayout
+from pipeline.tables.journal import read_segment
+from pipeline.tables.known import VectorFile
+
+
+class Stored(NamedTuple):
+    """Some rows as they are stored, and their numbers `[n]`, ascending."""
+
+    numbers: np.ndarray
+    rows: Any
+
+
+class VectorReader(Protocol):
+    """Reads rows with vectors, file by file.
+
+    Attributes:
+      layout: of the rows.
+    """
+
+    layout: TableLayout
+
+    def read(self, file: VectorFile, wanted: np.ndarray) -> Iterator[Stored]:
+        """Yields rows of a file in order: all of them, or those among `wanted` at least.
+
+        Args:
+          file: the file.
+          wanted: ascending numbers of rows `[m]`.
+
+        Raises:
+          TableError: if it is damaged.
+        """
+
+    def select(self, stored: Stored, positions: np.ndarray) -> Any:
+        """Some rows as they are stored; only for files with rows."""
+
+    def columns(self, stored: Stored, positions: np.ndarray) -> dict[str, list]:
+        """Some rows, column by column; `embedding` is stored bytes."""
+
+
+@dataclass(frozen=True)
+class FileReader:
+    """Reads a table's files.
+
+    Attributes:
+      file_format: a key of `SINKS`.
+      layout: of the rows.
+      compression: none or gzip.
+    """
+
+    file_format: str
+    layout: TableLayout
+    compression: str
+
+    def read(self, file: VectorFile, wanted: np.ndarray) -> Iterator[Stored]:
+        first = file.first
+        load_tensorflow()  # tfx-bsl would import it with all its noise
+        try:
+            with FileSystems.open(file.path, compression_type="uncompressed") as raw:
+                stream = gzip.GzipFile(fileobj=raw) if self.compression == "gzip" else raw
+                for rows in SINKS[self.file_format].read(stream, self.layout):
+                    yield Stored(np.arange(first, first + len(rows)), rows)
+                    first += len(rows)
+        except Exception as error:  # every format and file system has its own
+            raise damaged(file.path, str(error)) from error
+        if first != file.first + file.rows:
+            raise damaged(file.path, f"it has {first - file.first} rows instead of {file.rows}")
+
+    def select(self, stored: Stored, positions: np.ndarray) -> Any:
+        return SINKS[self.file_format].select(stored.rows, positions)
+
+    def columns(self, stored: Stored, positions: np.ndarray) -> dict[str, list]:
+        return SINKS[self.file_format].decode(self.select(stored, positions), self.layout)
+
+
+@dataclass(frozen=True)
+class SegmentReader:
+    """Reads segments of the journal.
+
+    Attributes:
+      layout: of the rows that are made from them.
+    """
+
+    layout: TableLayout
+
+    def read(self, file: VectorFile, wanted: np.ndarray) -> Iterator[Stored]:
+        segment = read_segment(file.path)
+        if segment is None:
+            raise TableError(f"{file.path} has vanished or is damaged; run the same command again")
+        yield Stored(np.arange(file.first, file.first + file.rows), segment)
+
+    def select(self, stored: Stored, positions: np.ndarray) -> Any:
+        raise NotImplementedError("the journal has no rows to copy, only vectors")
+
+    def columns(self, stored: Stored, positions: np.ndarray) -> dict[str, list]:
+        columns: dict[str, list] = stored.rows.columns(positions.tolist())
+        return columns
+
+
+def damaged(path: str, why: str) -> TableError:
+    """The error for a part of the live table that cannot be read."""
+    return TableError(f"{path} is damaged: {why}; run embeam embed again with --verify_live, which makes its rows anew")
