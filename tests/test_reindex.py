@@ -655,7 +655,7 @@ def test_a_damaged_table_stops_the_run_and_is_made_anew_on_demand(folder):
     data = bytearray(path.read_bytes())
     data[len(data) // 2] ^= 1
     path.write_bytes(data)
-    with pytest.raises(TableError, match="damaged.*--verify_live"):
+    with pytest.raises(TableError, match=r"damaged.*--verify_live"):
         run_pipeline(folder)
     assert open_table(str(folder / "table"))[0].snapshot == manifest.snapshot
     rows, _, encoded = embed(folder, verify_live=True)
