@@ -40,7 +40,8 @@ def format_summary(manifest: Manifest, table: str) -> str:
         used = batch.get("used_tokens", 0) / padded
         lines.append(f"  batches      {int(batch.get('batches', 0)):,}, {used:.1%} of their {unit} are not padding")
     lines += describe_changes(manifest)
-    where = f", in {open_store(table).locate_dead_letters(manifest, 'dead_letters-*')}"
+    store = open_store(table)
+    where = f", in {store.locate_dead_letters(manifest, 'dead_letters-*').replace(store.work, table, 1)}"
     n_dead = sum(manifest.dead_letters.values())
     lines.append(f"  dead letters {n_dead:,}" + (where if n_dead else ""))
     for reason, n in _by_count(manifest):
@@ -98,7 +99,7 @@ def format_table(table: str, n_rows: int) -> str:
     layout = manifest.layout
     n_bytes = sum(file.n_bytes for file in manifest.files)
     files = f"files        {len(manifest.files):,} of {manifest.file_format}, {format_bytes(n_bytes)}, "
-    files += f"in {snapshot_folder(store.work, manifest.snapshot)}"
+    files += f"in {snapshot_folder(table, manifest.snapshot)}"
     dead = ", ".join(f"{n:,} {reason}" for reason, n in _by_count(manifest)) or "none"
     lines = [
         f"table        {table}",
