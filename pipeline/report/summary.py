@@ -95,7 +95,7 @@ def describe_training(manifest: Manifest) -> str:
 
 def format_table(table: str, n_rows: int) -> str:
     """What `embeam show` prints: the manifest in short, counts and the first rows."""
-    manifest, store = open_live(table)
+    manifest = open_live(table)[0]
     layout = manifest.layout
     n_bytes = sum(file.n_bytes for file in manifest.files)
     files = f"files        {len(manifest.files):,} of {manifest.file_format}, {format_bytes(n_bytes)}, "
