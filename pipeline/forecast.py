@@ -37,18 +37,19 @@ from pipeline.sources.read import read_range
 from pipeline.sources.source import FileRange
 from pipeline.tables.commit import check_counts
 from pipeline.tables.fates import CARRIED, check_deletes, decide_fates
+from pipeline.tables.folder import FolderStore
 from pipeline.tables.known import KnownVectors
 from pipeline.tables.manifest import Manifest, read_manifest
 from pipeline.tables.publish import check_free_space
 from pipeline.tables.recall import BUFFERED_CHARACTERS, BUFFERED_DOCUMENTS, MarkWriter, Recaller, RecallRule
 from pipeline.tables.retention import list_snapshots
-from pipeline.tables.store import FolderStore, Store
+from pipeline.tables.store import Store
 from pipeline.tables.verify import Accounts, read_outcomes
 from pipeline.tables.wishes import Letters
 from pipeline.vectors.storing import quantize_vectors
 
 if TYPE_CHECKING:
-    from pipeline.job import Settled
+    from pipeline.settle import Settled
 
 SAMPLE_TEXTS, SAMPLE_CHARACTERS = 2000, 16_000_000  # that are tokenised
 SAMPLE_RECORDS, SAMPLE_BYTES, SAMPLE_PLACES = 2000, 4 << 20, 16  # that a cheap forecast reads
@@ -131,7 +132,7 @@ def forecast_table(config: EmbedConfig) -> Forecast:
     Raises:
       EmbeamError: if the run could not even begin: settings that do not fit, no input, a damaged table.
     """
-    from pipeline.job import prepare_takeover, settle
+    from pipeline.settle import prepare_takeover, settle
 
     settled = settle(config)
     config = settled.config  # which retrying changes
@@ -492,7 +493,7 @@ def live_row_bytes(live: Manifest | None, form: RowFormat | None = None) -> floa
 
 def find_changes(live: Manifest | None, plan: EmbedPlan) -> list[str]:
     """What makes all rows of the live table useless."""
-    from pipeline.job import describe_changes
+    from pipeline.settle import describe_changes
 
     if live is None or live.fingerprint == plan.fingerprint:
         return []
@@ -503,7 +504,7 @@ def find_stops(
     settled: Settled, live: Manifest | None, seen: Seen, dead: Counter, deleted: int, rows: int, row_bytes: float
 ) -> Iterator[str]:
     """The messages that a run would stop with."""
-    from pipeline.job import check_model
+    from pipeline.settle import check_model
 
     config = settled.config
     reindex = config.reindex

@@ -220,9 +220,10 @@ def format_finding(finding: Finding) -> str:
 
 def check_folder_table(table: str) -> None:
     """Raises ConfigError for what is no folder of snapshots."""
-    from pipeline.tables.store import STORES
+    from pipeline.tables.folder import FolderStore
+    from pipeline.tables.store import open_store
 
-    if table.startswith(tuple(STORES)):
+    if not isinstance(open_store(table), FolderStore):
         raise ConfigError(f"{table} is a database's table, which has no snapshots of ours; name a folder")
 
 

@@ -572,17 +572,17 @@ def test_a_trial_does_not_replace_a_table(tmp_path, table):
 
 
 def test_a_run_that_was_overtaken_does_not_replace_the_others_table(tmp_path, table, monkeypatch):
-    from pipeline.tables import commit
+    from pipeline.tables import folder
 
     (snapshot,) = (table / "snapshots").iterdir()
     shutil.copytree(snapshot, snapshot.with_name("other"))
-    place = commit.place_files
+    place = folder.place_files
 
     def place_while_another_publishes(*arguments):
         (table / "CURRENT").write_text("other\n")
         return place(*arguments)
 
-    monkeypatch.setattr(commit, "place_files", place_while_another_publishes)
+    monkeypatch.setattr(folder, "place_files", place_while_another_publishes)
     with pytest.raises(TableError, match="another run has published other"):
         run_embed(write_lines(tmp_path / "b.txt", "a dog"), table)
     assert (table / "CURRENT").read_text() == "other\n"

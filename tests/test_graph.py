@@ -17,8 +17,9 @@ from support import as_records, make_config, some_texts, write_jsonl
 
 import pipeline.embed
 from pipeline.embed import build_pipeline
-from pipeline.job import prepare_job, settle
+from pipeline.job import prepare_job
 from pipeline.preprocess.chunking import Preprocess
+from pipeline.settle import settle
 
 ROOT = Path(__file__).resolve().parents[1]
 PAR_DO = common_urns.primitives.PAR_DO.urn

@@ -26,7 +26,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition,
 from support import assert_close, expected_vector, official_tokens, pack_ids, read_rows, run_pipeline
 
 import pipeline.job
-import pipeline.tables.commit
+import pipeline.tables.folder
 from pipeline.encoders import handler
 from pipeline.encoders.handler import LoadedEncoder
 from pipeline.errors import EmbeamError
@@ -306,14 +306,14 @@ def raise_at(where: str, n_batches: int) -> Iterator[None]:
         return
     when, _, what = where.partition(" ")
     name = {"placing": "place_files", "the pointer": "make_live"}[what]
-    step = getattr(pipeline.tables.commit, name)
+    step = getattr(pipeline.tables.folder, name)
 
     def broken(*arguments: Any) -> None:
         if when == "after":
             step(*arguments)
         raise Crash(where)
 
-    with watch_encoder(), mock.patch.object(pipeline.tables.commit, name, broken):
+    with watch_encoder(), mock.patch.object(pipeline.tables.folder, name, broken):
         yield
 
 

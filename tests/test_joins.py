@@ -16,7 +16,8 @@ from support import ENCODER, Rows, assert_close, make_config, read_rows, run_pip
 from pipeline.encoders.handler import LoadedEncoder
 from pipeline.engine import make_runner
 from pipeline.errors import ConfigError, EmbeamError, GateError, RunError
-from pipeline.job import prepare_job, run_job, scratch_folder, settle
+from pipeline.job import prepare_job, run_job, scratch_folder
+from pipeline.settle import settle
 from pipeline.tables.joining import JoinRule
 from pipeline.tables.manifest import Manifest, open_table
 from pipeline.tables.publish import name_snapshot

@@ -19,8 +19,8 @@ from pipeline.forecast import (
     scale_up,
     text_flops,
 )
-from pipeline.job import prepare_takeover, settle
 from pipeline.records import Document
+from pipeline.settle import prepare_takeover, settle
 from pipeline.sources.planning import infer_kept_fields, plan_input
 from pipeline.table_verbs import add_table_verbs
 from pipeline.tables.lock import TableLock

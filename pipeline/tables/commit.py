@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,10 +9,8 @@ from typing import Any, NamedTuple
 
 import apache_beam as beam
 import numpy as np
-from apache_beam.io.filesystems import FileSystems
 
 from pipeline.errors import GateError, RunError
-from pipeline.failures import PUBLISHING
 from pipeline.progress import check_dead_fraction
 from pipeline.records import Row, Tally, digest_id
 from pipeline.sinks.index import read_index
@@ -30,27 +27,16 @@ from pipeline.tables.gate import (
     compare_samples,
 )
 from pipeline.tables.joining import JoinRule
-from pipeline.tables.journal import delete_journals
 from pipeline.tables.known import ROWS, SEGMENT, KnownVectors
-from pipeline.tables.manifest import MANIFEST, attempts_folder, snapshot_folder
+from pipeline.tables.manifest import attempts_folder
 from pipeline.tables.publish import (
-    build_manifest,
     count_dead,
-    make_live,
-    place_files,
-    reject_snapshot,
     sum_tallies,
 )
 from pipeline.tables.readers import FileReader, SegmentReader, VectorReader
 from pipeline.tables.recall import Note
-from pipeline.tables.retention import expire_snapshots
-from pipeline.tables.storage import create_file, delete_folder, join, read_text
 from pipeline.tables.store import CommitPlan
 from pipeline.tables.wishes import FRESH, Letters, Wishes, number_files, plan_wishes
-
-AGREED = (
-    "commit.json"  # in the attempt's folder: the files of the new snapshot, so that a repeated commit takes the same
-)
 
 
 class Results(NamedTuple):
@@ -69,55 +55,6 @@ class Results(NamedTuple):
     probes: Sequence[Row]
     notes: Sequence[Note] = ()
     samples: Sequence[Row] = ()
-
-
-@dataclass(frozen=True)
-class FolderCommit:
-    """Publishes a new snapshot in a table's folder."""
-
-    plan: CommitPlan
-
-    def commit(self, results: Results) -> str:
-        """Checks, completes and publishes what a run has produced; may be repeated. Returns the snapshot's name.
-
-        Raises:
-          RunError: if there is too little to publish, or the gate stops it.
-          TableError: if another run has published meanwhile, or the live table is damaged.
-        """
-        plan = self.plan.publication
-        folder = snapshot_folder(plan.table, plan.name)
-        if not FileSystems.exists(join(folder, MANIFEST)):  # else a repeated attempt at the same commit
-            shards, counts = self._agree(results)
-            manifest = build_manifest(plan, shards, counts)
-            with PUBLISHING:
-                place_files(manifest, shards, folder)
-        with PUBLISHING:
-            make_live(plan)
-            delete_folder(attempts_folder(plan.table, plan.name))
-            delete_journals(plan.table)
-        expire_snapshots(plan.table, plan.reindex.keep_snapshots, plan.reindex.grace_seconds)
-        return plan.name
-
-    def _agree(self, results: Results) -> tuple[list[Shard], dict[str, dict[str, float]]]:
-        publication = self.plan.publication
-        path = join(attempts_folder(publication.table, publication.name), AGREED)
-        if FileSystems.exists(path):
-            values = json.loads(read_text(path))
-            shards = [Shard(*fields)._replace(index_size=tuple(fields[8])) for fields in values["shards"]]
-            return shards, values["counts"]
-        completion = complete(self.plan, results, whole=True)
-        shards, counts = completion.shards, completion.counts
-        check_any_rows(shards, counts)
-        try:
-            completion.check_gate()
-        except GateError as error:
-            folder = reject_snapshot(publication, build_manifest(publication, shards, counts), shards)
-            raise GateError(
-                f"the new snapshot failed the gate and lies in {folder}: {error}; the table is what it was; "
-                "look into it, or publish all the same with --gate=off"
-            ) from error
-        create_file(path, json.dumps({"shards": shards, "counts": counts}).encode())
-        return shards, counts
 
 
 def check_counts(counts: dict[str, dict[str, float]], max_dead_fraction: float) -> None:

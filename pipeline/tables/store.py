@@ -8,21 +8,15 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Optional, Protocol
 
-import numpy as np
-
 from pipeline.config import EmbedConfig
-from pipeline.saved_model import absolute_path
-from pipeline.sinks.index import Index, read_index
+from pipeline.sinks.index import Index
 from pipeline.sinks.layout import TableLayout
 from pipeline.sinks.writing import DeadLetterFormat, RowFormat
-from pipeline.tables.joining import JoinRule, KnownFile
-from pipeline.tables.known import ROWS, VectorFile
-from pipeline.tables.manifest import POINTER, Manifest, read_manifest, read_pointer, snapshot_folder
-from pipeline.tables.pointer import read_versioned
-from pipeline.tables.publish import Publication, check_folder
-from pipeline.tables.readers import FileReader, VectorReader, damaged
+from pipeline.tables.joining import JoinRule
+from pipeline.tables.manifest import Manifest
+from pipeline.tables.publish import Publication
+from pipeline.tables.readers import VectorReader
 from pipeline.tables.recall import RecallRule
-from pipeline.tables.storage import hash_content, join, measure_files
 
 _LOGGER = logging.getLogger(__name__)
 
@@ -146,91 +140,11 @@ class Store(Protocol):
         """The picklable object whose `commit(results)` publishes."""
 
 
-class FolderStore:
-    """A folder of snapshots, on any file system of Beam."""
-
-    def __init__(self, output: str) -> None:
-        self.shown = output
-        self.work = absolute_path(output)
-
-    def check(self, config: EmbedConfig) -> None:
-        check_folder(self.work)
-
-    def read_live(self) -> Live:
-        _, version = read_versioned(join(self.work, POINTER))
-        name = read_pointer(self.work)
-        return Live(read_manifest(self.work, name) if name else None, version)
-
-    def find_damaged(self, live: Manifest, by_checksum: bool) -> set[str]:
-        root = snapshot_folder(self.work, live.snapshot)
-        there = {path.rpartition("/")[2]: n_bytes for path, n_bytes in measure_files(root).items()}
-        damaged = set()
-        for file, index_file in zip(live.files, live.index_files, strict=True):
-            for part in (file, index_file):
-                path = join(root, part.name)
-                if there.get(part.name) != part.n_bytes or (by_checksum and hash_content(path) != part.sha256):
-                    _LOGGER.warning("%s is damaged; its rows are made anew", path)
-                    damaged.add(join(root, file.name))
-        return damaged
-
-    def read_indexes(self, live: Manifest, scratch: str, lost: set[str]) -> Iterator[tuple[str, Index]]:
-        root = snapshot_folder(self.work, live.snapshot)
-        for file, index_file in zip(live.files, live.index_files, strict=True):
-            path = join(root, file.name)
-            if path in lost:
-                continue
-            index_path = join(root, index_file.name)
-            try:
-                index = read_index(index_path)
-            except Exception as error:  # every file system has exceptions of its own
-                raise damaged(index_path, str(error)) from error
-            if len(index.entries) != file.rows:
-                raise damaged(index_path, f"it has {len(index.entries)} entries instead of {file.rows}")
-            yield path, index
-
-    def reader(self, live: Manifest, scratch: str) -> VectorReader:
-        return FileReader(live.file_format, live.layout, live.compression)
-
-    def can_copy(self, live: Manifest, form: RowFormat) -> bool:
-        theirs: tuple[str, str, TableLayout] = live.file_format, live.compression, live.layout
-        return theirs == (form.name, form.compression, form.layout)
-
-    def locate_dead_letters(self, live: Manifest, name: str) -> str:
-        return str(join(snapshot_folder(self.work, live.snapshot), name))
-
-    def choose_form(self, config: EmbedConfig, layout: TableLayout) -> RowFormat:
-        return RowFormat(config.write.output_format, layout, config.write.compression)
-
-    def read_columns(self, live: Manifest) -> Iterator[dict[str, list]]:
-        reader, none = FileReader(live.file_format, live.layout, live.compression), np.zeros(0, int)
-        for file in live.files:
-            path = join(snapshot_folder(self.work, live.snapshot), file.name)
-            for stored in reader.read(VectorFile(path, ROWS, 0, file.rows), none):
-                yield reader.columns(stored, np.arange(len(stored.numbers)))
-
-    def committer(self, plan: CommitPlan) -> Any:
-        from pipeline.tables.commit import FolderCommit
-
-        return FolderCommit(plan)
-
-    def known_files(self, live: Manifest, lost: set[str]) -> list[KnownFile]:
-        """The live table's files for the distributed back end, but for the lost ones."""
-        root = snapshot_folder(self.work, live.snapshot)
-        return [
-            KnownFile(VectorFile(join(root, file.name), ROWS, 0, file.rows), join(root, index.name))
-            for file, index in zip(live.files, live.index_files, strict=True)
-            if join(root, file.name) not in lost
-        ]
-
-    def live_files(self, live: Manifest) -> dict[str, tuple[int, str]]:
-        root = snapshot_folder(self.work, live.snapshot)
-        return {join(root, file.name): (file.n_bytes, file.sha256) for file in live.files}
-
-
-# scheme -> module and class, imported when first used; everything else is a folder
+# scheme -> module and class, imported when first used; the first that fits counts
 STORES = {
     "duckdb://": ("pipeline.tables.duckdb", "DuckdbStore"),
     "bq://": ("pipeline.tables.bigquery", "BigqueryStore"),
+    "": ("pipeline.tables.folder", "FolderStore"),
 }
 
 
@@ -244,8 +158,6 @@ def open_store(output: str, work_dir: str = "") -> Store:
     Raises:
       ConfigError: if it names none.
     """
-    for scheme, (module, name) in STORES.items():
-        if output.startswith(scheme):
-            store: Store = getattr(importlib.import_module(module), name)(output, work_dir)
-            return store
-    return FolderStore(output)
+    module, name = next(place for scheme, place in STORES.items() if output.startswith(scheme))
+    store: Store = getattr(importlib.import_module(module), name)(output, work_dir)
+    return store

@@ -1,0 +1,170 @@
+"""A table in a folder of snapshots, on any file system of Beam."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+from apache_beam.io.filesystems import FileSystems
+
+from pipeline.config import EmbedConfig
+from pipeline.errors import GateError
+from pipeline.failures import PUBLISHING
+from pipeline.saved_model import absolute_path
+from pipeline.sinks.index import Index, read_index
+from pipeline.sinks.layout import TableLayout
+from pipeline.sinks.writing import RowFormat, Shard
+from pipeline.tables.commit import Results, check_any_rows, complete
+from pipeline.tables.joining import KnownFile
+from pipeline.tables.journal import delete_journals
+from pipeline.tables.known import ROWS, VectorFile
+from pipeline.tables.manifest import (
+    MANIFEST,
+    POINTER,
+    Manifest,
+    attempts_folder,
+    read_manifest,
+    read_pointer,
+    snapshot_folder,
+)
+from pipeline.tables.pointer import read_versioned
+from pipeline.tables.publish import build_manifest, check_folder, make_live, place_files, reject_snapshot
+from pipeline.tables.readers import FileReader, VectorReader, damaged
+from pipeline.tables.retention import expire_snapshots
+from pipeline.tables.storage import create_file, delete_folder, hash_content, join, measure_files, read_text
+from pipeline.tables.store import CommitPlan, Live
+
+# In the attempt's folder: the files of the new snapshot, so that a repeated commit takes the same.
+AGREED = "commit.json"
+_LOGGER = logging.getLogger(__name__)
+
+
+class FolderStore:
+    """A folder of snapshots, on any file system of Beam."""
+
+    def __init__(self, output: str, work_dir: str = "") -> None:
+        self.shown = output
+        self.work = absolute_path(output)
+
+    def check(self, config: EmbedConfig) -> None:
+        check_folder(self.work)
+
+    def read_live(self) -> Live:
+        _, version = read_versioned(join(self.work, POINTER))
+        name = read_pointer(self.work)
+        return Live(read_manifest(self.work, name) if name else None, version)
+
+    def find_damaged(self, live: Manifest, by_checksum: bool) -> set[str]:
+        root = snapshot_folder(self.work, live.snapshot)
+        there = {path.rpartition("/")[2]: n_bytes for path, n_bytes in measure_files(root).items()}
+        damaged = set()
+        for file, index_file in zip(live.files, live.index_files, strict=True):
+            for part in (file, index_file):
+                path = join(root, part.name)
+                if there.get(part.name) != part.n_bytes or (by_checksum and hash_content(path) != part.sha256):
+                    _LOGGER.warning("%s is damaged; its rows are made anew", path)
+                    damaged.add(join(root, file.name))
+        return damaged
+
+    def read_indexes(self, live: Manifest, scratch: str, lost: set[str]) -> Iterator[tuple[str, Index]]:
+        root = snapshot_folder(self.work, live.snapshot)
+        for file, index_file in zip(live.files, live.index_files, strict=True):
+            path = join(root, file.name)
+            if path in lost:
+                continue
+            index_path = join(root, index_file.name)
+            try:
+                index = read_index(index_path)
+            except Exception as error:  # every file system has exceptions of its own
+                raise damaged(index_path, str(error)) from error
+            if len(index.entries) != file.rows:
+                raise damaged(index_path, f"it has {len(index.entries)} entries instead of {file.rows}")
+            yield path, index
+
+    def reader(self, live: Manifest, scratch: str) -> VectorReader:
+        return FileReader(live.file_format, live.layout, live.compression)
+
+    def can_copy(self, live: Manifest, form: RowFormat) -> bool:
+        theirs: tuple[str, str, TableLayout] = live.file_format, live.compression, live.layout
+        return theirs == (form.name, form.compression, form.layout)
+
+    def locate_dead_letters(self, live: Manifest, name: str) -> str:
+        return str(join(snapshot_folder(self.work, live.snapshot), name))
+
+    def choose_form(self, config: EmbedConfig, layout: TableLayout) -> RowFormat:
+        return RowFormat(config.write.output_format, layout, config.write.compression)
+
+    def read_columns(self, live: Manifest) -> Iterator[dict[str, list]]:
+        reader, none = FileReader(live.file_format, live.layout, live.compression), np.zeros(0, int)
+        for file in live.files:
+            path = join(snapshot_folder(self.work, live.snapshot), file.name)
+            for stored in reader.read(VectorFile(path, ROWS, 0, file.rows), none):
+                yield reader.columns(stored, np.arange(len(stored.numbers)))
+
+    def committer(self, plan: CommitPlan) -> FolderCommit:
+        return FolderCommit(plan)
+
+    def known_files(self, live: Manifest, lost: set[str]) -> list[KnownFile]:
+        """The live table's files for the distributed back end, but for the lost ones."""
+        root = snapshot_folder(self.work, live.snapshot)
+        return [
+            KnownFile(VectorFile(join(root, file.name), ROWS, 0, file.rows), join(root, index.name))
+            for file, index in zip(live.files, live.index_files, strict=True)
+            if join(root, file.name) not in lost
+        ]
+
+    def live_files(self, live: Manifest) -> dict[str, tuple[int, str]]:
+        root = snapshot_folder(self.work, live.snapshot)
+        return {join(root, file.name): (file.n_bytes, file.sha256) for file in live.files}
+
+
+@dataclass(frozen=True)
+class FolderCommit:
+    """Publishes a new snapshot in a table's folder."""
+
+    plan: CommitPlan
+
+    def commit(self, results: Results) -> str:
+        """Checks, completes and publishes what a run has produced; may be repeated. Returns the snapshot's name.
+
+        Raises:
+          RunError: if there is too little to publish, or the gate stops it.
+          TableError: if another run has published meanwhile, or the live table is damaged.
+        """
+        plan = self.plan.publication
+        folder = snapshot_folder(plan.table, plan.name)
+        if not FileSystems.exists(join(folder, MANIFEST)):  # else a repeated attempt at the same commit
+            shards, counts = self._agree(results)
+            manifest = build_manifest(plan, shards, counts)
+            with PUBLISHING:
+                place_files(manifest, shards, folder)
+        with PUBLISHING:
+            make_live(plan)
+            delete_folder(attempts_folder(plan.table, plan.name))
+            delete_journals(plan.table)
+        expire_snapshots(plan.table, plan.reindex.keep_snapshots, plan.reindex.grace_seconds)
+        return plan.name
+
+    def _agree(self, results: Results) -> tuple[list[Shard], dict[str, dict[str, float]]]:
+        publication = self.plan.publication
+        path = join(attempts_folder(publication.table, publication.name), AGREED)
+        if FileSystems.exists(path):
+            values = json.loads(read_text(path))
+            shards = [Shard(*fields)._replace(index_size=tuple(fields[8])) for fields in values["shards"]]
+            return shards, values["counts"]
+        completion = complete(self.plan, results, whole=True)
+        shards, counts = completion.shards, completion.counts
+        check_any_rows(shards, counts)
+        try:
+            completion.check_gate()
+        except GateError as error:
+            folder = reject_snapshot(publication, build_manifest(publication, shards, counts), shards)
+            raise GateError(
+                f"the new snapshot failed the gate and lies in {folder}: {error}; the table is what it was; "
+                "look into it, or publish all the same with --gate=off"
+            ) from error
+        create_file(path, json.dumps({"shards": shards, "counts": counts}).encode())
+        return shards, counts
