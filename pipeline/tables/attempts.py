@@ -1,12 +1,14 @@
 """What runs leave behind: an attempt is abandoned when its run fails, and swept by the next run if it died.
 
-Whoever holds the table's lock may remove all attempts: no other run is alive.
+Whoever holds the table's lock may remove all attempts: no other run is alive. Where there are no locks nothing tells the
+dead from the living, and nothing is swept.
 """
 
 from __future__ import annotations
 
 import os
 
+from pipeline.tables.lock import can_lock
 from pipeline.tables.manifest import (
     ATTEMPTS,
     MANIFEST,
@@ -20,6 +22,8 @@ from pipeline.tables.storage import FileSystems, delete_file, delete_folder, joi
 
 def sweep_dead_attempts(table: str) -> None:
     """Removes what dead runs left: unfinished files, and snapshots that never went live."""
+    if not can_lock(table):
+        return
     live = read_pointer(table)
     for name in list_folders(join(table, ATTEMPTS)):
         folder = snapshot_folder(table, name)

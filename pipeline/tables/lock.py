@@ -33,6 +33,11 @@ _TRIES = 5
 _LOGGER = logging.getLogger(__name__)
 
 
+def can_lock(table: str) -> bool:
+    """Whether the table's file system has the means to lock it."""
+    return is_local(table) or is_gcs(table)
+
+
 class TableLock:
     """Holds a table for one run, against other processes and other runs in this one; once only.
 
