@@ -1,7 +1,7 @@
 """What runs leave behind: an attempt is abandoned when its run fails, and swept by the next run if it died.
 
-Whoever holds the table's lock may remove all attempts: no other run is alive. Where there are no locks nothing tells the
-dead from the living, and nothing is swept.
+Whoever holds the table's lock may remove all attempts: no other run is alive. Where there are no locks nothing tells
+the dead from the living, and nothing is swept.
 """
 
 from __future__ import annotations
