@@ -77,7 +77,7 @@ def build_parsers() -> tuple[Parser, Parser]:
     """The command's parser, and that of the verb `embed`, whose flags Beam's are compared with."""
     parser = Parser(prog="embeam", description="Turns a text corpus into an embedding table.")
     parser.add_argument("--version", action="version", version=f"embeam {__version__}")
-    verbs = parser.add_subparsers(dest="verb", title="verbs", parser_class=Parser)
+    verbs = parser.add_subparsers(dest="verb", title="verbs", metavar="VERB", parser_class=Parser)
     embed = verbs.add_parser(
         "embed",
         help="embed a corpus into a table",
