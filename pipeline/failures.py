@@ -63,8 +63,10 @@ def watch_signals() -> None:
         terminal = os.dup(2)
         os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # Beam's threads have a lot to say about workers that are gone
         os.write(terminal, b"\nembeam: stopped; a table is what it was last published as; run the same command again\n")
-        for child in psutil.Process().children(recursive=True):  # Beam starts its workers through a shell
+        children = psutil.Process().children(recursive=True)  # Beam starts its workers through a shell
+        for child in children:
             child.kill()
+        psutil.wait_procs(children, timeout=3)  # else they may write what is being removed
         PUBLISHING.acquire()
         for clean_up in list(_on_stop):
             try:
