@@ -7,6 +7,7 @@ import gc
 import logging
 import os
 import sys
+import threading
 import traceback
 from collections.abc import Sequence
 
@@ -14,7 +15,7 @@ from pipeline import __version__
 from pipeline.config import EmbedConfig
 from pipeline.errors import ConfigError, EmbeamError
 from pipeline.export_verbs import add_export_verbs
-from pipeline.failures import watch_signals
+from pipeline.failures import STOPPING, watch_signals
 from pipeline.flags import (
     Parser,
     add_config_flags,
@@ -38,6 +39,8 @@ def run() -> None:
         main()
     except SystemExit as stop:
         code = stop.code if isinstance(stop.code, int) else EXIT_FAILED
+    if STOPPING.is_set():  # the run has failed since its workers are gone
+        threading.Event().wait()
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)

@@ -7,12 +7,14 @@ import signal
 import sys
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 
 import psutil
 
 from pipeline.errors import EmbeamError, RunError
 
 PUBLISHING = threading.Lock()  # held while this process publishes, so that no signal ends it half way
+STOPPING = threading.Event()  # set once a signal ends the process: its own thread does, and no other
 _WATCHER = "embeam-signals"
 _on_stop: list[Callable[[], object]] = []
 
@@ -59,13 +61,18 @@ def watch_signals() -> None:
 
     def wait() -> None:
         number = signal.sigwait(signals)
+        STOPPING.set()
         sys.stderr.flush()
         terminal = os.dup(2)
         os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # Beam's threads have a lot to say about workers that are gone
         os.write(terminal, b"\nembeam: stopped; a table is what it was last published as; run the same command again\n")
         children = psutil.Process().children(recursive=True)  # Beam starts its workers through a shell
+        for child in children:  # all at once, or one would report the end of another
+            with suppress(psutil.Error):
+                child.suspend()
         for child in children:
-            child.kill()
+            with suppress(psutil.Error):
+                child.kill()
         psutil.wait_procs(children, timeout=3)  # else they may write what is being removed
         PUBLISHING.acquire()
         for clean_up in list(_on_stop):

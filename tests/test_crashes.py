@@ -267,7 +267,7 @@ def test_kills_at_any_moment_lose_nothing_and_readers_see_whole_tables(tmp_path)
 @pytest.mark.timeout(240)
 def test_a_kill_costs_at_most_half_a_minute(tmp_path):
     """As told by the segments that are there, against what the next run encodes."""
-    n = max(6000, N_DOCUMENTS)
+    n = max(20_000, N_DOCUMENTS)
     corpus, table = write_corpus(tmp_path / "c.jsonl", range(n), "new"), tmp_path / "table"
     process = start_cli(*embed_flags(corpus, table, SLOW))
     try:

@@ -29,6 +29,7 @@ from support import (
     as_records,
     assert_close,
     expected_vector,
+    make_config,
     official_tokens,
     pack_ids,
     read_dead_letters,
@@ -42,6 +43,7 @@ from pipeline.encoders import handler
 from pipeline.encoders.handler import LoadedEncoder
 from pipeline.errors import ConfigError, GateError, RunError, TableError
 from pipeline.sinks import writing
+from pipeline.sources.planning import plan_input
 from pipeline.tables.manifest import Manifest, open_table
 from pipeline.tables.publish import name_snapshot
 from pipeline.tables.retention import roll_back
@@ -768,8 +770,9 @@ def test_other_engines_give_the_same_table(tmp_path, beam_flags):
         for i in range(4):
             write_jsonl(tmp_path / f"{i}.jsonl", records[i::4])
 
-    settings = {"split_bytes": 1}
+    settings = {"split_bytes": 1500}
     write(RECORDS)
+    assert len(plan_input(make_config(tmp_path, **settings).read).splits) >= 3
     embed(tmp_path, **settings)
     records = mix(RECORDS)
     write(records)

@@ -98,8 +98,12 @@ def format_table(table: str, n_rows: int) -> str:
     manifest = open_live(table)[0]
     layout = manifest.layout
     n_bytes = sum(file.n_bytes for file in manifest.files)
-    files = f"files        {len(manifest.files):,} of {manifest.file_format}, {format_bytes(n_bytes)}, "
-    files += f"in {snapshot_folder(table, manifest.snapshot)}"
+    files = []
+    if manifest.files:  # else a database holds the rows
+        folder = snapshot_folder(table, manifest.snapshot)
+        files.append(
+            f"files        {len(manifest.files):,} of {manifest.file_format}, {format_bytes(n_bytes)}, in {folder}"
+        )
     dead = ", ".join(f"{n:,} {reason}" for reason, n in _by_count(manifest)) or "none"
     lines = [
         f"table        {table}",
@@ -109,7 +113,7 @@ def format_table(table: str, n_rows: int) -> str:
         f"encoder      {manifest.settings['encoder'] or 'the built-in one'}, {manifest.identity['vector']}",
         f"graph        {describe_graph(manifest)}",
         f"fingerprint  {manifest.fingerprint}",
-        *([files] if manifest.files else []),
+        *files,
         f"columns      {', '.join([*layout.columns(), 'embedding'])}",
         f"dead letters {dead}",
     ]
