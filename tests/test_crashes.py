@@ -156,7 +156,14 @@ def wait_until(condition: Callable[[], bool], process: Any, seconds: float = 90)
 
 def has_file(folder: Path, old: set[str], pattern: str) -> Callable[[], bool]:
     """Whether a subfolder that is not an old one has a matching file."""
-    return lambda: any(path.relative_to(folder).parts[0] not in old for path in folder.glob("*/" + pattern))
+
+    def look() -> bool:
+        try:
+            return any(path.relative_to(folder).parts[0] not in old for path in folder.glob("*/" + pattern))
+        except FileNotFoundError:  # a folder that was removed while it was listed
+            return False
+
+    return look
 
 
 def list_names(folder: Path) -> set[str]:
