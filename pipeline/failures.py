@@ -75,7 +75,7 @@ def watch_signals() -> None:
                 child.kill()
         psutil.wait_procs(children, timeout=3)  # else they may write what is being removed
         PUBLISHING.acquire()
-        for clean_up in list(_on_stop):
+        for clean_up in reversed(list(_on_stop)):  # what came last rests on what came first: the lock goes at the end
             try:
                 clean_up()
             except Exception as error:
