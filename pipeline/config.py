@@ -270,6 +270,11 @@ class ReindexConfig(_Checked):
         if self.grace_seconds < 0:
             raise ConfigError(f"--grace_seconds={self.grace_seconds} is negative; use 0 or more")
 
+    @property
+    def keeps_deleted(self) -> bool:
+        """Whether rows stay of documents that the run does not see: as asked, or since it sees dead letters alone."""
+        return self.deletes == "keep" or self.retry_dead_letters
+
 
 @dataclass(frozen=True)
 class EmbedConfig:

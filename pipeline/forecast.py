@@ -449,7 +449,7 @@ def combine(
         equal_rows *= n_equal / len(seen.equal)
     ids = np.unique(np.array(list(seen.letters.ids), "S16"))
     letters = Letters(ids, seen.letters.blind, {})
-    keeps = config.reindex.deletes == "keep" or config.reindex.retry_dead_letters
+    keeps = config.reindex.keeps_deleted
     fates = decide_fates(seen.known, [seen.marks.note], letters, seen.recalled, np.empty(0, "S16"), keeps)
     carried = int(np.isin(fates.fate, CARRIED).sum()) if reusable else 0
     rows = carried + len(seen.recalled) + round(to_encode * each + equal_rows)
@@ -510,7 +510,7 @@ def find_stops(
     reindex = config.reindex
     if live is not None and config.read.limit:
         yield f"--limit={config.read.limit} is for trials and --output={config.write.output} already holds a table"
-    refuses = reindex.on_model_change == "stop" or reindex.deletes == "keep" or reindex.retry_dead_letters
+    refuses = reindex.on_model_change == "stop" or reindex.keeps_deleted
     counts = {"read": {"records": float(seen.read["records"])}, "write_dead_letters": {**dead}}
     n_live = seen.known.count_live_ids()
     for check in (

@@ -22,6 +22,11 @@ class Origin(NamedTuple):
     unit: str = "row"  # "byte" where files can be split, else "row"
 
 
+def pack_kept(values: Sequence[Any]) -> bytes:
+    """The kept fields' values as `Document.kept` holds them: equal values give equal bytes."""
+    return json.dumps(list(values), ensure_ascii=False, separators=(",", ":")).encode() if values else b""
+
+
 class Document(NamedTuple):
     """One text to embed.
 

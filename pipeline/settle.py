@@ -96,7 +96,7 @@ def check_model(live: Manifest | None, plan: EmbedPlan, config: EmbedConfig) -> 
             f"{config.write.output} was made otherwise ({changes}) and --on_model_change=stop; leave that out to embed "
             "everything again, or give another --output"
         )
-    if config.reindex.deletes == "keep" or config.reindex.retry_dead_letters:
+    if config.reindex.keeps_deleted:
         flag = "--deletes=keep" if config.reindex.deletes == "keep" else "--retry_dead_letters"
         raise ConfigError(
             f"{flag}: {config.write.output} was made otherwise ({changes}), and its rows cannot be kept beside new "
@@ -143,6 +143,6 @@ def prepare_joins(
     for path in list_segments(store.work, plan.fingerprint):
         if (segment := read_segment(path)) is not None:
             files.append(KnownFile(VectorFile(path, SEGMENT, 0, len(segment.records)), ""))
-    keeps = config.reindex.deletes == "keep" or config.reindex.retry_dead_letters
+    keeps = config.reindex.keeps_deleted
     reader = store.reader(live, "") if live else None
     return Takeover(JoinRule(tuple(files), reader, reusable, form.layout, plan.split.prefix, keeps), reader, reusable)

@@ -53,6 +53,11 @@ def digest_kept(kept: bytes) -> int:
     return int.from_bytes(hashlib.blake2b(kept, digest_size=8).digest(), "little") if kept else 0
 
 
+def whole_digest(stored: bytes) -> bytes:
+    """A 16-byte digest in full: NumPy gives strings without the zeros at their end."""
+    return stored.ljust(16, b"\0")
+
+
 def index_rows(rows: Sequence[Row], sources: SourceNumbers) -> np.ndarray:
     """Entries `[len(rows)]` of ENTRY."""
     return np.array(
@@ -71,13 +76,8 @@ def index_rows(rows: Sequence[Row], sources: SourceNumbers) -> np.ndarray:
     )
 
 
-def pack_index(index: Index) -> bytes:
-    """The bytes of an index: entries, the sources as JSON, the JSON's length."""
-    return pack_records(index.entries, index.sources)
-
-
 def pack_records(records: np.ndarray, sources: Sequence[str]) -> bytes:
-    """Fixed-size records, followed by the paths that they name by number."""
+    """The bytes of fixed-size records, then the paths that they name by number as JSON, then the JSON's length."""
     names = json.dumps(list(sources)).encode()
     return records.tobytes() + names + _LENGTH.pack(len(names))
 

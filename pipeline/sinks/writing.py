@@ -23,7 +23,7 @@ from pipeline.progress import Progress
 from pipeline.records import DeadLetter, Row, Tally
 from pipeline.sinks import SINKS
 from pipeline.sinks.index import SUFFIX as INDEX_SUFFIX
-from pipeline.sinks.index import Index, SourceNumbers, index_rows, pack_index
+from pipeline.sinks.index import Index, SourceNumbers, index_rows, pack_records
 from pipeline.sinks.layout import TableLayout
 
 # What a shard holds. Beam may hand records on as another type with the same fields, so it cannot be told from theirs.
@@ -245,7 +245,7 @@ def write_index(folder: str, index: Index) -> tuple[str, tuple[int, str]]:
     """Writes the index of one file; returns its path, and its size in bytes and sha256."""
     path = FileSystems.join(folder, f"index-{uuid.uuid4().hex}{INDEX_SUFFIX}")
     stream = HashingStream(FileSystems.create(path, compression_type="uncompressed"))
-    stream.write(pack_index(index))
+    stream.write(pack_records(*index))
     sha256 = stream.finish()
     return path, (stream.n_bytes, sha256)
 

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from typing import Any, Union
 
 from pipeline.config import ReadConfig
-from pipeline.records import DeadLetter, Document, Origin
+from pipeline.records import DeadLetter, Document, Origin, pack_kept
 from pipeline.sources.jsonl import JsonlSource
 from pipeline.sources.source import FileRange, Record
 
@@ -36,9 +35,7 @@ class DeadLetterSource(JsonlSource):
         if not is_complete(values):
             facts = values["stage"], values["reason"], values["message"]
             return DeadLetter(*facts, origin, values["id"], values.get("text"))
-        kept = values.get("kept")
-        packed = json.dumps(kept, ensure_ascii=False, separators=(",", ":")).encode() if kept else b""
-        return Document(values["id"], values["text"], values.get("pair"), packed, origin)
+        return Document(values["id"], values["text"], values.get("pair"), pack_kept(values.get("kept", ())), origin)
 
 
 def is_complete(values: Any) -> bool:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NoReturn, Optional, Union
 
 from pipeline.config import KeptField, ReadConfig
-from pipeline.records import DeadLetter, Document, Origin
+from pipeline.records import DeadLetter, Document, Origin, pack_kept
 from pipeline.sources.source import PREVIEW_BYTES, InputFile, Record, Source, describe_too_large
 
 _INT64 = range(-(1 << 63), 1 << 63)
@@ -106,10 +106,7 @@ def read_kept(values: Mapping[str, Any], kept_fields: Sequence[KeptField], from_
     Raises:
       BadRecord: wrong_type if a value does not fit its type.
     """
-    if not kept_fields:
-        return b""
-    kept = [convert_kept(values.get(field.name), field, from_strings) for field in kept_fields]
-    return json.dumps(kept, ensure_ascii=False, separators=(",", ":")).encode()
+    return pack_kept([convert_kept(values.get(field.name), field, from_strings) for field in kept_fields])
 
 
 def convert_kept(value: Any, field: KeptField, from_strings: bool = False) -> Any:

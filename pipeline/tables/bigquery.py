@@ -12,7 +12,7 @@ import json
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import apache_beam as beam
@@ -27,15 +27,15 @@ from pipeline.failures import PUBLISHING
 from pipeline.sinks.index import Index
 from pipeline.sinks.layout import TableLayout
 from pipeline.sinks.parquet import decode_stored, read_stored
-from pipeline.sinks.writing import ROWS, RowFormat, Shard
+from pipeline.sinks.writing import ROWS, Shard
 from pipeline.sources.bigquery import open_table_session, read_stream
 from pipeline.tables.commit import Results
 from pipeline.tables.database import (
-    DEAD_LETTERS,
     DESCRIPTIONS,
     KEPT_DESCRIPTION,
     RUNS_SUFFIX,
     DatabaseReader,
+    DatabaseStore,
     build_indexes,
     check_database_config,
     complete_changes,
@@ -57,7 +57,7 @@ _MARKER = "is_marker"
 _STAGING_HOURS = 24
 
 
-class BigqueryStore:
+class BigqueryStore(DatabaseStore):
     """A table of BigQuery."""
 
     def __init__(self, output: str, work_dir: str = "") -> None:
@@ -88,27 +88,12 @@ class BigqueryStore:
             rows = list(connection.query(query).result())
         return Live(Manifest.from_json(rows[0]["manifest"]), rows[0]["run_id"]) if rows else Live(None, "")
 
-    def find_damaged(self, live: Manifest, by_checksum: bool) -> set[str]:
-        return set()
-
     def read_indexes(self, live: Manifest, scratch: str, lost: set[str]) -> Iterator[tuple[str, Index]]:
         rows = (row for batch in self._read(index_columns(live.layout)) for row in batch.to_pylist())
         yield from build_indexes(rows, live.layout, scratch)
 
     def reader(self, live: Manifest, scratch: str) -> VectorReader:
         return BigqueryReader(live.layout, scratch, self.name)
-
-    def can_copy(self, live: Manifest, form: RowFormat) -> bool:
-        return live.layout == form.layout
-
-    def live_files(self, live: Manifest) -> dict[str, tuple[int, str]]:
-        return {}
-
-    def locate_dead_letters(self, live: Manifest, name: str) -> str:
-        return str(join(self.work, DEAD_LETTERS, name))
-
-    def choose_form(self, config: EmbedConfig, layout: TableLayout) -> RowFormat:
-        return RowFormat("parquet", replace(layout, sourced=True))
 
     def committer(self, plan: CommitPlan) -> BigqueryCommit:
         return BigqueryCommit(plan, self.name)

@@ -6,7 +6,6 @@ are stored, wishes are granted with the vectors that pass by. A file of which ev
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -15,7 +14,7 @@ from typing import Any, Optional
 import numpy as np
 
 from pipeline.config import KeptField
-from pipeline.records import Row
+from pipeline.records import Row, pack_kept
 from pipeline.sinks.index import Index
 from pipeline.sinks.layout import TableLayout
 from pipeline.sinks.writing import RowFormat, Shard, ShardWriter, write_index
@@ -205,7 +204,7 @@ def convert_rows(columns: dict[str, list], sources: list[str], old: TableLayout,
                 n_tokens=columns["n_tokens"][i] if "n_tokens" in columns else None,
                 n_truncated=columns["n_truncated"][i] if "n_truncated" in columns else None,
                 content_hash=columns["content_hash"][i],
-                kept=json.dumps(kept, ensure_ascii=False, separators=(",", ":")).encode() if new.kept else b"",
+                kept=pack_kept(kept),
                 text=(columns["text"][i] if "text" in columns else "") if new.keep_text else None,
                 n_chunks=columns["n_chunks"][i],
                 source=source,

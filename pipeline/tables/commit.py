@@ -29,10 +29,7 @@ from pipeline.tables.gate import (
 from pipeline.tables.joining import JoinRule
 from pipeline.tables.known import ROWS, SEGMENT, KnownVectors
 from pipeline.tables.manifest import attempts_folder
-from pipeline.tables.publish import (
-    count_dead,
-    sum_tallies,
-)
+from pipeline.tables.publish import build_manifest, count_dead, reject_snapshot, sum_tallies
 from pipeline.tables.readers import FileReader, SegmentReader, VectorReader
 from pipeline.tables.recall import Note
 from pipeline.tables.store import CommitPlan
@@ -151,6 +148,28 @@ class JoinedCompletion:
         compare_samples(self.results.probes, self.results.samples, form.layout)
 
 
+def pass_gate(completion: Completion | JoinedCompletion, failed: str, it: str) -> None:
+    """Lets a new state pass that may go live; what may not is kept aside.
+
+    Args:
+      completion: the new state.
+      failed: what is said of one that may not: what failed and "lies".
+      it: what is said to be looked into.
+
+    Raises:
+      GateError: saying why, and where it lies.
+    """
+    try:
+        completion.check_gate()
+    except GateError as error:
+        plan, shards = completion.plan.publication, completion.shards
+        folder = reject_snapshot(plan, build_manifest(plan, shards, completion.counts), shards)
+        raise GateError(
+            f"{failed} in {folder}: {error}; the table is what it was; look into {it}, or "
+            "publish all the same with --gate=off"
+        ) from error
+
+
 def complete_joined(plan: CommitPlan, results: Results) -> JoinedCompletion:
     """Checks what the distributed back end has counted.
 
@@ -188,12 +207,11 @@ def complete_rows(plan: CommitPlan, results: Results, whole: bool) -> Completion
     letters = read_letters(shard for shard in results.shards if shard.kind == "dead_letters")
     fresh_ids = np.concatenate([np.empty(0, "S16"), *(read_index(shard.index).entries["id"] for shard in fresh)])
     reindex = publication.reindex
-    keeps_deleted = reindex.deletes == "keep" or reindex.retry_dead_letters
     wishes = plan_wishes(results.notes, letters, fresh, len(known.entries))
     dead_ids = np.array([digest_id(letter.id or "") for letter in wishes.dead], "S16")
     letters = letters._replace(ids=np.unique(np.concatenate([letters.ids, dead_ids])))
     recalled = wishes.wants["row"].astype(np.int64)
-    fates = decide_fates(known, results.notes, letters, recalled, fresh_ids, keeps_deleted)
+    fates = decide_fates(known, results.notes, letters, recalled, fresh_ids, reindex.keeps_deleted)
     gone = fates.counts["deleted"] - fates.counts["moved"]
     check_deletes(gone, known.count_live_ids(), reindex.max_delete_fraction)
     if not takeover.reusable:

@@ -9,7 +9,7 @@ import json
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -19,15 +19,13 @@ from pipeline.errors import ConfigError, GateError, TableError, first_line
 from pipeline.failures import PUBLISHING
 from pipeline.saved_model import absolute_path
 from pipeline.sinks.index import Index
-from pipeline.sinks.layout import TableLayout
-from pipeline.sinks.writing import RowFormat
 from pipeline.tables.commit import Results
 from pipeline.tables.database import (
-    DEAD_LETTERS,
     DESCRIPTIONS,
     KEPT_DESCRIPTION,
     RUNS_SUFFIX,
     DatabaseReader,
+    DatabaseStore,
     build_indexes,
     check_database_config,
     check_identifier,
@@ -47,10 +45,9 @@ from pipeline.tables.store import CommitPlan, Live
 SCHEME = "duckdb://"
 INDEXES = "indexes.json"  # in the work folder: vector indexes that are dropped for the length of a commit
 _TYPES = {"string": "VARCHAR", "int": "BIGINT", "float": "DOUBLE", "bool": "BOOLEAN", "timestamp": "TIMESTAMPTZ"}
-_METRICS = {"cosine": "cosine", "l2sq": "l2sq", "ip": "ip"}
 
 
-class DuckdbStore:
+class DuckdbStore(DatabaseStore):
     """A table of a DuckDB file."""
 
     def __init__(self, output: str, work_dir: str = "") -> None:
@@ -80,9 +77,6 @@ class DuckdbStore:
         with connect(self.path, read_only=True) as connection:
             return read_last_run(connection, self.table)
 
-    def find_damaged(self, live: Manifest, by_checksum: bool) -> set[str]:
-        return set()
-
     def read_indexes(self, live: Manifest, scratch: str, lost: set[str]) -> Iterator[tuple[str, Index]]:
         with connect(self.path, read_only=True) as connection:
             names = ", ".join(map(quote, index_columns(live.layout)))
@@ -91,18 +85,6 @@ class DuckdbStore:
 
     def reader(self, live: Manifest, scratch: str) -> VectorReader:
         return DuckdbReader(live.layout, scratch, self.path, self.table)
-
-    def can_copy(self, live: Manifest, form: RowFormat) -> bool:
-        return live.layout == form.layout
-
-    def live_files(self, live: Manifest) -> dict[str, tuple[int, str]]:
-        return {}
-
-    def locate_dead_letters(self, live: Manifest, name: str) -> str:
-        return str(join(self.work, DEAD_LETTERS, name))
-
-    def choose_form(self, config: EmbedConfig, layout: TableLayout) -> RowFormat:
-        return RowFormat("parquet", replace(layout, sourced=True))
 
     def committer(self, plan: CommitPlan) -> DuckdbCommit:
         return DuckdbCommit(plan, self.path, self.table)
@@ -328,5 +310,5 @@ def build_indexes_again(connection: Any, table: str, indexes: dict[str, str]) ->
     if indexes:
         load_vss(connection)
     for name, metric in indexes.items():
-        options = f"WITH (metric = '{_METRICS[metric]}')"
+        options = f"WITH (metric = '{metric}')"
         connection.execute(f"CREATE INDEX {quote(name)} ON {quote(table)} USING HNSW (embedding) {options}")

@@ -9,7 +9,7 @@ import numpy as np
 
 from pipeline.errors import GateError
 from pipeline.records import Row
-from pipeline.sinks.index import read_index
+from pipeline.sinks.index import read_index, whole_digest
 from pipeline.sinks.layout import TableLayout
 from pipeline.sinks.writing import Shard
 from pipeline.tables.known import KnownVectors, VectorFile
@@ -166,7 +166,7 @@ def _find_fresh(probes: Sequence[Row], fresh: Sequence[tuple[VectorFile, Shard]]
     for file, shard in fresh:
         entries = read_index(shard.index).entries
         for i in np.flatnonzero(np.isin(entries["content"], wanted)).tolist():
-            key = entries["content"][i].ljust(16, b"\0").hex(), int(entries["chunk"][i])
+            key = whole_digest(entries["content"][i]).hex(), int(entries["chunk"][i])
             places[key] = file.first + i
     return places
 

@@ -19,14 +19,12 @@ from apache_beam.transforms.window import GlobalWindows
 
 from pipeline.preprocess.chunking import hash_content
 from pipeline.records import DeadLetter, Document, Row, Tally, digest_id, pack_followers
-from pipeline.sinks.index import read_index
+from pipeline.sinks.index import read_index, whole_digest
 from pipeline.sinks.layout import TableLayout
 from pipeline.tables.carry import convert_rows
 from pipeline.tables.known import ROWS, SEGMENT, VectorFile
 from pipeline.tables.readers import SegmentReader, VectorReader
 from pipeline.tables.recall import ProbePicker
-
-GROUPED = "known", "documents"
 
 
 class KnownFile(NamedTuple):
@@ -76,7 +74,7 @@ def read_known(known: KnownFile, rule: JoinRule) -> Iterator[Row]:
         for stored in reader.read(file, everything):
             columns = reader.columns(stored, everything)
             for i in range(file.rows):
-                content = stored.rows.records["content"][i].ljust(16, b"\0").hex()
+                content = whole_digest(stored.rows.records["content"][i]).hex()
                 yield _bare_row(columns, i, content)
         return
     assert rule.reader is not None
@@ -210,7 +208,7 @@ class ListLive(beam.DoFn):
     def process(self, number: int) -> Iterator[tuple[bytes, LiveEntry]]:
         index = read_index(self.rule.files[number].index)
         for i, entry in enumerate(index.entries):
-            yield entry["id"].ljust(16, b"\0"), LiveEntry(number, i, index.sources[entry["source"]])
+            yield whole_digest(entry["id"]), LiveEntry(number, i, index.sources[entry["source"]])
 
 
 class MeetById(beam.DoFn):

@@ -12,6 +12,7 @@ from typing import Any
 from apache_beam.io.filesystems import FileSystems
 
 join: Any = FileSystems.join
+_READ_BYTES = 1 << 20
 
 
 def is_local(path: str) -> bool:
@@ -75,16 +76,14 @@ def measure_files(folder: str) -> dict[str, int]:
     return {path: os.path.getsize(path) for path in list_files(folder)}
 
 
-def hash_content(path: str) -> str:
-    """The sha256 of a file; "" if it cannot be read."""
-    digest = hashlib.sha256()
-    try:
-        with FileSystems.open(path, compression_type="uncompressed") as stream:
-            while data := stream.read(1 << 20):
-                digest.update(data)
-    except Exception:  # every file system has exceptions of its own
-        return ""
-    return digest.hexdigest()
+def read_checksum(path: str) -> tuple[str, int]:
+    """Reads a file: its sha256 as hexadecimal digits, and its size in bytes."""
+    digest, size = hashlib.sha256(), 0
+    with FileSystems.open(path, compression_type="uncompressed") as stream:
+        while data := stream.read(_READ_BYTES):
+            digest.update(data)
+            size += len(data)
+    return digest.hexdigest(), size
 
 
 def list_folders(folder: str) -> list[str]:

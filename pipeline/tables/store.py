@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import logging
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Optional, Protocol
@@ -17,8 +16,6 @@ from pipeline.tables.manifest import Manifest
 from pipeline.tables.publish import Publication
 from pipeline.tables.readers import VectorReader
 from pipeline.tables.recall import RecallRule
-
-_LOGGER = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,6 @@ stays at some 40 bytes a row whatever the table holds.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import tempfile
@@ -22,8 +21,8 @@ from apache_beam.pvalue import TaggedOutput
 from pipeline.config import EmbedConfig, KeptField, ReadConfig
 from pipeline.errors import ConfigError, GateError, InputError
 from pipeline.preprocess.chunking import hash_content
-from pipeline.records import DeadLetter, Document, Row, Tally, digest_id
-from pipeline.sinks.index import ENTRY, Index, digest_kept, read_index
+from pipeline.records import DeadLetter, Document, Row, Tally, digest_id, pack_kept
+from pipeline.sinks.index import ENTRY, Index, digest_kept, read_index, whole_digest
 from pipeline.sources.duplicates import ScanToFile, merge_scans
 from pipeline.sources.planning import InputPlan, plan_input
 from pipeline.sources.read import ReadSplit
@@ -31,13 +30,12 @@ from pipeline.tables.gate import compare_row, restore_row
 from pipeline.tables.known import ROWS, KnownVectors, VectorFile, build_known
 from pipeline.tables.manifest import MANIFEST, TableFile, open_table
 from pipeline.tables.readers import FileReader
-from pipeline.tables.storage import join, list_files, list_folders
+from pipeline.tables.storage import join, list_files, list_folders, read_checksum
 from pipeline.vectors.storing import STORED_DTYPES, quantize_vectors
 
 BLOCK = 1024
 NONE = np.zeros(0, np.int64)
 SAMPLE_BATCH = 64  # texts that are encoded in one go
-READ_BYTES = 1 << 20
 KINDS = {
     "missing_file": "the manifest lists a file that is not there",
     "surplus_file": "the snapshot's folder holds something that the manifest does not list",
@@ -181,12 +179,8 @@ class Verification:
         return there
 
     def _check_file(self, file: TableFile, path: str) -> None:
-        digest, size = hashlib.sha256(), 0
         try:
-            with FileSystems.open(path, compression_type="uncompressed") as stream:
-                while data := stream.read(READ_BYTES):
-                    digest.update(data)
-                    size += len(data)
+            sha256, size = read_checksum(path)
         except Exception as error:  # every file system has exceptions of its own
             self._find("damaged_file", file.name, f"it cannot be read: {error}")
             return
@@ -194,8 +188,8 @@ class Verification:
         self.counts["bytes"] += size
         if size != file.n_bytes:
             self._find("wrong_size", file.name, f"it has {size:,} bytes instead of {file.n_bytes:,}")
-        elif digest.hexdigest() != file.sha256:
-            self._find("wrong_checksum", file.name, f"its sha256 is {digest.hexdigest()[:12]}..., not that of the run")
+        elif sha256 != file.sha256:
+            self._find("wrong_checksum", file.name, f"its sha256 is {sha256[:12]}..., not that of the run")
 
     def check_letters(self, there: dict[str, str]) -> None:
         """Reads the dead letters: whose they are, and whether all are there."""
@@ -318,8 +312,7 @@ class Verification:
         self._check_vector(name, row)
         kept = 0
         if self._redigests:
-            values = [row[field.name] for field in layout.kept]
-            kept = digest_kept(json.dumps(values, ensure_ascii=False, separators=(",", ":")).encode())
+            kept = digest_kept(pack_kept([row[field.name] for field in layout.kept]))
         return digest_id(row["id"]), content, kept, row["chunk"], n_chunks, 0
 
     def _check_vector(self, name: str, row: dict[str, Any]) -> None:
@@ -504,7 +497,7 @@ class Verification:
             except Exception:  # it was reported when all rows were read
                 pass
             for number in left.tolist():
-                digest = known.entries["id"][number].ljust(16, b"\0").hex()
+                digest = whole_digest(known.entries["id"][number]).hex()
                 row = {"id": f"digest {digest}", "chunk": int(known.entries["chunk"][number])}
                 yield number, f"{name} row {number - file.first}", row
 
