@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any, NamedTuple, Optional
@@ -16,6 +17,7 @@ from pipeline.errors import ConfigError
 
 MIB = 1 << 20
 FIELD_TYPES = ("string", "int", "float", "bool")
+ACCELERATORS = ("nvidia-l4", "nvidia-tesla-t4", "nvidia-tesla-a100", "nvidia-a100-80gb", "nvidia-h100-80gb")
 POOLINGS = ("mean", "max", "cls")
 
 
@@ -277,6 +279,45 @@ class ReindexConfig(_Checked):
 
 
 @dataclass(frozen=True)
+class WorkerConfig(_Checked):
+    """Workers of a distributed engine"""
+
+    accelerator: str = setting(
+        f"GPU of the workers that encode: {', '.join(ACCELERATORS)}; without one they encode on processors",
+        "",
+        metavar="NAME",
+    )
+    encoder_threads: int = setting("batches that one GPU has at a time; 0 fits it to the GPU", 0)
+    encoder_processes: int = setting("processes that share one GPU, each with a model and its part of the memory", 1)
+    encoder_machine: str = setting(
+        "machine type of the workers with a GPU; default: the smallest that has it", "", metavar="TYPE"
+    )
+    encoder_memory: str = setting("memory of a worker that encodes, such as 32GB", "", metavar="SIZE")
+    provisioning: str = setting(
+        "Dataflow's workers: standard, spot (cheaper, and taken back at any time) or flex-start (waits for free GPUs)",
+        "standard",
+        ("standard", "spot", "flex-start"),
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._require_positive("encoder_processes")
+        if self.accelerator and self.accelerator not in ACCELERATORS:
+            raise ConfigError(f"--accelerator={self.accelerator} is not one of {', '.join(ACCELERATORS)}")
+        if self.encoder_threads < 0:
+            raise ConfigError(
+                f"--encoder_threads={self.encoder_threads} is negative; leave it out to fit it to the GPU"
+            )
+        if self.encoder_processes > 1 and not self.accelerator:
+            raise ConfigError(
+                f"--encoder_processes={self.encoder_processes} is for processes that share a GPU; name it with "
+                "--accelerator"
+            )
+        if self.encoder_memory and not re.fullmatch(r"\d+(MB|GB|MiB|GiB)", self.encoder_memory):
+            raise ConfigError(f"--encoder_memory={self.encoder_memory} is no size; write it as 32GB")
+
+
+@dataclass(frozen=True)
 class EmbedConfig:
     """All settings of a run. `EmbedDocuments` uses the four parts in the middle, and `write.keep_text`."""
 
@@ -287,6 +328,7 @@ class EmbedConfig:
     vectors: VectorConfig = VectorConfig()
     write: WriteConfig = WriteConfig()
     reindex: ReindexConfig = ReindexConfig()
+    workers: WorkerConfig = WorkerConfig()
 
     def __post_init__(self) -> None:
         choice = VectorChoice.parse(self.encoder.vector)
@@ -333,6 +375,7 @@ STAGE_CONFIGS: tuple[type, ...] = (
     VectorConfig,
     WriteConfig,
     ReindexConfig,
+    WorkerConfig,
 )
 
 

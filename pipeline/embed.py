@@ -9,6 +9,7 @@ import apache_beam as beam
 
 from pipeline.config import EmbedConfig, KeptField
 from pipeline.encoders.handler import Encode
+from pipeline.handover import OnOwnWorkers
 from pipeline.plan import EmbedPlan, plan_embedding
 from pipeline.preprocess.batching import BatchByTokens
 from pipeline.preprocess.chunking import Preprocess
@@ -19,9 +20,11 @@ from pipeline.sources.read import ReadDocuments
 from pipeline.tables.commit import Commit
 from pipeline.tables.joining import JoinByContent, JoinById, JoinRule
 from pipeline.tables.journal import Journal
+from pipeline.tables.lock import Lease
 from pipeline.tables.recall import Recall
 from pipeline.tables.store import CommitPlan
 from pipeline.vectors.finishing import Finish
+from pipeline.workers import resource_hints, share_memory
 
 SAFE_DOCUMENTS = 1000  # at most so many are encoded again after a crash, or what half a minute brings
 
@@ -55,30 +58,46 @@ class EmbedDocuments(beam.PTransform):
     def expand(self, documents: beam.PCollection) -> Embedded:
         if not documents.windowing.is_default():
             raise ValueError("EmbedDocuments works on batch pipelines only: give it the global window")
-        outputs = embed_documents(documents, self.plan)
-        return Embedded(outputs.rows, outputs.dead_letters | "DeadLetters" >> beam.Flatten())
+        chunks, bad_documents, _ = documents | "Preprocess" >> Preprocess(self.plan.split)
+        embedded = chunks | "Embed" >> EncodeChunks(self.plan)
+        dead_letters = (bad_documents, embedded.dead_letters) | "DeadLetters" >> beam.Flatten()
+        return Embedded(embedded.rows, dead_letters)
 
 
-class Outputs(NamedTuple):
-    """What the stages from documents to rows give."""
+class Encoding(NamedTuple):
+    """What `EncodeChunks` gives."""
 
     rows: beam.PCollection  # of Row
     probes: beam.PCollection  # of Row, for comparison only
-    dead_letters: tuple  # of PCollections of DeadLetter, one for each stage
-    tallies: tuple  # of PCollections of Tally
+    dead_letters: beam.PCollection  # of DeadLetter
+    tallies: beam.PCollection  # of Tally
 
 
-def embed_documents(documents: beam.PCollection, plan: EmbedPlan) -> Outputs:
-    """Documents -> rows, the dead letters of each stage, the tallies of each stage."""
-    vectors = plan.vectors
-    # A document of several chunks is safe only with its last one, which must not wait for its bucket to fill.
-    max_waiting = SAFE_DOCUMENTS if vectors.average or vectors.chunked else 0
-    chunks, bad_documents, preprocess_tallies = documents | "Preprocess" >> Preprocess(plan.split)
-    batches, batch_tallies = chunks | "Batch" >> BatchByTokens(plan.buckets, vectors.counts_tokens, max_waiting)
-    encoded = batches | "Encode" >> Encode(plan.encoder, plan.buckets.full_shapes())
-    rows, probes, bad_vectors, encode_tallies = encoded | "Finish" >> Finish(vectors)
-    tallies = (preprocess_tallies, batch_tallies, encode_tallies)
-    return Outputs(rows, probes, (bad_documents, bad_vectors), tallies)
+@dataclass
+class EncodeChunks(beam.PTransform):
+    """PCollection[Chunk] -> Encoding: all that needs the encoder at hand.
+
+    Attributes:
+      plan: how documents become rows.
+      journal: folder in which finished vectors are kept; "" for none.
+      gpu_memory_mib: what a process may take of a GPU that it shares; 0 for one to itself.
+    """
+
+    plan: EmbedPlan
+    journal: str = ""
+    gpu_memory_mib: int = 0
+
+    def expand(self, chunks: beam.PCollection) -> Encoding:
+        plan, vectors = self.plan, self.plan.vectors
+        # A document of several chunks is safe only with its last one, which must not wait for its bucket to fill.
+        max_waiting = SAFE_DOCUMENTS if vectors.average or vectors.chunked else 0
+        batches, batch_tallies = chunks | "Batch" >> BatchByTokens(plan.buckets, vectors.counts_tokens, max_waiting)
+        encoded = batches | "Encode" >> Encode(plan.encoder, plan.buckets.full_shapes(), self.gpu_memory_mib)
+        rows, probes, bad_vectors, encode_tallies = encoded | "Finish" >> Finish(vectors)
+        if self.journal:
+            rows = rows | "Journal" >> Journal(self.journal)
+        tallies = (batch_tallies, encode_tallies) | "Tallies" >> beam.Flatten()
+        return Encoding(rows, probes, bad_vectors, tallies)
 
 
 @dataclass(frozen=True)
@@ -95,6 +114,7 @@ class Job:
       commit_plan: what is settled about the run's end.
       committer: what carries it out, by the kind of output.
       distributed: whether the engine may shuffle what grows with the corpus.
+      lease: the hold on the table that the job's own workers keep and give back, where it may outlive its launcher.
       progress: what the stages report to.
     """
 
@@ -107,6 +127,7 @@ class Job:
     commit_plan: CommitPlan
     committer: Any
     distributed: bool
+    lease: Lease | None
     progress: Progress
 
 
@@ -122,11 +143,13 @@ def build_pipeline(pipeline: beam.Pipeline, job: Job) -> beam.PCollection:
     )
     rule = plan.takeover.rule
     recalled = documents | "Recall" >> (JoinByContent(rule) if isinstance(rule, JoinRule) else Recall(rule))
-    outputs = embed_documents(recalled.documents, job.plan)
-    all_letters = (unread, *outputs.dead_letters)
-    rows = outputs.rows | "Journal" >> Journal(job.journal)
-    tallies = [read_tallies, recalled.tallies, *outputs.tallies]
-    results = {"probes": outputs.probes}
+    chunks, bad_documents, preprocess_tallies = recalled.documents | "Preprocess" >> Preprocess(job.plan.split)
+    workers = job.config.workers
+    encode = EncodeChunks(job.plan, job.journal, share_memory(workers))
+    embedded = chunks | "Embed" >> (OnOwnWorkers(encode, resource_hints(workers)) if job.distributed else encode)
+    all_letters, rows = (unread, bad_documents, embedded.dead_letters), embedded.rows
+    tallies = [read_tallies, recalled.tallies, preprocess_tallies, embedded.tallies]
+    results = {"probes": embedded.probes}
     if isinstance(rule, JoinRule):
         rows = (rows, recalled.rows) | "Rows" >> beam.Flatten()
         carried = rows | "Carry" >> JoinById(rule, recalled.moved, all_letters)
@@ -147,4 +170,4 @@ def build_pipeline(pipeline: beam.Pipeline, job: Job) -> beam.PCollection:
 
     results["shards"] = tuple(all_shards) | "Shards" >> beam.Flatten()
     results["tallies"] = tuple(tallies) | "Tallies" >> beam.Flatten()
-    return pipeline | "Commit" >> Commit(job.committer, results)
+    return pipeline | "Commit" >> Commit(job.committer, results, job.lease)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
 from typing import Any
 
-from apache_beam.options.pipeline_options import PipelineOptions, StandardOptions
+from apache_beam.options.pipeline_options import GoogleCloudOptions, PipelineOptions, StandardOptions
 
+from pipeline.config import EmbedConfig, WorkerConfig
+from pipeline.dataflow import name_job, prepare_dataflow
 from pipeline.errors import ConfigError
 
 LOCAL_NAMES = ("", "local", "directrunner", "fnapirunner", "bundlebaseddirectrunner", "switchingdirectrunner")
@@ -18,6 +21,26 @@ def is_local(runner: str) -> bool:
 
 def _plain_name(runner: str) -> str:
     return runner.rpartition(".")[2].lower()
+
+
+def prepare_options(options: PipelineOptions, config: EmbedConfig) -> None:
+    """Checks that an engine can do what the configuration asks for, and tells it so by its own options.
+
+    Raises:
+      ConfigError: if it cannot.
+    """
+    name = options.view_as(StandardOptions).runner or ""
+    if is_local(name):
+        if config.workers != WorkerConfig():
+            changed = next(f for f in fields(WorkerConfig) if getattr(config.workers, f.name) != f.default)
+            raise ConfigError(
+                f"--{changed.name}={getattr(config.workers, changed.name)} is for workers of a distributed engine; the "
+                "local one takes the GPU that it finds: leave it out"
+            )
+    elif _plain_name(name) == "dataflowrunner":
+        prepare_dataflow(options, config)
+    cloud = options.view_as(GoogleCloudOptions)
+    cloud.job_name = cloud.job_name or name_job(config.write.output)
 
 
 def make_runner(options: PipelineOptions) -> Any:

@@ -17,6 +17,7 @@ PUBLISHING = threading.Lock()  # held while this process publishes, so that no s
 STOPPING = threading.Event()  # set once a signal ends the process: its own thread does, and no other
 _WATCHER = "embeam-signals"
 _on_stop: list[Callable[[], object]] = []
+_on_stop_first: list[Callable[[], object]] = []
 
 
 def explain_failure(error: BaseException) -> EmbeamError:
@@ -42,10 +43,25 @@ def explain_failure(error: BaseException) -> EmbeamError:
     return RunError(f"the run failed: {kind}{last}; run again with --debug to see where")
 
 
-def on_stop(clean_up: Callable[[], object]) -> Callable[[], None]:
-    """Registers what must be cleaned up when a signal ends the process; returns the function that takes it back."""
-    _on_stop.append(clean_up)
-    return lambda: _on_stop.remove(clean_up)
+def on_stop(clean_up: Callable[[], object], first: bool = False) -> Callable[[], None]:
+    """Registers what must be cleaned up when a signal ends the process; returns the function that takes it back.
+
+    Args:
+      clean_up: is called from another thread.
+      first: before child processes are killed, for what needs one of them.
+    """
+    registry = _on_stop_first if first else _on_stop
+    registry.append(clean_up)
+    return lambda: registry.remove(clean_up)
+
+
+def clean_up_all(registry: list[Callable[[], object]], terminal: int) -> None:
+    """Calls what was registered; what came last rests on what came first, so the lock goes at the end."""
+    for clean_up in reversed(list(registry)):
+        try:
+            clean_up()
+        except Exception as error:
+            os.write(terminal, f"embeam: what the run had written could not be removed: {error}\n".encode())
 
 
 def watch_signals() -> None:
@@ -66,6 +82,7 @@ def watch_signals() -> None:
         terminal = os.dup(2)
         os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # Beam's threads have a lot to say about workers that are gone
         os.write(terminal, b"\nembeam: stopped; a table is what it was last published as; run the same command again\n")
+        clean_up_all(_on_stop_first, terminal)
         children = psutil.Process().children(recursive=True)  # Beam starts its workers through a shell
         for child in children:  # all at once, or one would report the end of another
             with suppress(psutil.Error):
@@ -75,11 +92,7 @@ def watch_signals() -> None:
                 child.kill()
         psutil.wait_procs(children, timeout=3)  # else they may write what is being removed
         PUBLISHING.acquire()
-        for clean_up in reversed(list(_on_stop)):  # what came last rests on what came first: the lock goes at the end
-            try:
-                clean_up()
-            except Exception as error:
-                os.write(terminal, f"embeam: what the run had written could not be removed: {error}\n".encode())
+        clean_up_all(_on_stop, terminal)
         os._exit(128 + number)
 
     if all(thread.name != _WATCHER for thread in threading.enumerate()):

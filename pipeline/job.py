@@ -12,12 +12,12 @@ from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import apache_beam as beam
-from apache_beam.options.pipeline_options import PipelineOptions, StandardOptions
+from apache_beam.options.pipeline_options import GoogleCloudOptions, PipelineOptions, StandardOptions
 
 from pipeline import __version__
 from pipeline.config import EmbedConfig
 from pipeline.embed import Job, build_pipeline
-from pipeline.engine import is_local, make_runner
+from pipeline.engine import is_local, make_runner, prepare_options
 from pipeline.errors import ConfigError
 from pipeline.failures import explain_failure, on_stop
 from pipeline.forecast import forecast_run
@@ -31,8 +31,9 @@ from pipeline.sources.planning import estimate_documents
 from pipeline.tables.attempts import abandon_attempt, sweep_dead_attempts
 from pipeline.tables.folder import FolderStore
 from pipeline.tables.journal import flush_journals, journal_folder
-from pipeline.tables.lock import TableLock
+from pipeline.tables.lock import EXPIRY_SECONDS, LEASE_SECONDS, Lease, TableLock
 from pipeline.tables.manifest import Manifest, attempts_folder
+from pipeline.tables.pointer import is_gcs
 from pipeline.tables.publish import Publication, check_free_space, name_snapshot
 from pipeline.tables.storage import is_local as is_local_path
 from pipeline.tables.storage import join, make_folder
@@ -43,7 +44,9 @@ _STORED_BYTES = {"float32": 4.0, "float16": 2.0, "int8": 1.0, "binary": 0.125}
 _OTHER_ROW_BYTES = 260  # id, hash, counts, framing, index
 
 
-def build_table(config: EmbedConfig, options: PipelineOptions | None = None, show_progress: bool = False) -> Manifest:
+def build_table(
+    config: EmbedConfig, options: PipelineOptions | None = None, show_progress: bool = False
+) -> Manifest | None:
     """Runs the whole job: reads, embeds, writes and publishes a new snapshot of the table.
 
     Args:
@@ -52,7 +55,7 @@ def build_table(config: EmbedConfig, options: PipelineOptions | None = None, sho
       show_progress: whether to report to stderr while it runs.
 
     Returns:
-      The new snapshot's manifest.
+      The new snapshot's manifest; None if the job was only staged, as a template, and publishes it by itself.
 
     Raises:
       EmbeamError: if the configuration cannot work, the output cannot be written, or the run is stopped; the table's
@@ -62,18 +65,26 @@ def build_table(config: EmbedConfig, options: PipelineOptions | None = None, sho
     started = time.time()
     options = options or PipelineOptions([])
     distributed = not is_local(options.view_as(StandardOptions).runner or "")
+    prepare_options(options, config)
     runner = make_runner(options)
     settled = settle(config)
     store, name = settled.store, name_snapshot()
     store.check(config)
     make_folder(store.work)
-    with TableLock(store.work, name) as lock, scratch_folder(store.work, name) as scratch:
+    expiry_seconds = LEASE_SECONDS if distributed else EXPIRY_SECONDS
+    with (
+        TableLock(store.work, name, expiry_seconds=expiry_seconds) as lock,
+        scratch_folder(store.work, name) as scratch,
+    ):
         forget = on_stop(lock.release)
         try:
             job = prepare_job(settled, name, started, distributed, scratch)
             reporter = ProgressReporter(scratch, job.input.total_bytes)
             with reporter if show_progress and not distributed else nullcontext():
                 run_job(job, runner, options)
+            if options.view_as(GoogleCloudOptions).template_location:
+                lock.hand_over()
+                return None
         finally:
             forget()
     manifest = store.read_live().manifest
@@ -114,11 +125,13 @@ def run_job(job: Job, runner: Any, options: PipelineOptions) -> None:
             _LOGGER.warning("the last seconds of work could not be kept: %s", problem)
         return abandon_attempt(*names)
 
-    forget = on_stop(stop)
+    forget, forget_job = on_stop(stop), lambda: None
     try:
         pipeline = beam.Pipeline(runner=runner, options=options)
         build_pipeline(pipeline, job)
-        pipeline.run().wait_until_finish()
+        running = pipeline.run()
+        forget_job = on_stop(running.cancel, first=True) if job.distributed else forget_job
+        running.wait_until_finish()
     except Exception as error:
         try:
             if letters := stop():
@@ -127,6 +140,7 @@ def run_job(job: Job, runner: Any, options: PipelineOptions) -> None:
             _LOGGER.warning("what the failed run had written could not be removed: %s", problem)
         raise explain_failure(error) from error
     finally:
+        forget_job()
         forget()
 
 
@@ -188,6 +202,8 @@ def prepare_job(settled: Settled, name: str, started: float, distributed: bool =
     publication = Publication(store.work, name, previous, version, started, facts, dead, config.reindex)
     letters = DeadLetterFormat(config.write.dead_letter_text)
     commit = CommitPlan(publication, takeover, form, config.write.shard_bytes, letters)
-    progress = Progress("" if distributed else scratch, name, dead)
+    lease = Lease(store.work, name) if distributed and is_gcs(store.work) else None
+    progress = Progress("" if distributed else scratch, name, dead, lease.renew if lease else None)
     journal = journal_folder(store.work, plan.fingerprint)
-    return Job(config, found, kept, plan, attempts, journal, commit, store.committer(commit), distributed, progress)
+    committer = store.committer(commit)
+    return Job(config, found, kept, plan, attempts, journal, commit, committer, distributed, lease, progress)

@@ -16,7 +16,7 @@ from pipeline.errors import ConfigError, EncoderError
 from pipeline.preprocess.batching import COMPILED_STEPS, LENGTH_STEPS, Buckets, bucket_lengths
 from pipeline.preprocess.chunking import PreprocessorRule, SplitRule, TextRule, WordpieceRule
 from pipeline.preprocess.wordpiece import agrees_with_preprocessor, find_vocabulary
-from pipeline.runtime import has_gpu, load_tensorflow
+from pipeline.runtime import Device, load_tensorflow, this_device
 from pipeline.saved_model import TOKEN_INPUTS, SavedModelSpec, describe_saved_model, resolve_handle
 from pipeline.sinks.layout import TableLayout
 from pipeline.vectors.finishing import VectorRule
@@ -57,15 +57,20 @@ class EmbedPlan:
         return TableLayout(rule.vectors.dtype, self.dimension, *flags, rule.chunked, kept=kept)
 
 
-def plan_embedding(config: EmbedConfig) -> EmbedPlan:
+def plan_embedding(config: EmbedConfig, device: Device | None = None) -> EmbedPlan:
     """Settles a configuration.
+
+    Args:
+      config: all settings.
+      device: what the encoder will run on; by default this machine's.
 
     Raises:
       ConfigError: if settings do not fit the encoder or each other.
       EncoderError: if encoder or preprocessor are none.
     """
     load_tensorflow()  # before anything else imports it with all its noise
-    encoder, model = describe_encoder(config.encoder)
+    device = device or this_device()
+    encoder, model = describe_encoder(config.encoder, device)
     if encoder.takes == "texts" and config.read.pair_field:
         raise ConfigError(f"--pair_field={config.read.pair_field}: this encoder takes one string; join the fields")
     split, preprocessing = choose_split_rule(config.preprocess, encoder, model, config.read.pair_field)
@@ -73,7 +78,7 @@ def plan_embedding(config: EmbedConfig) -> EmbedPlan:
         lengths = tuple(1 << power for power in range(4, 32))
     else:
         assert not isinstance(split, TextRule)
-        lengths = tuple(bucket_lengths(split.max_tokens, COMPILED_STEPS if has_gpu() else LENGTH_STEPS))
+        lengths = tuple(bucket_lengths(split.max_tokens, COMPILED_STEPS if device.is_gpu else LENGTH_STEPS))
     native = encoder.dimension or measure_dimension(encoder)
     encoder = replace(encoder, dimension=native)
     if config.vectors.dimensions > native:
@@ -97,19 +102,19 @@ def plan_embedding(config: EmbedConfig) -> EmbedPlan:
         counts_tokens=encoder.takes == "tokens",
         keep_text=config.write.keep_text,
     )
-    buckets = Buckets(lengths, config.batching.batch_tokens or choose_batch_tokens(encoder))
+    buckets = Buckets(lengths, config.batching.batch_tokens or choose_batch_tokens(encoder, device))
     return EmbedPlan(encoder, split, buckets, rule, dimension, identity)
 
 
-def choose_batch_tokens(encoder: EncoderSpec) -> int:
+def choose_batch_tokens(encoder: EncoderSpec, device: Device) -> int:
     """The budget of a batch: enough to keep the device busy, and no more than its caches like.
 
     On processors a feed-forward's output should stay in the last cache; GPUs want thousands of tokens at once.
     """
     if encoder.takes == "texts":
         return TEXT_BATCH_BYTES
-    if has_gpu():
-        return GPU_BATCH_TOKENS
+    if device.is_gpu:
+        return device.batch_tokens or GPU_BATCH_TOKENS
     if encoder.architecture is None:
         return CPU_BATCH_TOKENS
     return min(2 * CPU_BATCH_TOKENS, max(CPU_BATCH_TOKENS // 4, CPU_BATCH_NUMBERS // encoder.architecture.feedforward))

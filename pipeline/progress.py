@@ -11,7 +11,7 @@ import os
 import threading
 import time
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from pipeline.errors import RunError
@@ -32,12 +32,16 @@ class Progress:
       folder: a local folder that the run's processes share; "" counts without telling anybody.
       run: the run's name.
       max_dead_fraction: the share of dead letters that stops the run, tested in each process from 1000 documents on.
+      heartbeat: called whenever something is counted; picklable.
     """
 
-    def __init__(self, folder: str, run: str, max_dead_fraction: float) -> None:
+    def __init__(
+        self, folder: str, run: str, max_dead_fraction: float, heartbeat: Callable[[], None] | None = None
+    ) -> None:
         self.folder = folder
         self.run = run
         self.max_dead_fraction = max_dead_fraction
+        self.heartbeat = heartbeat
 
     def __call__(self, documents: int, n_bytes: int) -> None:
         self.add(documents=documents, bytes=n_bytes)
@@ -51,6 +55,8 @@ class Progress:
             if self.folder and now - _written.get(self.run, 0) >= _WRITE_SECONDS:
                 _written[self.run] = now
                 self._write(total)
+        if self.heartbeat:
+            self.heartbeat()
 
     def add_dead_letter(self, letter: DeadLetter) -> None:
         """Counts a dead letter.

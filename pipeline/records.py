@@ -8,6 +8,7 @@ Annotations are not postponed here and optional fields are `Optional[X]`: RowCod
 
 import hashlib
 import json
+import pickle
 from collections.abc import Sequence
 from typing import Any, NamedTuple, Optional
 
@@ -106,6 +107,10 @@ class Batch(list):
 
     def __reduce__(self):  # a list subclass would otherwise lose its attributes on the way through pickle
         return Batch, (list(self), self.length, self.rows)
+
+
+class Pack(list):
+    """A few hundred elements that go from one worker to another as one."""
 
 
 class Encoded(NamedTuple):
@@ -221,5 +226,22 @@ REASONS = {
 }
 
 
+class PackCoder(coders.Coder):
+    """Pickles a pack, in which chunks of one document share that document: a row coder would repeat its text."""
+
+    def encode(self, value: Pack) -> bytes:
+        return pickle.dumps(list(value), pickle.HIGHEST_PROTOCOL)
+
+    def decode(self, encoded: bytes) -> Pack:
+        return Pack(pickle.loads(encoded))
+
+    def is_deterministic(self) -> bool:
+        return False
+
+    def to_type_hint(self) -> type:
+        return Pack
+
+
+coders.registry.register_coder(Pack, PackCoder)
 for _record in (Origin, Document, Chunk, Row, DeadLetter, Tally):
     coders.registry.register_coder(_record, coders.RowCoder)

@@ -8,17 +8,20 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from typing import Any
+from typing import Any, NamedTuple
 
 from pipeline.cache import cache_dir
 
 _LOGGER = logging.getLogger(__name__)
 
 
-def load_tensorflow() -> Any:
-    """Imports TensorFlow quietly, with the ops of tensorflow_text, and lets GPU memory grow.
+def load_tensorflow(gpu_memory_mib: int = 0) -> Any:
+    """Imports TensorFlow quietly, with the ops of tensorflow_text, and keeps it from taking a whole GPU at once.
 
-    Memory growth can only be set before TensorFlow first touches the device; otherwise one process takes all of it.
+    That can only be set before TensorFlow first touches the device.
+
+    Args:
+      gpu_memory_mib: the most that this process may take of a GPU which it shares; with 0 its part grows as needed.
     """
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     # By default only processors of Intel's latest kinds get oneDNN's kernels; others gain a quarter by them too.
@@ -37,10 +40,34 @@ def load_tensorflow() -> Any:
         tf.config.experimental.enable_tensor_float_32_execution(False)  # --precision=float32 means it
     for device in devices:
         try:
-            tf.config.experimental.set_memory_growth(device, True)
+            if gpu_memory_mib:
+                tf.config.experimental.set_memory_growth(device, False)
+                limit = tf.config.LogicalDeviceConfiguration(memory_limit=gpu_memory_mib)
+                tf.config.set_logical_device_configuration(device, [limit])
+            elif not tf.config.get_logical_device_configuration(device):
+                tf.config.experimental.set_memory_growth(device, True)
         except RuntimeError:  # already in use: somebody else's choice stands
             _LOGGER.debug("the memory growth of %s was set elsewhere", device.name)
     return tf
+
+
+class Device(NamedTuple):
+    """What an encoder runs on.
+
+    Attributes:
+      is_gpu: whether it is a GPU, or the processor.
+      half_precision: the 16-bit type that it multiplies natively: bfloat16, float16 or "".
+      batch_tokens: the budget of a batch that keeps it busy; 0 where that depends on the encoder.
+    """
+
+    is_gpu: bool
+    half_precision: str = ""
+    batch_tokens: int = 0
+
+
+def this_device() -> Device:
+    """The device of this machine."""
+    return Device(has_gpu(), native_half_precision())
 
 
 def has_gpu() -> bool:

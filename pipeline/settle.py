@@ -20,6 +20,7 @@ from pipeline.tables.known import SEGMENT, VectorFile, build_known
 from pipeline.tables.manifest import Manifest
 from pipeline.tables.recall import RecallRule
 from pipeline.tables.store import Store, Takeover, open_store
+from pipeline.workers import find_device
 
 _LOGGER = logging.getLogger(__name__)
 
@@ -55,7 +56,7 @@ def settle(config: EmbedConfig) -> Settled:
     for path in found.empty_files:
         _LOGGER.warning("%s is empty and holds no documents", path)
     kept = tuple(infer_kept_fields(found, config.read))
-    return Settled(config, store, found, kept, plan_embedding(config))
+    return Settled(config, store, found, kept, plan_embedding(config, find_device(config.workers)))
 
 
 def settle_retry(config: EmbedConfig, store: Store) -> Settled:
@@ -78,7 +79,8 @@ def settle_retry(config: EmbedConfig, store: Store) -> Settled:
     read = replace(config.read, input=(), id_field="", max_document_bytes=1 << 40)  # they have been read once
     write = replace(config.write, max_dead_fraction=1.0)
     found = plan_dead_letters(files, read)
-    return Settled(replace(config, read=read, write=write), store, found, live.layout.kept, plan_embedding(config))
+    plan = plan_embedding(config, find_device(config.workers))
+    return Settled(replace(config, read=read, write=write), store, found, live.layout.kept, plan)
 
 
 def check_model(live: Manifest | None, plan: EmbedPlan, config: EmbedConfig) -> None:

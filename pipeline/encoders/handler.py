@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import logging
+import os
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -13,10 +14,12 @@ import apache_beam as beam
 from apache_beam.ml.inference.base import ModelHandler, RunInference
 
 from pipeline.encoders.base import Encoder
+from pipeline.encoders.default import default_encoder
 from pipeline.encoders.load import load_encoder
 from pipeline.encoders.spec import EncoderSpec
 from pipeline.errors import first_line
 from pipeline.records import Batch, Encoded
+from pipeline.runtime import load_tensorflow
 from pipeline.saved_model import resolve_handle
 
 _LOGGER = logging.getLogger(__name__)
@@ -68,15 +71,19 @@ class LoadedEncoder:
 class EncoderHandler(ModelHandler[Batch, Encoded, LoadedEncoder]):
     """Beam's model handler for an encoder; its elements are whole batches."""
 
-    def __init__(self, spec: EncoderSpec, shapes: Sequence[tuple[int, int]] = ()) -> None:
+    def __init__(self, spec: EncoderSpec, shapes: Sequence[tuple[int, int]] = (), gpu_memory_mib: int = 0) -> None:
         super().__init__()
         self.spec = spec
         self.shapes = shapes
+        self.gpu_memory_mib = gpu_memory_mib
 
     def load_model(self) -> LoadedEncoder:
         spec = self.spec
+        load_tensorflow(self.gpu_memory_mib)
         if spec.handle:  # this machine may not be the one that inspected it
             spec = replace(spec, folder=resolve_handle(spec.handle))
+        elif not os.path.isdir(spec.folder):
+            spec = replace(spec, folder=default_encoder())
         loaded = load_encoder(spec)
         loaded.compile_shapes(self.shapes)
         encoder = LoadedEncoder(loaded)
@@ -103,10 +110,13 @@ class Encode(beam.PTransform):
     Attributes:
       spec: what is loaded.
       shapes: rows and length of full batches, which a compiled graph is compiled for before the first one comes.
+      gpu_memory_mib: what a process may take of a GPU that it shares; 0 for one to itself.
     """
 
     spec: EncoderSpec
     shapes: Sequence[tuple[int, int]] = ()
+    gpu_memory_mib: int = 0
 
     def expand(self, batches: beam.PCollection) -> beam.PCollection:
-        return batches | "RunInference" >> RunInference(EncoderHandler(self.spec, self.shapes).with_no_batching())
+        handler = EncoderHandler(self.spec, self.shapes, self.gpu_memory_mib)
+        return batches | "RunInference" >> RunInference(handler.with_no_batching())

@@ -16,7 +16,7 @@ from pipeline.encoders.architecture import Architecture, canonical_names, recogn
 from pipeline.encoders.default import default_encoder
 from pipeline.encoders.parity import Parity, prove_parity
 from pipeline.errors import ConfigError, EncoderError
-from pipeline.runtime import native_half_precision
+from pipeline.runtime import Device, this_device
 from pipeline.saved_model import (
     TOKEN_INPUTS,
     SavedModelSpec,
@@ -65,8 +65,12 @@ class EncoderSpec:
     parity: Parity | None = None
 
 
-def describe_encoder(config: EncoderConfig) -> tuple[EncoderSpec, SavedModelSpec]:
+def describe_encoder(config: EncoderConfig, device: Device | None = None) -> tuple[EncoderSpec, SavedModelSpec]:
     """Resolves and inspects the configured encoder without loading it.
+
+    Args:
+      config: which encoder, and how it should run.
+      device: what it will run on; by default this machine's.
 
     Raises:
       EncoderError: if there is no encoder or not one of the TF Hub text interface.
@@ -113,14 +117,15 @@ def describe_encoder(config: EncoderConfig) -> tuple[EncoderSpec, SavedModelSpec
         identity=identify_encoder(folder, model, weights_hash, found),
     )
     if isinstance(found, Architecture):
-        return choose_graph(replace(spec, architecture=found, parity=parity), config, weights_hash), model
+        spec = replace(spec, architecture=found, parity=parity)
+        return choose_graph(spec, config, weights_hash, device or this_device()), model
     refuse_fast_graph(config, shown, found)
     if takes == "tokens" and config.encoder_graph == "auto":
         _LOGGER.warning("%s runs as published, not in the fast graph: %s", shown, found)
     return spec, model
 
 
-def choose_graph(spec: EncoderSpec, config: EncoderConfig, weights_hash: str) -> EncoderSpec:
+def choose_graph(spec: EncoderSpec, config: EncoderConfig, weights_hash: str, device: Device) -> EncoderSpec:
     """Settles graph and precision of an encoder of a known family, once for all workers.
 
     Raises:
@@ -129,14 +134,14 @@ def choose_graph(spec: EncoderSpec, config: EncoderConfig, weights_hash: str) ->
     assert spec.architecture is not None
     if config.encoder_graph == "published":
         return replace(spec, parity=None)
-    native = native_half_precision()
+    native = device.half_precision
     precision = (native or "float32") if config.precision == "auto" else config.precision
     spec = replace(spec, graph="fast")
     if precision == "float32":
         return spec
     if precision != native:
         _LOGGER.warning(
-            "--precision=%s: this machine multiplies it no faster than float32; the vectors are rounded alike",
+            "--precision=%s: the device multiplies it no faster than float32; the vectors are rounded alike",
             precision,
         )
     parity = prove_parity(spec.folder, spec.architecture, weights_hash, precision)

@@ -28,6 +28,7 @@ from pipeline.tables.gate import (
 )
 from pipeline.tables.joining import JoinRule
 from pipeline.tables.known import ROWS, SEGMENT, KnownVectors
+from pipeline.tables.lock import Lease
 from pipeline.tables.manifest import attempts_folder
 from pipeline.tables.publish import build_manifest, count_dead, reject_snapshot, sum_tallies
 from pipeline.tables.readers import FileReader, SegmentReader, VectorReader
@@ -261,11 +262,15 @@ def expect_documents(
 
 
 class CommitResults(beam.DoFn):
-    def __init__(self, commit: Any) -> None:
+    def __init__(self, commit: Any, lease: Lease | None = None) -> None:
         self.commit = commit
+        self.lease = lease
 
     def process(self, _: Any, **results: list) -> list[str]:
-        return [self.commit.commit(Results(**results))]
+        name = self.commit.commit(Results(**results))
+        if self.lease:
+            self.lease.release()
+        return [name]
 
 
 @dataclass
@@ -275,17 +280,19 @@ class Commit(beam.PTransform):
     Attributes:
       commit: what publishes; from a store's `committer`.
       results: PCollections of what the run has produced, by the name of their field in `Results`.
+      lease: what is given back when all is done, where nobody may be waiting for it.
     """
 
     commit: Any
     results: dict[str, beam.PCollection]
+    lease: Lease | None = None
 
     def expand(self, pipeline: Any) -> beam.PCollection:
         sides = {name: beam.pvalue.AsList(collection) for name, collection in self.results.items()}
         committed = (
             pipeline
             | "Begin" >> beam.Create([None], reshuffle=False)
-            | "CommitResults" >> beam.ParDo(CommitResults(self.commit), **sides).with_output_types(str)
+            | "CommitResults" >> beam.ParDo(CommitResults(self.commit, self.lease), **sides).with_output_types(str)
         )
         # What has more to do than one worker can, such as loading rows, adds its own steps.
         return self.commit.finish(pipeline, committed) if hasattr(self.commit, "finish") else committed

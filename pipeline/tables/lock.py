@@ -2,8 +2,9 @@
 
 TABLE/lock holds who has it, as JSON. On a local disk the kernel keeps the lock, and frees it with the process however
 that ends. On gs:// the object is the lock: its owner renews it every few seconds, and one that was not renewed for
-longer may be taken over. Other file systems of Beam have no means to lock. What makes a table right is the pointer,
-which is compared and replaced; a lock only saves work.
+longer may be taken over. A job on a distributed engine may outlive the process that started it: its lock lasts longer,
+and its workers renew it too (`Lease`). Other file systems of Beam have no means to lock. What makes a table right is
+the pointer, which is compared and replaced; a lock only saves work.
 """
 
 from __future__ import annotations
@@ -15,20 +16,24 @@ import logging
 import os
 import socket
 import threading
+import time
 import uuid
 from contextlib import suppress
 from types import TracebackType
-from typing import Any, Optional
+from typing import Any, NamedTuple, Optional
 
 from pipeline.errors import TableError, first_line
-from pipeline.tables.pointer import GcsObject, is_gcs
+from pipeline.tables.pointer import GcsObject, StoredObject, is_gcs
 from pipeline.tables.storage import is_local, join
 
 LOCK = "lock"
 HEARTBEAT_SECONDS = 20.0
 EXPIRY_SECONDS = 90.0
+LEASE_SECONDS = 7200.0  # of a job: it may wait so long for workers
 _REQUEST_SECONDS = 10.0  # a heartbeat that is not answered by then is given up for the next
 _TRIES = 5
+_RENEWAL_SECONDS = 300.0  # a lease younger than that needs nothing
+_LOOK_SECONDS = 60.0  # between two looks of one worker: an object takes one write a second from all of them
 
 _LOGGER = logging.getLogger(__name__)
 
@@ -77,6 +82,11 @@ class TableLock:
         """Gives the lock back; from any thread, and as often as one likes."""
         if self._lock is not None:
             self._lock.release()
+
+    def hand_over(self) -> None:
+        """Leaves the lock to the run's job, whose workers renew it and whose last step releases it."""
+        if isinstance(self._lock, _GcsLock):
+            self._lock.leave()
 
     def __enter__(self) -> TableLock:
         self.acquire()
@@ -136,6 +146,7 @@ class _GcsLock:
     def __init__(self, table: str, run: str, heartbeat_seconds: float, expiry_seconds: float) -> None:
         self._table = table
         self._path = join(table, LOCK)
+        self._run = run
         self._heartbeat_seconds = heartbeat_seconds
         self._expiry_seconds = expiry_seconds
         self._text = json.dumps(_describe(run) | {"expiry_seconds": expiry_seconds})
@@ -155,14 +166,18 @@ class _GcsLock:
             ) from error
         threading.Thread(target=self._renew, name="embeam-table-lock", daemon=True).start()
 
-    def release(self) -> None:
+    def leave(self) -> int:
+        """Ends the renewals; returns the generation that the object was left with, 0 for none."""
         self._stop.set()
         with self._mutex:
             generation, self._generation = self._generation, 0
-            if not generation:
-                return
+        return generation
+
+    def release(self) -> None:
+        if generation := self.leave():
             try:
-                GcsObject(self._path, _REQUEST_SECONDS, persistent=False).delete_if(generation)
+                if not GcsObject(self._path, _REQUEST_SECONDS, persistent=False).delete_if(generation):
+                    Lease(self._table, self._run).release()  # a worker may have renewed it
             except Exception as error:  # the work is done, whatever becomes of the lock
                 _LOGGER.warning(
                     "%s could not be removed (%s); it ends by itself within %d seconds",
@@ -202,16 +217,70 @@ class _GcsLock:
                     return
                 try:
                     self._generation = lock.write_if(self._text, self._generation, self._writer)
+                    if not self._generation:
+                        self._generation = self._find_own(lock)
                 except Exception as error:  # the next one may come through
                     _LOGGER.debug("%s could not be renewed: %s", self._path, error)
                     continue
                 if not self._generation:
-                    _LOGGER.warning(
-                        "another run has taken %s from this one, which was out of touch with it for too long; "
-                        "only one of them can publish",
-                        self._table,
-                    )
                     return
+
+    def _find_own(self, lock: GcsObject) -> int:
+        """The generation of the run's lock after a worker renewed it; 0 if it is gone or another's."""
+        stored = lock.read()
+        if stored is None:  # the job's last step has released it
+            return 0
+        if _read_owner(stored.data).get("run") == self._run:
+            return stored.generation
+        _LOGGER.warning(
+            "another run has taken %s from this one, which was out of touch with it for too long; "
+            "only one of them can publish",
+            self._table,
+        )
+        return 0
+
+
+class Lease(NamedTuple):
+    """A job's hold on its table on gs://, in the hands of its workers.
+
+    Attributes:
+      table: the table's folder.
+      run: the run's name.
+    """
+
+    table: str
+    run: str
+
+    def renew(self) -> None:
+        """Keeps the lock from ending; called as often as one likes, by as many workers as there are."""
+        now = time.monotonic()
+        if now - _looked.get(self.run, -_LOOK_SECONDS) < _LOOK_SECONDS:
+            return
+        _looked[self.run] = now
+        try:
+            lock, stored = self._find()
+            age = datetime.datetime.now(datetime.UTC) - stored.updated if stored else datetime.timedelta()
+            if stored and age.total_seconds() >= _RENEWAL_SECONDS:
+                lock.write_if(stored.data.decode(), stored.generation, uuid.uuid4().hex)
+        except Exception as error:  # the next one may come through
+            _LOGGER.debug("the lock of %s could not be renewed: %s", self.table, error)
+
+    def release(self) -> None:
+        """Gives the table back, if it still is the run's."""
+        try:
+            lock, stored = self._find()
+            if stored:
+                lock.delete_if(stored.generation)
+        except Exception as error:  # the work is done, whatever becomes of the lock
+            _LOGGER.warning("the lock of %s could not be removed (%s); it ends by itself", self.table, error)
+
+    def _find(self) -> tuple[GcsObject, Optional[StoredObject]]:
+        lock = GcsObject(join(self.table, LOCK), _REQUEST_SECONDS, persistent=False)
+        stored = lock.read()
+        return lock, stored if stored and _read_owner(stored.data).get("run") == self.run else None
+
+
+_looked: dict[str, float] = {}  # run -> when this process last looked after its lease
 
 
 def _describe(run: str) -> dict[str, Any]:

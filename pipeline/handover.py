@@ -1,0 +1,100 @@
+"""A part of the graph on workers of its own, as the encoder on those with a GPU.
+
+What goes there and what comes back crosses between machines, so it goes in packs of a few hundred: a shuffle costs by
+the element. Engines may not fuse across either side, so every part gets the workers that it needs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import apache_beam as beam
+from apache_beam.transforms.window import GlobalWindows
+
+from pipeline.records import Chunk, Pack, Row
+
+PACK_ELEMENTS = 512
+PACK_BYTES = 4 << 20  # of texts, token ids and vectors
+
+
+def size_chunk(chunk: Chunk) -> int:
+    """Bytes of a chunk in a pack; a document counts once, with its first chunk."""
+    return len(chunk.ids) + (len(chunk.document.text.encode()) if chunk.number == 0 else 0)
+
+
+def size_row(row: Row) -> int:
+    """Bytes of a row in a pack."""
+    return len(row.vector) + len(row.text or "")
+
+
+def ends_document(chunk: Chunk) -> bool:
+    """Whether a pack may end with this chunk: those of one document must meet again."""
+    return chunk.number == chunk.n_chunks - 1
+
+
+class PackElements(beam.DoFn):
+    """Elements to packs, within the bundle."""
+
+    def __init__(self, size: Callable[[Any], int], may_end: Callable[[Any], bool] | None = None) -> None:
+        self.size = size
+        self.may_end = may_end
+
+    def start_bundle(self) -> None:
+        self._pack = Pack()
+        self._bytes = 0
+
+    def process(self, element: Any) -> Iterator[Pack]:
+        self._pack.append(element)
+        self._bytes += self.size(element)
+        is_full = len(self._pack) >= PACK_ELEMENTS or self._bytes >= PACK_BYTES
+        if is_full and (self.may_end is None or self.may_end(element)):
+            yield self._take()
+
+    def finish_bundle(self) -> Iterator[Any]:
+        if self._pack:
+            yield GlobalWindows.windowed_value(self._take())
+
+    def _take(self) -> Pack:
+        pack, self._pack, self._bytes = self._pack, Pack(), 0
+        return pack
+
+
+def unpack(packs: beam.PCollection, kind: type) -> beam.PCollection:
+    return packs | "Unpack" >> beam.FlatMap(iter).with_output_types(kind)
+
+
+@dataclass
+class OnOwnWorkers(beam.PTransform):
+    """Runs a transform apart from what is before and after it: PCollection[Chunk] -> what the transform gives.
+
+    Attributes:
+      inner: takes chunks and gives a named tuple of PCollections with `rows`.
+      hints: what its workers must have, as Beam's resource hints; with none, any worker takes its share.
+    """
+
+    inner: beam.PTransform
+    hints: Mapping[str, Any]
+
+    def expand(self, chunks: beam.PCollection) -> Any:
+        packs = (
+            chunks
+            | "PackChunks" >> beam.ParDo(PackElements(size_chunk, ends_document)).with_output_types(Pack)
+            | "HandOver" >> beam.Reshuffle()
+        )
+        outputs = packs | "Workers" >> _Packed(self.inner).with_resource_hints(**self.hints)
+        return outputs._replace(rows=unpack(outputs.rows | "HandBack" >> beam.Reshuffle(), Row))
+
+
+class _Packed(beam.PTransform):
+    """A transform that takes packs and gives packs."""
+
+    def __init__(self, inner: beam.PTransform) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def expand(self, packs: beam.PCollection) -> Any:
+        outputs = unpack(packs, Chunk) | self.inner
+        rows = outputs.rows | "PackRows" >> beam.ParDo(PackElements(size_row)).with_output_types(Pack)
+        return outputs._replace(rows=rows)

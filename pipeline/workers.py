@@ -1,0 +1,73 @@
+"""The workers of a distributed engine: what their GPUs are good for, and how an engine is asked for them."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+from pipeline.config import WorkerConfig
+from pipeline.runtime import Device
+
+
+class Preset(NamedTuple):
+    """What serves well on one kind of GPU.
+
+    Attributes:
+      machine_type: the smallest of Google's machines that has one.
+      memory_gb: of the GPU.
+      batch_tokens: the budget of one batch.
+      threads: batches at a time in one process: while one is computed, another is made ready.
+      half_precision: what `--precision=auto` means.
+    """
+
+    machine_type: str
+    memory_gb: int
+    batch_tokens: int
+    threads: int
+    half_precision: str
+
+
+PRESETS = {
+    #                           machine type       memory  batch tokens  threads  16-bit precision
+    "nvidia-l4": Preset("g2-standard-8", 24, 16384, 2, "bfloat16"),
+    "nvidia-tesla-t4": Preset("n1-standard-8", 16, 8192, 2, "float16"),
+    "nvidia-tesla-a100": Preset("a2-highgpu-1g", 40, 32768, 3, "bfloat16"),
+    "nvidia-a100-80gb": Preset("a2-ultragpu-1g", 80, 32768, 3, "bfloat16"),
+    "nvidia-h100-80gb": Preset("a3-highgpu-1g", 80, 65536, 4, "bfloat16"),
+}
+
+_DRIVER, _SHARED = "install-nvidia-driver", "use_nvidia_mps"
+
+
+def find_device(config: WorkerConfig) -> Device | None:
+    """What the workers encode on; None where that is what this machine has."""
+    if not config.accelerator:
+        return None
+    preset = PRESETS[config.accelerator]
+    return Device(True, preset.half_precision, preset.batch_tokens // config.encoder_processes)
+
+
+def resource_hints(config: WorkerConfig) -> dict[str, Any]:
+    """What a worker that encodes must have, as Beam's resource hints; engines other than Dataflow pass them over."""
+    hints: dict[str, Any] = {}
+    if config.accelerator:
+        machine = config.encoder_machine or PRESETS[config.accelerator].machine_type
+        parts = [f"type:{config.accelerator}", "count:1", f"machine_type:{machine}", _DRIVER]
+        hints["accelerator"] = ";".join([*parts, *([_SHARED] if config.encoder_processes > 1 else [])])
+    if config.encoder_memory:
+        hints["min_ram"] = config.encoder_memory
+    return hints
+
+
+def count_threads(config: WorkerConfig) -> int:
+    """Batches at a time in one process of a worker with a GPU."""
+    return config.encoder_threads or (1 if config.encoder_processes > 1 else PRESETS[config.accelerator].threads)
+
+
+def share_memory(config: WorkerConfig) -> int:
+    """MiB of a GPU's memory that one process may take; 0 where it has the GPU to itself.
+
+    A tenth stays free for the processes' contexts and the libraries' own workspaces.
+    """
+    if config.encoder_processes == 1:
+        return 0
+    return PRESETS[config.accelerator].memory_gb * 1024 * 9 // 10 // config.encoder_processes
