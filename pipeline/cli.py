@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import gc
-import logging
+import json
 import os
 import sys
 import threading
@@ -26,6 +26,7 @@ from pipeline.flags import (
     read_config_file,
     refuse,
 )
+from pipeline.logs import report_error, set_up_logging
 from pipeline.table_verbs import add_table_verbs
 
 EXIT_FAILED, EXIT_USAGE = 1, 2
@@ -54,14 +55,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
             stream.reconfigure(errors="backslashreplace")  # a terminal need not know every character
     gc.set_threshold(50_000)  # importing TensorFlow and Beam makes millions of objects, none of them garbage
     parser, embed_parser = build_parsers()
-    debug = False
+    debug, summary_json = False, False
     try:
         known, rest = parser.parse_known_args(arguments)
         if not known.verb:
             refuse(rest, parser.flags())
             raise ConfigError("name a verb, such as embeam embed; embeam --help lists them")
-        debug = getattr(known, "debug", False)
-        set_up_logging(debug)
+        debug, summary_json = getattr(known, "debug", False), getattr(known, "summary_json", False)
+        set_up_logging(debug, getattr(known, "log_format", "text"))
         if known.verb == "embed":
             run_embed(known, rest, embed_parser.flags())
         else:
@@ -70,8 +71,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except EmbeamError as error:
         if debug:
             traceback.print_exc()
-        print(f"embeam: {error}", file=sys.stderr)
-        sys.exit(EXIT_USAGE if isinstance(error, ConfigError) else EXIT_FAILED)
+        report_error(str(error))
+        code = EXIT_USAGE if isinstance(error, ConfigError) else EXIT_FAILED
+        if summary_json:
+            print(json.dumps({"status": "failed", "exit_code": code, "error": str(error)}))
+        sys.exit(code)
     except BrokenPipeError:  # the reader of our output has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
@@ -100,6 +104,17 @@ def build_parsers() -> tuple[Parser, Parser]:
         metavar="NAME=VALUE",
         help="an option that only the runner itself knows; may be given several times",
     )
+    engine.add_argument(
+        "--summary_json",
+        action="store_true",
+        help="end with one line of JSON that says how the run went, also when it failed",
+    )
+    engine.add_argument(
+        "--log_format",
+        choices=("text", "json"),
+        default="text",
+        help="how warnings, errors and progress are told: json gives one object a line, as log collectors like it",
+    )
     engine.add_argument("--debug", action="store_true", help="show Beam's log and where an error comes from")
 
     show = verbs.add_parser(
@@ -124,13 +139,6 @@ def build_parsers() -> tuple[Parser, Parser]:
     return parser, embed
 
 
-def set_up_logging(debug: bool = False) -> None:
-    """Our own warnings in one line each; what Beam says of a failed run is said once, at the end."""
-    logging.basicConfig(format="embeam: %(message)s", level=logging.INFO if debug else logging.WARNING)
-    if not debug:
-        logging.getLogger("apache_beam").setLevel(logging.CRITICAL)
-
-
 def run_embed(known: argparse.Namespace, rest: list[str], own: list[str]) -> None:
     beam_flags = check_beam_flags(rest, own)
     settings, engine = read_config_file(known.config) if known.config else ({}, {})
@@ -148,10 +156,13 @@ def run_embed(known: argparse.Namespace, rest: list[str], own: list[str]) -> Non
 
     from pipeline.engine import is_local
     from pipeline.job import build_table
-    from pipeline.report.summary import format_summary
+    from pipeline.report.summary import format_summary, summarize
 
     options = PipelineOptions([*flags, f"--runner={'FnApiRunner' if is_local(runner) else runner}"])
-    print(format_summary(build_table(config, options, show_progress=True), config.write.output))
+    manifest, output = build_table(config, options, show_progress=True), config.write.output
+    print(format_summary(manifest, output) if manifest else f"the job is staged; it will publish {output} when it runs")
+    if known.summary_json:
+        print(json.dumps(summarize(manifest, output)))
 
 
 def engine_list(value: str | list[str]) -> list[str]:

@@ -15,7 +15,7 @@ import requests
 from google.auth.transport.requests import AuthorizedSession
 
 from pipeline.errors import TableError
-from pipeline.tables.lock import LOCK, TableLock
+from pipeline.tables.lock import LOCK, Lease, TableLock
 from pipeline.tables.pointer import GcsObject, read_versioned, replace_if
 from tests.emulators import start_gcs
 
@@ -299,3 +299,82 @@ def test_a_lock_whose_answer_is_lost_is_known_for_ours(table, lost_answers):
         assert lost_answers[0] == 0
         with pytest.raises(TableError, match="run first on"):
             short_lock(table, "second").acquire()
+
+
+# --- the lease of a job that may outlive its launcher ----------------------------------------------------------------
+
+
+def age(monkeypatch, seconds):
+    """Lets every lease look old enough to be renewed, and be looked at again at once."""
+    monkeypatch.setattr("pipeline.tables.lock._RENEWAL_SECONDS", seconds)
+    monkeypatch.setattr("pipeline.tables.lock._LOOK_SECONDS", 0)
+
+
+def test_a_lock_that_is_handed_over_stays(table):
+    lock = dead_lock(table, "job")
+    lock.acquire()
+    lock.hand_over()
+    lock.release()
+    assert GcsObject(f"{table}/{LOCK}").read() is not None
+
+
+def test_workers_keep_a_lock_that_nobody_else_renews(table, monkeypatch):
+    age(monkeypatch, 0)
+    lock = TableLock(table, "job", heartbeat_seconds=1000, expiry_seconds=2.0)
+    lock.acquire()
+    lock.hand_over()
+    for _ in range(8):
+        Lease(table, "job").renew()
+        with pytest.raises(TableError, match="is in use: run job"):
+            TableLock(table, "another").acquire()
+        time.sleep(0.5)
+    Lease(table, "job").release()
+    with TableLock(table, "another"):
+        pass
+
+
+def test_a_lease_is_renewed_only_when_it_is_old(table, monkeypatch):
+    age(monkeypatch, 1000)
+    lock = dead_lock(table, "job")
+    lock.acquire()
+    before = GcsObject(f"{table}/{LOCK}").read()
+    Lease(table, "job").renew()
+    assert GcsObject(f"{table}/{LOCK}").read() == before
+    age(monkeypatch, 0)
+    Lease(table, "job").renew()
+    after = GcsObject(f"{table}/{LOCK}").read()
+    assert after.generation > before.generation and after.data == before.data
+
+
+def test_a_lease_leaves_the_lock_of_another_run_alone(table, monkeypatch):
+    age(monkeypatch, 0)
+    with TableLock(table, "another"):
+        before = GcsObject(f"{table}/{LOCK}").read()
+        Lease(table, "job").renew()
+        Lease(table, "job").release()
+        assert GcsObject(f"{table}/{LOCK}").read() == before
+
+
+def test_launcher_and_workers_renew_one_lock(table, monkeypatch, caplog):
+    age(monkeypatch, 0)
+    lock = short_lock(table, "job")
+    lock.acquire()
+    for _ in range(10):
+        Lease(table, "job").renew()
+        time.sleep(0.35)
+    with pytest.raises(TableError, match="is in use: run job"):
+        TableLock(table, "another").acquire()
+    lock.release()
+    assert GcsObject(f"{table}/{LOCK}").read() is None
+    assert not caplog.records
+
+
+def test_a_lock_that_the_job_has_given_back_is_not_missed(table, caplog):
+    lock = short_lock(table, "job")
+    lock.acquire()
+    Lease(table, "job").release()
+    time.sleep(1)
+    with TableLock(table, "another"):
+        lock.release()
+        assert b"another" in GcsObject(f"{table}/{LOCK}").read().data
+    assert not caplog.records

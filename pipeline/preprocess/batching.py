@@ -17,6 +17,7 @@ from typing import Any
 import apache_beam as beam
 from apache_beam.transforms.window import GlobalWindows
 
+from pipeline import metrics
 from pipeline.records import Batch, Chunk, Tally
 
 # (up to this length, steps of): a finer grid wastes less on padding, a coarser one compiles fewer shapes.
@@ -121,9 +122,11 @@ class CollectBatches(beam.DoFn):
         yield beam.pvalue.TaggedOutput("tallies", GlobalWindows.windowed_value(tally))
 
     def _count(self, batch: Batch) -> Batch:
-        self._counts["batches"] += 1
-        self._counts["padded_tokens"] += batch.rows * batch.length
-        self._counts["used_tokens"] += sum(chunk.n_tokens if self.counts_tokens else len(chunk.ids) for chunk in batch)
+        padded = batch.rows * batch.length
+        used = sum(chunk.n_tokens if self.counts_tokens else len(chunk.ids) for chunk in batch)
+        self._counts.update(batches=1, padded_tokens=padded, used_tokens=used)
+        metrics.BATCHES.inc()
+        metrics.PADDING_TOKENS.inc(padded - used)
         return batch
 
 

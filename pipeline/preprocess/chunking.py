@@ -13,6 +13,7 @@ import apache_beam as beam
 import numpy as np
 from apache_beam.transforms.window import GlobalWindows
 
+from pipeline import metrics
 from pipeline.errors import ConfigError
 from pipeline.preprocess.wordpiece import Vocabulary, load_tokenizer
 from pipeline.records import Chunk, DeadLetter, Document, Tally, list_followers
@@ -261,6 +262,7 @@ class SplitDocuments(beam.DoFn):
         outputs = list(self._splitter.split(wanted))
         self._counts["tokenize_seconds"] += time.perf_counter() - begun
         self._counts["documents"] += len(wanted)
+        metrics.TOKENS.inc(sum(output.n_content for output in outputs if isinstance(output, Chunk)))
         followed = {document.id: document for document in wanted if document.followers}
         for output in outputs:
             if isinstance(output, DeadLetter):

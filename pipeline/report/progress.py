@@ -8,6 +8,7 @@ import time
 from collections import Counter
 from typing import TextIO
 
+from pipeline.logs import is_json, report_progress
 from pipeline.progress import read_progress
 
 
@@ -18,7 +19,7 @@ class ProgressReporter:
         self._folder = folder
         self._total_bytes = total_bytes
         self._stream = stream or sys.stderr  # as it is now: notebooks and tests replace it
-        self._is_terminal = self._stream.isatty()
+        self._is_terminal = self._stream.isatty() and not is_json()
         self._seconds = 0.5 if self._is_terminal else line_seconds
         self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._report, name="embeam-progress", daemon=True)
@@ -37,7 +38,11 @@ class ProgressReporter:
 
     def _report(self) -> None:
         while not self._stopped.wait(self._seconds):
-            line = format_progress(read_progress(self._folder), self._total_bytes, time.monotonic() - self._begun)
+            counts = read_progress(self._folder)
+            line = format_progress(counts, self._total_bytes, time.monotonic() - self._begun)
+            if is_json():
+                report_progress(line, dict(counts))
+                continue
             self._stream.write(f"\r{line}\x1b[K" if self._is_terminal else line + "\n")
             self._stream.flush()
 

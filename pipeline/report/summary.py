@@ -61,6 +61,36 @@ def format_summary(manifest: Manifest, table: str) -> str:
     return "\n".join(lines)
 
 
+def summarize(manifest: Manifest | None, table: str) -> dict[str, Any]:
+    """A run in numbers, for a program: the same names in every run, so that an alert can be built on them.
+
+    Args:
+      manifest: of what was published; None if the job was only staged.
+      table: as the user named it.
+    """
+    if manifest is None:
+        return {"status": "staged", "table": table}
+    counts = {stage: manifest.counts.get(stage, {}) for stage in ("read", "preprocess", "batch", "encode", "carry")}
+    padded, used = (counts["batch"].get(name, 0) for name in ("padded_tokens", "used_tokens"))
+    return {
+        "status": "published",
+        "table": table,
+        "snapshot": manifest.snapshot,
+        "previous": manifest.previous,
+        "rows": manifest.rows,
+        "documents": int(counts["read"].get("records", 0)),
+        "encoded_chunks": int(counts["encode"].get("chunks", 0)),
+        "deleted": int(counts["carry"].get("deleted", 0)),
+        "dead_letters": sum(manifest.dead_letters.values()),
+        "dead_letter_reasons": manifest.dead_letters,
+        "tokens": int(counts["preprocess"].get("tokens", 0)),
+        "truncated_tokens": int(counts["preprocess"].get("truncated_tokens", 0)),
+        "padding_share": round(1 - used / padded, 4) if padded else 0.0,
+        "encode_seconds": round(counts["encode"].get("encode_seconds", 0), 3),
+        "seconds": manifest.seconds,
+    }
+
+
 def describe_changes(manifest: Manifest) -> list[str]:
     """What a run found changed, and what it took over; nothing for the first run of a table without equal texts."""
     recall, carry = manifest.counts.get("recall", {}), manifest.counts.get("carry", {})

@@ -18,6 +18,7 @@ import numpy as np
 from apache_beam.io.filesystems import FileSystems
 from apache_beam.transforms.window import GlobalWindows
 
+from pipeline import metrics
 from pipeline.errors import RunError
 from pipeline.progress import Progress
 from pipeline.records import DeadLetter, Row, Tally
@@ -297,6 +298,7 @@ class WriteRecords(beam.DoFn):
         self._counts["write_seconds"] += time.perf_counter() - begun
         self._counts["records"] += len(records)
         if self.form.kind == LETTERS:
+            metrics.DEAD_LETTERS.inc(len(records))
             self._counts.update(letter.reason for letter in records)
         elif self.progress:
             self.progress.add(rows=len(records))

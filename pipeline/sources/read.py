@@ -11,6 +11,7 @@ from typing import Any, NamedTuple, Optional, Union
 import apache_beam as beam
 from apache_beam.pvalue import TaggedOutput
 
+from pipeline import metrics
 from pipeline.config import KeptField, ReadConfig
 from pipeline.errors import ConfigError
 from pipeline.records import DeadLetter, Document, Tally
@@ -113,10 +114,12 @@ class ReadSplit(beam.DoFn):
             counts["bytes"] = bytes_before + file_range.n_bytes
 
     def _report(self, counts: Counter[str], reported: Counter[str]) -> None:
+        more = {name: counts[name] - reported[name] for name in ("documents", "bytes")}
+        metrics.DOCUMENTS.inc(more["documents"])
+        metrics.READ_BYTES.inc(more["bytes"])
+        reported.update(more)
         if self._progress:
-            more = {name: counts[name] - reported[name] for name in ("documents", "bytes")}
             self._progress(more["documents"], more["bytes"])
-            reported.update(more)
 
 
 def reject_duplicate(document: Document) -> DeadLetter:

@@ -11,6 +11,7 @@ import apache_beam as beam
 import numpy as np
 from apache_beam.transforms.window import GlobalWindows
 
+from pipeline import metrics
 from pipeline.config import VectorConfig
 from pipeline.records import Chunk, DeadLetter, Encoded, Row, Tally, list_followers
 from pipeline.vectors.storing import quantize_vectors, shape_vectors
@@ -159,6 +160,7 @@ class FinishVectors(beam.DoFn):
 
     def process(self, encoded: Encoded) -> Iterator[Any]:
         self._counts["encode_seconds"] += encoded.seconds
+        metrics.ENCODE_MILLISECONDS.update(round(encoded.seconds * 1000))
         self._counts["chunks"] += sum(not chunk.document.is_probe for chunk in encoded.batch)
         results = zip(encoded.batch, encoded.vectors, encoded.errors, strict=True)
         if self.rule.average:
@@ -172,6 +174,7 @@ class FinishVectors(beam.DoFn):
                 yield beam.pvalue.TaggedOutput("dead_letters", output)
             else:
                 self._counts["rows"] += 1
+                metrics.ROWS.inc()
                 yield output
         for output in finish_chunks(probes, self.rule):
             if isinstance(output, Row):
