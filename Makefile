@@ -14,7 +14,7 @@ $(READY): pyproject.toml requirements.lock setup.py
 	@$(PYTHON) scripts/set_up.py $(VENV)
 	@touch $@
 
-# Stand-ins for Cloud Storage and BigQuery, which the tests start.
+# Stand-ins for Cloud Storage and BigQuery, and another engine of Beam, which the tests start.
 setup-emulators: $(EMULATORS)/.ready
 
 $(EMULATORS)/.ready: emulators.lock scripts/set_up_emulators.py

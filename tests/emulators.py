@@ -23,7 +23,8 @@ from unittest import mock
 import pytest
 
 EMULATORS = Path(__file__).resolve().parent.parent / ".emulators"
-GCS_SERVER = EMULATORS / "bin" / "fake-gcs-server"
+GCS_SERVER = EMULATORS / "fake-gcs-server" / "fake-gcs-server"
+PRISM = EMULATORS / "prism" / "prism"
 PROJECT = "embeam-test"
 _LOOPBACK = "127.0.0.1"
 _START_SECONDS = 20

@@ -32,6 +32,7 @@ from support import (
 
 from pipeline.sources.planning import plan_input
 from pipeline.tables.manifest import Manifest, open_table
+from tests.emulators import PRISM
 
 ROOT = Path(__file__).resolve().parents[1]
 N_TEXTS = 240
@@ -151,13 +152,15 @@ def find_services(log_dir: Path) -> list[int]:
     return found
 
 
-def test_a_job_service_and_a_worker_pool_give_the_same_table(corpus, local, tmp_path):
+@pytest.mark.parametrize("engine", [[], [f"--prism={PRISM}"]], ids=["python", "prism"])
+def test_a_job_service_and_a_worker_pool_give_the_same_table(engine, corpus, local, tmp_path):
     table = str(tmp_path / "table")
     command = [
         sys.executable,
         "-m",
         "runners.portable",
         f"--log_dir={tmp_path / 'logs'}",
+        *engine,
         *embed_command(corpus, table),
     ]
     environment = os.environ | {"EMBEAM_TEST": str(tmp_path / "logs")}
@@ -165,8 +168,20 @@ def test_a_job_service_and_a_worker_pool_give_the_same_table(corpus, local, tmp_
     logs = "".join(path.read_text()[-3000:] for path in (tmp_path / "logs").glob("*.log"))
     assert done.returncode == 0, done.stderr[-3000:] + logs
     assert_same_table(table, local)
-    assert "SdkHarness" in (tmp_path / "logs/runners.worker.worker_pool_main.log").read_text(), "no worker was started"
+    assert "SdkHarness" in (tmp_path / "logs/worker_pool.log").read_text(), "no worker was started"
     assert find_services(tmp_path / "logs") == []
+
+
+def test_the_encoder_has_workers_of_its_own(corpus, local, tmp_path):
+    """Asked for a GPU, which nobody has here, it runs in a process beside the one for everything else."""
+    table = str(tmp_path / "table")
+    command = [sys.executable, "-m", "runners.portable", f"--log_dir={tmp_path / 'logs'}"]
+    command += [*embed_command(corpus, table), "--accelerator=nvidia-l4"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=110, check=False)
+    log = (tmp_path / "logs/worker_pool.log").read_text()
+    assert done.returncode == 0, done.stderr[-3000:] + log[-3000:]
+    assert_same_table(table, local)
+    assert log.count("Starting sdk harness") + log.count("Starting worker with command") == 2, log[-3000:]
 
 
 def test_the_portable_services_end_with_what_started_them(tmp_path):
@@ -182,7 +197,7 @@ def test_the_portable_services_end_with_what_started_them(tmp_path):
             "--environment_type",
             "--environment_config",
         ]
-        assert len(find_services(tmp_path)) == 3
+        assert len(find_services(tmp_path)) == 3  # the command and both services
         process.send_signal(signal.SIGTERM)
         assert process.wait(20) == 128 + signal.SIGTERM
     finally:

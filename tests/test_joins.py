@@ -22,6 +22,7 @@ from pipeline.tables.joining import JoinRule
 from pipeline.tables.manifest import Manifest, open_table
 from pipeline.tables.publish import name_snapshot
 from pipeline.tables.storage import make_folder
+from tests.emulators import PRISM
 
 ROOT = Path(__file__).resolve().parents[1]
 N_TEXTS = 60
@@ -172,15 +173,16 @@ def test_databases_are_refused_by_name(tmp_path):
         run_joined(tmp_path, output=output)
 
 
-def test_a_job_service_reindexes(tmp_path):
+@pytest.mark.parametrize("engine", [[], [f"--prism={PRISM}"]], ids=["python", "prism"])
+def test_a_job_service_reindexes(engine, tmp_path):
     """The same through a real job service and worker processes of its own."""
     write_corpus(tmp_path, first_records())
     run_pipeline(tmp_path, **SETTINGS, on_long="reject")
     write_corpus(tmp_path, second_records())
     flags = {**SETTINGS, "input": f"{tmp_path}/*.jsonl", "output": f"{tmp_path}/table", "encoder": ENCODER}
     flags |= {"id_field": "id", "on_long": "reject"}
-    command = [sys.executable, "-m", "runners.portable", f"--log_dir={tmp_path}/logs", sys.executable, "-m"]
-    command += ["pipeline.cli", "embed", *(f"--{name}={value}" for name, value in flags.items())]
+    command = [sys.executable, "-m", "runners.portable", f"--log_dir={tmp_path}/logs", *engine]
+    command += [sys.executable, "-m", "pipeline.cli", "embed", *(f"--{name}={value}" for name, value in flags.items())]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=110, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     manifest, folder = open_table(str(tmp_path / "table"))
