@@ -18,6 +18,7 @@ BENCHMARKS = {
     "overhead": "the whole pipeline, against a bare loop around its encoder",
     "tokenize": "text to token ids on one core, against the published preprocessor",
     "reindex": "a run after few documents have changed, against the run that made the table",
+    "scaling": "the distributed graph on two worker processes, against one",
     "memory": "peak memory at a tenth of the documents and at all of them",
 }
 

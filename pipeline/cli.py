@@ -30,6 +30,7 @@ from pipeline.logs import report_error, set_up_logging
 from pipeline.table_verbs import add_table_verbs
 
 EXIT_FAILED, EXIT_USAGE = 1, 2
+STAGED = "the job is staged and will publish {} when it runs; the table is held for it for two hours"
 
 
 def run() -> None:
@@ -160,7 +161,7 @@ def run_embed(known: argparse.Namespace, rest: list[str], own: list[str]) -> Non
 
     options = PipelineOptions([*flags, f"--runner={'FnApiRunner' if is_local(runner) else runner}"])
     manifest, output = build_table(config, options, show_progress=True), config.write.output
-    print(format_summary(manifest, output) if manifest else f"the job is staged; it will publish {output} when it runs")
+    print(format_summary(manifest, output) if manifest else STAGED.format(output))
     if known.summary_json:
         print(json.dumps(summarize(manifest, output)))
 

@@ -294,7 +294,7 @@ class WorkerConfig(_Checked):
     )
     encoder_memory: str = setting("memory of a worker that encodes, such as 32GB", "", metavar="SIZE")
     provisioning: str = setting(
-        "Dataflow's workers: standard, spot (cheaper, and taken back at any time) or flex-start (waits for free GPUs)",
+        "how Dataflow gets workers with a GPU: flex-start waits until one is free, spot takes what may be taken back",
         "standard",
         ("standard", "spot", "flex-start"),
     )
@@ -312,6 +312,10 @@ class WorkerConfig(_Checked):
             raise ConfigError(
                 f"--encoder_processes={self.encoder_processes} is for processes that share a GPU; name it with "
                 "--accelerator"
+            )
+        if self.provisioning != "standard" and not self.accelerator:
+            raise ConfigError(
+                f"--provisioning={self.provisioning} is for workers with a GPU; name it with --accelerator"
             )
         if self.encoder_memory and not re.fullmatch(r"\d+(MB|GB|MiB|GiB)", self.encoder_memory):
             raise ConfigError(f"--encoder_memory={self.encoder_memory} is no size; write it as 32GB")

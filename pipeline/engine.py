@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from dataclasses import fields
 from typing import Any
 
@@ -11,6 +12,7 @@ from pipeline.config import EmbedConfig, WorkerConfig
 from pipeline.dataflow import name_job, prepare_dataflow
 from pipeline.errors import ConfigError
 
+KNOWN_RUNNERS = ("DataflowRunner", "FlinkRunner", "PortableRunner", "PrismRunner", "SparkRunner")
 LOCAL_NAMES = ("", "local", "directrunner", "fnapirunner", "bundlebaseddirectrunner", "switchingdirectrunner")
 
 
@@ -68,7 +70,9 @@ def make_runner(options: PipelineOptions) -> Any:
         try:
             return create_runner(name)
         except (ValueError, ImportError, AttributeError) as error:
-            raise ConfigError(f"--runner={name} is no Beam runner ({error}); use local, or a runner's name") from error
+            close = difflib.get_close_matches(name, KNOWN_RUNNERS, 1)
+            cure = f"did you mean {close[0]}?" if close else f"use local, or one of {', '.join(KNOWN_RUNNERS)}"
+            raise ConfigError(f"--runner={name} is no Beam runner; {cure}") from error
     encoded = JobServiceHandle.encode_pipeline_options(options.get_all_options(drop_default=True))
     info = beam_provision_api_pb2.ProvisionInfo(pipeline_options=encoded, retrieval_token="unused")
     return fn_runner.FnApiRunner(provision_info=fn_runner.ExtendedProvisionInfo(info))

@@ -6,8 +6,8 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 
 import psutil
 
@@ -20,8 +20,13 @@ _on_stop: list[Callable[[], object]] = []
 _on_stop_first: list[Callable[[], object]] = []
 
 
-def explain_failure(error: BaseException) -> EmbeamError:
-    """The error behind one that crossed Beam, which wraps the original and its traceback into the text of another."""
+def explain_failure(error: BaseException, told: str = "") -> EmbeamError:
+    """The error behind one that crossed Beam, which wraps the original and its traceback into the text of another.
+
+    Args:
+      error: what was raised.
+      told: what the engine has to say of it, where it is none of ours.
+    """
     seen: list[BaseException] = []
     current: BaseException | None = error
     while current is not None and current not in seen:
@@ -35,6 +40,8 @@ def explain_failure(error: BaseException) -> EmbeamError:
         kind, colon, message = line.strip().partition(": ")
         if colon and kind.startswith("pipeline.errors."):
             return RunError(message.split(" [while running")[0])
+    if told:
+        return RunError(told)
     if "No space left on device" in text:
         return RunError("the disk is full: free some space and run again; the table is what it was")
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
@@ -53,6 +60,26 @@ def on_stop(clean_up: Callable[[], object], first: bool = False) -> Callable[[],
     registry = _on_stop_first if first else _on_stop
     registry.append(clean_up)
     return lambda: registry.remove(clean_up)
+
+
+@contextmanager
+def watch_threads() -> Iterator[list[BaseException]]:
+    """Collects what ends threads of the engine, which Python would print with a traceback.
+
+    Yields:
+      A list that grows: the reasons, of which whoever waits for such a thread is told nothing.
+    """
+    reasons: list[BaseException] = []
+
+    def collect(ended: threading.ExceptHookArgs) -> None:
+        if ended.exc_value is not None:
+            reasons.append(ended.exc_value)
+
+    told, threading.excepthook = threading.excepthook, collect
+    try:
+        yield reasons
+    finally:
+        threading.excepthook = told
 
 
 def clean_up_all(registry: list[Callable[[], object]], terminal: int) -> None:

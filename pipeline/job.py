@@ -6,8 +6,9 @@ import logging
 import os
 import shutil
 import tempfile
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -16,11 +17,13 @@ from apache_beam.options.pipeline_options import GoogleCloudOptions, PipelineOpt
 
 from pipeline import __version__
 from pipeline.config import EmbedConfig
+from pipeline.dataflow import cancel_job, describe_job, explain_job, job_lives, link_job, validate_options
 from pipeline.embed import Job, build_pipeline
 from pipeline.engine import is_local, make_runner, prepare_options
-from pipeline.errors import ConfigError
-from pipeline.failures import explain_failure, on_stop
+from pipeline.errors import ConfigError, RunError, first_line
+from pipeline.failures import explain_failure, on_stop, watch_threads
 from pipeline.forecast import forecast_run
+from pipeline.logs import report_news
 from pipeline.progress import Progress
 from pipeline.report.progress import ProgressReporter
 from pipeline.runtime import load_tensorflow
@@ -67,6 +70,8 @@ def build_table(
     distributed = not is_local(options.view_as(StandardOptions).runner or "")
     prepare_options(options, config)
     runner = make_runner(options)
+    if distributed:
+        validate_options(options, runner)
     settled = settle(config)
     store, name = settled.store, name_snapshot()
     store.check(config)
@@ -81,14 +86,15 @@ def build_table(
             job = prepare_job(settled, name, started, distributed, scratch)
             reporter = ProgressReporter(scratch, job.input.total_bytes)
             with reporter if show_progress and not distributed else nullcontext():
-                run_job(job, runner, options)
+                run_job(job, runner, options, lock.hand_over, show_progress)
             if options.view_as(GoogleCloudOptions).template_location:
                 lock.hand_over()
                 return None
         finally:
             forget()
     manifest = store.read_live().manifest
-    assert manifest is not None
+    if manifest is None or manifest.snapshot != name:
+        raise RunError(f"the engine says that it is done, and {store.shown} was not published; see its own log")
     return manifest
 
 
@@ -109,36 +115,66 @@ def scratch_folder(work: str, name: str) -> Iterator[str]:
         forget()
 
 
-def run_job(job: Job, runner: Any, options: PipelineOptions) -> None:
+def run_job(
+    job: Job,
+    runner: Any,
+    options: PipelineOptions,
+    leave: Callable[[], object] = lambda: None,
+    show_progress: bool = False,
+) -> None:
     """Runs a prepared job to its end; one that fails leaves its dead letters and its journal.
+
+    Args:
+      job: from `prepare_job`.
+      runner: from `make_runner`.
+      options: the engine's.
+      leave: hands the table over to a job that outlives this process.
+      show_progress: whether to say on stderr where a job can be looked at.
 
     Raises:
       EmbeamError: if it fails.
     """
     publication = job.commit_plan.publication
     names = (publication.table, publication.name, publication.previous)
+    running: Any = None
+    reasons: list[BaseException] = []
+    left = threading.Event()  # a job that may still write keeps its files and its lock
 
     def stop() -> str:
+        if left.is_set():
+            return ""
         try:
             flush_journals()
         except Exception as problem:  # a full disk; what was written earlier counts all the same
             _LOGGER.warning("the last seconds of work could not be kept: %s", problem)
         return abandon_attempt(*names)
 
-    forget, forget_job = on_stop(stop), lambda: None
+    def cancel() -> None:
+        if running is not None and job.distributed and not cancel_job(running):
+            left.set()
+            leave()
+
+    forget, forget_job = on_stop(stop), on_stop(cancel, first=True)
     try:
         pipeline = beam.Pipeline(runner=runner, options=options)
         build_pipeline(pipeline, job)
         running = pipeline.run()
-        forget_job = on_stop(running.cancel, first=True) if job.distributed else forget_job
-        running.wait_until_finish()
+        if show_progress and (link := link_job(running, options)):
+            report_news(f"the Dataflow job {running.job_id()} runs: {link}")
+        with watch_threads() as reasons:
+            running.wait_until_finish()
     except Exception as error:
+        if running is not None and job_lives(running):
+            left.set()
+            leave()
+            reason = first_line(reasons[-1] if reasons else error)
+            raise RunError(f"lost touch with {describe_job(running, options)} ({reason})") from error
         try:
             if letters := stop():
                 _LOGGER.warning("the dead letters of the failed run are in %s until the next run", letters)
         except Exception as problem:
             _LOGGER.warning("what the failed run had written could not be removed: %s", problem)
-        raise explain_failure(error) from error
+        raise explain_failure(error, explain_job(error, options)) from error
     finally:
         forget_job()
         forget()

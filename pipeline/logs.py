@@ -59,6 +59,14 @@ def report_error(message: str) -> None:
         print(f"embeam: {message}", file=sys.stderr)
 
 
+def report_news(message: str) -> None:
+    """Says something good to know while a run lasts."""
+    if is_json():
+        logging.getLogger(PROGRESS).info(message)
+    else:
+        print(f"embeam: {message}", file=sys.stderr, flush=True)
+
+
 def report_progress(line: str, counts: dict[str, int]) -> None:
     """Tells a JSON log how far a run is."""
     logging.getLogger(PROGRESS).info(line, extra={_FIELDS: counts})

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 from pipeline.config import WorkerConfig
+from pipeline.errors import ConfigError
 from pipeline.runtime import Device
 
 
@@ -52,15 +53,36 @@ def resource_hints(config: WorkerConfig) -> dict[str, Any]:
     if config.accelerator:
         machine = config.encoder_machine or PRESETS[config.accelerator].machine_type
         parts = [f"type:{config.accelerator}", "count:1", f"machine_type:{machine}", _DRIVER]
-        hints["accelerator"] = ";".join([*parts, *([_SHARED] if config.encoder_processes > 1 else [])])
+        if config.encoder_processes > 1:
+            parts.append(_SHARED)
+        if config.provisioning != "standard":
+            parts.append(f"provisioning_model:{config.provisioning.upper().replace('-', '_')}")
+        hints["accelerator"] = ";".join(parts)
     if config.encoder_memory:
         hints["min_ram"] = config.encoder_memory
     return hints
 
 
 def count_threads(config: WorkerConfig) -> int:
-    """Batches at a time in one process of a worker with a GPU."""
-    return config.encoder_threads or (1 if config.encoder_processes > 1 else PRESETS[config.accelerator].threads)
+    """Batches at a time in the one process of a worker with a GPU."""
+    return config.encoder_threads or PRESETS[config.accelerator].threads
+
+
+def check_processes(config: WorkerConfig) -> None:
+    """Raises ConfigError if Dataflow would start another number of processes: it is one for each vCPU."""
+    machine = config.encoder_machine or PRESETS[config.accelerator].machine_type
+    cpus = machine.rpartition("-")[2]
+    if config.encoder_processes > 1 and cpus.isdecimal() and int(cpus) != config.encoder_processes:
+        other = f"{machine.rpartition('-')[0]}-{config.encoder_processes}"
+        raise ConfigError(
+            f"--encoder_processes={config.encoder_processes}: Dataflow starts one for each of the {cpus} vCPUs of "
+            f"{machine}; use --encoder_processes={cpus}, or --encoder_machine={other} if there is one"
+        )
+    if config.encoder_processes > 1 and config.encoder_threads:
+        raise ConfigError(
+            f"--encoder_threads={config.encoder_threads} is for one process on a GPU; leave it out, or "
+            f"--encoder_processes={config.encoder_processes}"
+        )
 
 
 def share_memory(config: WorkerConfig) -> int:

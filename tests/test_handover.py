@@ -254,6 +254,7 @@ def test_processes_share_a_gpu():
         ({"encoder_processes": 2}, "name it with --accelerator"),
         ({"encoder_processes": 0}, "--encoder_processes=0 must be at least 1"),
         ({"encoder_threads": -1}, "--encoder_threads=-1 is negative"),
+        ({"provisioning": "spot"}, "name one with --accelerator"),
         ({"encoder_memory": "lots"}, "write it as 32GB"),
     ],
 )
