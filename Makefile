@@ -3,9 +3,10 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 EMULATORS := .emulators
+FLINK := .flink
 UV ?= uv
 
-.PHONY: setup setup-emulators demo test lint bench clean lock
+.PHONY: setup setup-emulators setup-flink demo test test-flink lint bench clean lock
 
 setup: $(READY)
 
@@ -21,6 +22,13 @@ $(EMULATORS)/.ready: emulators.lock scripts/set_up_emulators.py
 	@$(PYTHON) scripts/set_up_emulators.py $(EMULATORS)
 	@touch $@
 
+# Flink, for the tests marked so and for `python -m runners.flink`.
+setup-flink: $(FLINK)/.ready
+
+$(FLINK)/.ready: scripts/set_up_flink.py runners/flink/software.py | $(READY)
+	@$(BIN)/python scripts/set_up_flink.py $(FLINK)
+	@touch $@
+
 demo: $(READY)
 	$(BIN)/embeam embed --input='examples/demo/corpus/*' --output=build/demo --keep_text --vector=sequence_output:mean
 	$(BIN)/embeam query build/demo "the four largest moons of Jupiter change places from night to night" --top=3
@@ -29,6 +37,10 @@ demo: $(READY)
 
 test: $(READY) $(EMULATORS)/.ready
 	@$(BIN)/python -m pytest -q
+
+# A session cluster on this machine. No job runs on it without Beam's job server for Flink.
+test-flink: $(READY) $(FLINK)/.ready
+	@$(BIN)/python -m pytest -q -m flink
 
 lint: $(READY)
 	@$(BIN)/ruff check

@@ -314,9 +314,7 @@ class WorkerConfig(_Checked):
                 "--accelerator"
             )
         if self.provisioning != "standard" and not self.accelerator:
-            raise ConfigError(
-                f"--provisioning={self.provisioning} is for workers with a GPU; name it with --accelerator"
-            )
+            raise ConfigError(f"--provisioning={self.provisioning} is for GPUs; name one with --accelerator")
         if self.encoder_memory and not re.fullmatch(r"\d+(MB|GB|MiB|GiB)", self.encoder_memory):
             raise ConfigError(f"--encoder_memory={self.encoder_memory} is no size; write it as 32GB")
 

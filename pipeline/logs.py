@@ -44,6 +44,12 @@ def set_up_logging(debug: bool = False, form: str = "text") -> None:
         logging.getLogger(PROGRESS).setLevel(logging.INFO)
     if not debug:
         logging.getLogger("apache_beam").setLevel(logging.CRITICAL)
+        logging.getLogger().addFilter(_is_no_job_message)
+
+
+def _is_no_job_message(record: logging.LogRecord) -> bool:
+    """Keeps back what a job service says of a job, which Beam passes on by the root logger, tracebacks and all."""
+    return record.module != "portable_runner"
 
 
 def is_json() -> bool:

@@ -14,9 +14,9 @@ from pipeline.plan import EmbedPlan, plan_embedding
 from pipeline.sinks.writing import RowFormat
 from pipeline.sources.planning import InputPlan, infer_kept_fields, plan_dead_letters, plan_input
 from pipeline.tables.folder import FolderStore
-from pipeline.tables.joining import JoinRule, KnownFile
-from pipeline.tables.journal import list_segments, read_segment
-from pipeline.tables.known import SEGMENT, VectorFile, build_known
+from pipeline.tables.joining import JoinRule
+from pipeline.tables.journal import journal_folder, list_segments
+from pipeline.tables.known import build_known
 from pipeline.tables.manifest import Manifest
 from pipeline.tables.recall import RecallRule
 from pipeline.tables.store import Store, Takeover, open_store
@@ -142,9 +142,7 @@ def prepare_joins(
     reusable = live is not None and live.fingerprint == plan.fingerprint
     lost = store.find_damaged(live, config.reindex.verify_live) if live else set()
     files = store.known_files(live, lost) if live else []
-    for path in list_segments(store.work, plan.fingerprint):
-        if (segment := read_segment(path)) is not None:
-            files.append(KnownFile(VectorFile(path, SEGMENT, 0, len(segment.records)), ""))
-    keeps = config.reindex.keeps_deleted
+    keeps, journal = config.reindex.keeps_deleted, journal_folder(store.work, plan.fingerprint)
     reader = store.reader(live, "") if live else None
-    return Takeover(JoinRule(tuple(files), reader, reusable, form.layout, plan.split.prefix, keeps), reader, reusable)
+    rule = JoinRule(tuple(files), journal, reader, reusable, form.layout, plan.split.prefix, keeps)
+    return Takeover(rule, reader, reusable)

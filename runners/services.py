@@ -35,8 +35,8 @@ class Service(NamedTuple):
 
 
 def worker_pool(port: int, environment: Mapping[str, str] = {}) -> Service:
-    """Beam's pool that starts a worker process for whoever asks."""
-    command = [sys.executable, "-m", "apache_beam.runners.worker.worker_pool_main", f"--service_port={port}"]
+    """A pool that starts a worker process of Beam for whoever asks."""
+    command = [sys.executable, "-m", "runners.worker_pool", f"--port={port}"]
     return Service("worker_pool", command, port, environment)
 
 

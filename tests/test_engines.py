@@ -168,7 +168,7 @@ def test_a_job_service_and_a_worker_pool_give_the_same_table(engine, corpus, loc
     logs = "".join(path.read_text()[-3000:] for path in (tmp_path / "logs").glob("*.log"))
     assert done.returncode == 0, done.stderr[-3000:] + logs
     assert_same_table(table, local)
-    assert "SdkHarness" in (tmp_path / "logs/worker_pool.log").read_text(), "no worker was started"
+    assert "Starting worker with command" in (tmp_path / "logs/worker_pool.log").read_text(), "no worker was started"
     assert find_services(tmp_path / "logs") == []
 
 

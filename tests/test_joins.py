@@ -111,6 +111,28 @@ def test_the_journal_and_a_stopped_run(tmp_path):
     assert manifest.rows == 31 and manifest.counts["encode"].get("chunks", 0) == 0
 
 
+def test_a_job_that_is_started_again_finds_what_it_had_made(tmp_path, monkeypatch):
+    """As Flink starts one again from its beginning: the same graph, built before anything was encoded."""
+    write_corpus(tmp_path, first_records())
+    config, options = make_config(tmp_path, **SETTINGS), PipelineOptions([])
+    settled = settle(config)
+    make_folder(settled.store.work)
+    job = prepare_job(settled, name_snapshot(), time.time(), True)
+
+    def stop(*given: Any) -> str:
+        raise RunError("the machine is lost")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("pipeline.tables.folder.FolderCommit.commit", stop)
+        with pytest.raises(RunError, match="the machine is lost"):
+            run_job(job, make_runner(options), options)
+    run_job(job, make_runner(options), options)
+    manifest = open_table(config.write.output)[0]
+    assert manifest.rows == N_TEXTS + 5
+    assert manifest.counts["recall"]["recalled"] == N_TEXTS + 5
+    assert manifest.counts["encode"].get("rows", 0) == 0
+
+
 def test_another_model_replaces_every_row(tmp_path):
     write_corpus(tmp_path, first_records())
     run_joined(tmp_path)
@@ -194,6 +216,19 @@ def test_a_job_service_reindexes(engine, tmp_path):
         write_corpus(tmp_path, records)
         run_pipeline(tmp_path, **SETTINGS, on_long="reject", output=str(tmp_path / "local"))
     assert_same_rows(rows, read_rows(str(tmp_path / "local")))
+
+
+@pytest.mark.parametrize("engine", [[], [f"--prism={PRISM}"]], ids=["python", "prism"])
+def test_an_error_on_an_engine_s_worker_is_told_in_one_line(engine, tmp_path):
+    write_corpus(tmp_path, first_records())
+    flags = {**SETTINGS, "input": f"{tmp_path}/*.jsonl", "output": f"{tmp_path}/table", "encoder": ENCODER}
+    flags |= {"id_field": "id", "on_long": "reject", "max_tokens": 6, "max_dead_fraction": 0.1}
+    command = [sys.executable, "-m", "runners.portable", f"--log_dir={tmp_path}/logs", *engine]
+    command += [sys.executable, "-m", "pipeline.cli", "embed", *(f"--{name}={value}" for name, value in flags.items())]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=110, check=False)
+    told = [line for line in done.stderr.splitlines() if "dead letters of the failed run are in" not in line]
+    assert done.returncode == 1 and len(told) == 1, done.stderr[-3000:]
+    assert told[0].startswith("embeam: ") and "--max_dead_fraction" in told[0]
 
 
 def test_an_error_on_a_worker_is_told_in_one_line(tmp_path):

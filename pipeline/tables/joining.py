@@ -22,13 +22,14 @@ from pipeline.records import DeadLetter, Document, Row, Tally, digest_id, pack_f
 from pipeline.sinks.index import read_index, whole_digest
 from pipeline.sinks.layout import TableLayout
 from pipeline.tables.carry import convert_rows
-from pipeline.tables.known import ROWS, SEGMENT, VectorFile
-from pipeline.tables.readers import SegmentReader, VectorReader
+from pipeline.tables.journal import list_folder, read_segment
+from pipeline.tables.known import VectorFile
+from pipeline.tables.readers import VectorReader
 from pipeline.tables.recall import ProbePicker
 
 
 class KnownFile(NamedTuple):
-    """A file with known vectors, and that of its index; "" for segments of the journal."""
+    """A file of the live table, and that of its index."""
 
     file: VectorFile
     index: str
@@ -39,7 +40,9 @@ class JoinRule:
     """What a run on a distributed engine may take over.
 
     Attributes:
-      files: of the live table and the journal.
+      files: of the live table.
+      journal: folder of the journal. Workers list it when they begin: an engine that starts a job again, as Flink does
+        when a machine is lost, then finds there what the job had made before.
       reader: of the live table's files.
       reusable: whether the live table's vectors have the wanted fingerprint.
       layout: of the rows that are written.
@@ -48,6 +51,7 @@ class JoinRule:
     """
 
     files: tuple[KnownFile, ...]
+    journal: str
     reader: Optional[VectorReader]
     reusable: bool
     layout: TableLayout
@@ -66,24 +70,24 @@ class Joined(NamedTuple):
 
 
 def read_known(known: KnownFile, rule: JoinRule) -> Iterator[Row]:
-    """Rows of a file with known vectors; those of the journal have no id."""
-    file = known.file
-    everything = np.arange(file.rows)
-    if file.kind == SEGMENT:
-        reader: VectorReader = SegmentReader(rule.layout)
-        for stored in reader.read(file, everything):
-            columns = reader.columns(stored, everything)
-            for i in range(file.rows):
-                content = whole_digest(stored.rows.records["content"][i]).hex()
-                yield _bare_row(columns, i, content)
-        return
+    """Rows of a file of the live table."""
     assert rule.reader is not None
     index = read_index(known.index)
-    for stored in rule.reader.read(file, everything):
-        entries = index.entries[stored.numbers - file.first]
+    for stored in rule.reader.read(known.file, np.arange(known.file.rows)):
+        entries = index.entries[stored.numbers - known.file.first]
         columns = rule.reader.columns(stored, np.arange(len(entries))) | {"n_chunks": entries["n_chunks"].tolist()}
         sources = [index.sources[number] for number in entries["source"]]
         yield from convert_rows(columns, sources, rule.reader.layout, rule.layout)
+
+
+def read_journal(path: str) -> Iterator[Row]:
+    """Rows of a segment of the journal, which have no id; none of a torn one."""
+    segment = read_segment(path)
+    if segment is None:
+        return
+    columns = segment.columns(range(len(segment.records)))
+    for i, content in enumerate(segment.records["content"]):
+        yield _bare_row(columns, i, whole_digest(content).hex())
 
 
 def _bare_row(columns: dict[str, list], i: int, content_hash: str) -> Row:
@@ -111,13 +115,12 @@ def give_row(row: Row, document: Document, layout: TableLayout) -> Row:
     )
 
 
-class ReadKnown(beam.DoFn):
-    def __init__(self, rule: JoinRule) -> None:
-        self.rule = rule
+def read_known_by_content(known: KnownFile, rule: JoinRule) -> Iterator[tuple[str, Row]]:
+    return ((row.content_hash, row) for row in read_known(known, rule))
 
-    def process(self, known: KnownFile) -> Iterator[tuple[str, Row]]:
-        for row in read_known(known, self.rule):
-            yield row.content_hash, row
+
+def read_journal_by_content(path: str) -> Iterator[tuple[str, Row]]:
+    return ((row.content_hash, row) for row in read_journal(path))
 
 
 class MeetByContent(beam.DoFn):
@@ -131,8 +134,9 @@ class MeetByContent(beam.DoFn):
         self._probes = ProbePicker()
 
     def process(self, group: tuple[str, dict[str, Iterable[Any]]]) -> Iterator[Any]:
-        known = select_whole_rows(group[1]["known"])
-        live = {(row.id, row.kept) for row in group[1]["known"] if row.id}
+        live_rows = list(group[1]["known"])
+        known = select_whole_rows([*live_rows, *group[1]["journal"]])
+        live = {(row.id, row.kept) for row in live_rows}
         documents = sorted(group[1]["documents"], key=lambda document: document.id)
         if not documents:
             return
@@ -143,7 +147,7 @@ class MeetByContent(beam.DoFn):
                 self._counts["unchanged" if (document.id, document.kept) in live else "recalled"] += 1
                 for row in known:
                     yield beam.pvalue.TaggedOutput("rows", give_row(row, document, self.rule.layout))
-            for name in {row.id for row in group[1]["known"]} - {document.id for document in documents} - {""}:
+            for name in {row.id for row in live_rows} - {document.id for document in documents}:
                 yield beam.pvalue.TaggedOutput("moved", (digest_id(name), 0))
         else:
             self._counts["encoded"] += 1
@@ -167,17 +171,24 @@ class JoinByContent(beam.PTransform):
 
     def expand(self, documents: beam.PCollection) -> Joined:
         rule = self.rule
-        files = [known for known in rule.files if rule.reusable or known.file.kind == SEGMENT]
+        keyed_row = tuple[str, Row]
         known = (
             documents.pipeline
-            | "KnownFiles" >> beam.Create(files, reshuffle=True).with_output_types(Any)
-            | "ReadKnown" >> beam.ParDo(ReadKnown(rule)).with_output_types(tuple[str, Row])
+            | "KnownFiles" >> beam.Create(rule.files if rule.reusable else (), reshuffle=True).with_output_types(Any)
+            | "ReadKnown" >> beam.FlatMap(read_known_by_content, rule).with_output_types(keyed_row)
+        )
+        journal = (
+            documents.pipeline
+            | "Journal" >> beam.Create([rule.journal], reshuffle=False)
+            | "ListJournal" >> beam.FlatMap(list_folder).with_output_types(str)
+            | "Segments" >> beam.Reshuffle()
+            | "ReadJournal" >> beam.FlatMap(read_journal_by_content).with_output_types(keyed_row)
         )
         keyed = documents | "KeyByContent" >> beam.Map(_key_by_content, rule.prefix).with_output_types(
             tuple[str, Document]
         )
         outputs = (
-            {"known": known, "documents": keyed}
+            {"known": known, "journal": journal, "documents": keyed}
             | "GroupByContent" >> beam.CoGroupByKey()
             | "MeetByContent"
             >> beam.ParDo(MeetByContent(rule))
@@ -277,10 +288,9 @@ class JoinById(beam.PTransform):
 
     def expand(self, rows: beam.PCollection) -> Carried:
         rule = self.rule
-        numbers = [i for i, known in enumerate(rule.files) if known.file.kind == ROWS]
         live = (
             rows.pipeline
-            | "LiveFiles" >> beam.Create(numbers, reshuffle=True).with_output_types(int)
+            | "LiveFiles" >> beam.Create(range(len(rule.files)), reshuffle=True).with_output_types(int)
             | "ListLive" >> beam.ParDo(ListLive(rule)).with_output_types(tuple[bytes, LiveEntry])
         )
         fresh = rows | "FreshIds" >> beam.Map(_key_row).with_output_types(tuple[bytes, int])

@@ -114,7 +114,13 @@ def read_segment(path: str) -> Optional[Segment]:
 
 
 def list_segments(work: str, fingerprint: str) -> list[str]:
-    return sorted(path for path in list_files(journal_folder(work, fingerprint)) if path.endswith(SUFFIX))
+    """Paths of the segments for a fingerprint, torn ones too."""
+    return list_folder(journal_folder(work, fingerprint))
+
+
+def list_folder(folder: str) -> list[str]:
+    """As `list_segments`, of a folder that `journal_folder` names."""
+    return sorted(path for path in list_files(folder) if path.endswith(SUFFIX))
 
 
 def delete_journals(work: str) -> None:
