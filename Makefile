@@ -4,9 +4,10 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 EMULATORS := .emulators
 FLINK := .flink
+AIRFLOW := .airflow
 UV ?= uv
 
-.PHONY: setup setup-emulators setup-flink demo test test-flink lint bench clean lock
+.PHONY: setup setup-emulators setup-flink setup-airflow demo test test-flink test-airflow lint bench clean lock
 
 setup: $(READY)
 
@@ -29,6 +30,16 @@ $(FLINK)/.ready: scripts/set_up_flink.py runners/flink/software.py | $(READY)
 	@$(BIN)/python scripts/set_up_flink.py $(FLINK)
 	@touch $@
 
+# Airflow with Google's operators, in an environment of its own, for the tests marked so.
+setup-airflow: $(AIRFLOW)/.ready
+
+$(AIRFLOW)/.ready: airflow.lock | $(READY)
+	@echo "Setting up Airflow: 370 MB, about a minute, only once."
+	@rm -rf $(AIRFLOW) && mkdir $(AIRFLOW) && echo '*' > $(AIRFLOW)/.gitignore
+	@$(BIN)/python -m venv $(AIRFLOW)/venv
+	@$(AIRFLOW)/venv/bin/python -m pip --disable-pip-version-check install --quiet --no-deps --requirement airflow.lock
+	@touch $@
+
 demo: $(READY)
 	$(BIN)/embeam embed --input='examples/demo/corpus/*' --output=build/demo --keep_text --vector=sequence_output:mean
 	$(BIN)/embeam query build/demo "the four largest moons of Jupiter change places from night to night" --top=3
@@ -41,6 +52,9 @@ test: $(READY) $(EMULATORS)/.ready
 # A session cluster on this machine. No job runs on it without Beam's job server for Flink.
 test-flink: $(READY) $(FLINK)/.ready
 	@$(BIN)/python -m pytest -q -m flink
+
+test-airflow: $(READY) $(AIRFLOW)/.ready
+	@$(BIN)/python -m pytest -q -m airflow
 
 lint: $(READY)
 	@$(BIN)/ruff check
