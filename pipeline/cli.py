@@ -114,6 +114,7 @@ def build_parsers() -> tuple[Parser, Parser]:
         "--log_format",
         choices=("text", "json"),
         default="text",
+        metavar="text|json",
         help="how warnings, errors and progress are told: json gives one object a line, as log collectors like it",
     )
     engine.add_argument("--debug", action="store_true", help="show Beam's log and where an error comes from")
