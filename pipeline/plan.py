@@ -193,4 +193,5 @@ def _use_preprocessor_as_is(
     weights = sorted(str(path) for path in Path(model.folder, "variables").glob("*"))
     hashes = [hash_file(path) for path in (f"{model.folder}/saved_model.pb", *weights)]
     hashes += [hash_file(f"{model.folder}/{name}") for name in model.assets]
-    return PreprocessorRule(model.folder, max_tokens, config.text_prefix), {"kind": "as is", "files": hashes, **cutting}
+    rule = PreprocessorRule(model.folder, max_tokens, config.text_prefix, config.preprocessor)
+    return rule, {"kind": "as is", "files": hashes, **cutting}

@@ -21,6 +21,7 @@ from support import (
     REFERENCE,
     golden_strings,
     golden_texts,
+    official_pack,
     official_preprocessor,
     vocabulary,
 )
@@ -28,7 +29,7 @@ from support import (
 from pipeline.config import EmbedConfig
 from pipeline.errors import EncoderError
 from pipeline.plan import plan_embedding
-from pipeline.preprocess.chunking import WordpieceRule, WordpieceSplitter
+from pipeline.preprocess.chunking import PreprocessorRule, WordpieceRule, WordpieceSplitter
 from pipeline.preprocess.packing import pack_chunks
 from pipeline.preprocess.wordpiece import Tokenizer, Vocabulary
 from pipeline.records import Chunk, Document
@@ -265,6 +266,18 @@ def test_the_case_rule_is_read_from_the_encoders_variable(lower_case, tmp_path):
     encoder.do_lower_case.assign(lower_case)
     tf.saved_model.save(encoder, str(tmp_path / "encoder"))
     assert planned_vocabulary(str(tmp_path / "encoder")) == Vocabulary(tuple(vocabulary()), lower_case)
+
+
+@pytest.mark.parametrize("folder", [PREPROCESSOR, "/on/another/machine"])
+def test_a_preprocessor_that_is_called_as_it_is_may_come_from_another_machine(folder):
+    texts = [text for text in golden_texts() if text.strip()][:20]
+    rule = PreprocessorRule(folder, max_tokens=24, handle=PREPROCESSOR)
+    chunks = list(rule.load().split([Document(str(i), text) for i, text in enumerate(texts)]))
+    assert len(chunks) == len(texts) > 10
+    for text, chunk in zip(texts, chunks, strict=True):
+        packed = official_pack([text], 24)
+        size = int(packed["input_mask"].sum())
+        assert np.frombuffer(chunk.ids, "<i4").tolist() == packed["input_word_ids"][0, :size].tolist()
 
 
 def test_the_cased_tokens_are_those_of_the_official_kernel():

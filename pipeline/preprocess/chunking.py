@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
@@ -18,6 +19,7 @@ from pipeline.errors import ConfigError
 from pipeline.preprocess.wordpiece import Vocabulary, load_tokenizer
 from pipeline.records import Chunk, DeadLetter, Document, Tally, list_followers
 from pipeline.runtime import load_tensorflow
+from pipeline.saved_model import resolve_handle
 
 BUFFERED_DOCUMENTS = 1024  # the tokeniser's kernel costs about 0.2 ms a call, whatever it is given
 BUFFERED_CHARACTERS = 4_000_000
@@ -139,11 +141,19 @@ class WordpieceSplitter:
 
 @dataclass(frozen=True)
 class PreprocessorRule:
-    """A preprocessor SavedModel of unknown kind, called as it is; it alone decides how texts are cut."""
+    """A preprocessor SavedModel of unknown kind, called as it is; it alone decides how texts are cut.
+
+    Attributes:
+      folder: of the SavedModel on the machine that planned the run.
+      max_tokens: what it packs to.
+      prefix: put before every text.
+      handle: where another machine finds it.
+    """
 
     folder: str
     max_tokens: int
     prefix: str = ""
+    handle: str = ""
 
     def load(self) -> Splitter:
         return PreprocessorSplitter(self)
@@ -153,7 +163,8 @@ class PreprocessorSplitter:
     def __init__(self, rule: PreprocessorRule) -> None:
         self.rule = rule
         self._tf = load_tensorflow()
-        self._model = self._tf.saved_model.load(rule.folder)
+        folder = rule.folder if os.path.isdir(rule.folder) else resolve_handle(rule.handle)
+        self._model = self._tf.saved_model.load(folder)
 
     def split(self, documents: Sequence[Document]) -> Iterator[Union[Chunk, DeadLetter]]:
         texts = [self.rule.prefix + document.text for document in documents]
