@@ -18,6 +18,7 @@ import pytest
 import tensorflow as tf
 from support import ENCODER, INPUTS, REFERENCE, as_records, embed_records, read_rows, vocabulary
 
+from pipeline import runtime
 from pipeline.config import EmbedConfig, EncoderConfig, VectorChoice
 from pipeline.encoders import architecture, export, fast, load, parity, spec
 from pipeline.encoders.architecture import Architecture, infer_architecture, recognise_architecture
@@ -325,7 +326,7 @@ def test_a_precision_that_spoils_the_vectors_is_refused_or_left_by_auto(monkeypa
     monkeypatch.setattr(parity, "LOWEST_COSINE", 1.1)
     with pytest.raises(EncoderError, match="--precision=bfloat16 would spoil this encoder's vectors"):
         describe(ENCODER, precision="bfloat16")
-    monkeypatch.setattr(spec, "native_half_precision", lambda: "bfloat16")
+    monkeypatch.setattr(runtime, "native_half_precision", lambda: "bfloat16")
     with caplog.at_level(logging.WARNING):
         assert describe(ENCODER, precision="auto").precision == "float32"
     assert "float32 instead of bfloat16" in caplog.text
