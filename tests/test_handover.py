@@ -8,9 +8,9 @@ from typing import Any
 
 import apache_beam as beam
 import pytest
-from apache_beam.portability.api import beam_runner_api_pb2
 from apache_beam.runners.portability.fn_api_runner import fn_runner
 from apache_beam.testing.util import assert_that, equal_to
+from staged_job import StagedJob
 from support import as_records, make_config, some_texts, write_jsonl
 from test_graph import find_crossings
 from test_joins import run_joined
@@ -26,10 +26,6 @@ from pipeline.preprocess.batching import COMPILED_STEPS, bucket_lengths
 from pipeline.records import Chunk, Document, Pack, PackCoder
 from pipeline.settle import settle
 from pipeline.workers import PRESETS, find_device, resource_hints, share_memory
-
-GROUP = "beam:transform:group_by_key:v1"
-ACCELERATOR = "beam:resources:accelerator:v1"
-MEMORY = "beam:resources:min_ram_bytes:v1"
 
 
 def make_chunks(document: Document, n: int) -> list[Chunk]:
@@ -79,69 +75,50 @@ def test_packs_cross_a_pipeline():
 # --- the graph for distributed engines -------------------------------------------------------------------------------
 
 
-def build_distributed(folder: Path, **settings: Any) -> beam_runner_api_pb2.Pipeline:
+def build_distributed(folder: Path, **settings: Any) -> StagedJob:
     """The graph of a second run, which has a live table to look at."""
     write_jsonl(folder / "corpus.jsonl", as_records(some_texts(20)))
     settled = settle(make_config(folder, split_bytes=500, **settings))
     job = prepare_job(settled, "now", 0.0, distributed=True)
     p = beam.Pipeline(runner="FnApiRunner")
     build_pipeline(p, job)
-    return p.to_runner_api(default_environment=beam.transforms.environments.EmbeddedPythonEnvironment.default())
-
-
-def primitives(proto: beam_runner_api_pb2.Pipeline) -> list[beam_runner_api_pb2.PTransform]:
-    return [t for t in proto.components.transforms.values() if not t.subtransforms and t.environment_id]
-
-
-def hints_of(proto: beam_runner_api_pb2.Pipeline, transform: beam_runner_api_pb2.PTransform) -> dict[str, str]:
-    hints = proto.components.environments[transform.environment_id].resource_hints
-    return {urn: value.decode() for urn, value in hints.items()}
+    embedded = beam.transforms.environments.EmbeddedPythonEnvironment.default()
+    return StagedJob("", p.to_runner_api(default_environment=embedded))
 
 
 @pytest.mark.parametrize("on_long", ["truncate", "average"])
 def test_the_encoder_alone_asks_for_a_gpu(on_long, tmp_path):
-    proto = build_distributed(tmp_path, accelerator="nvidia-l4", encoder_memory="24GB", on_long=on_long)
+    job = build_distributed(tmp_path, accelerator="nvidia-l4", encoder_memory="24GB", on_long=on_long)
     expected = {
-        ACCELERATOR: "type:nvidia-l4;count:1;machine_type:g2-standard-8;install-nvidia-driver",
-        MEMORY: str(24 * 10**9),
+        "accelerator": "type:nvidia-l4;count:1;machine_type:g2-standard-8;install-nvidia-driver",
+        "min_ram_bytes": str(24 * 10**9),
     }
-    own = [t for t in primitives(proto) if t.unique_name.startswith("Embed/Workers/")]
-    assert all(hints_of(proto, transform) == expected for transform in own)
-    names = "\n".join(transform.unique_name for transform in own)
+    hints, own = job.hints(), job.names("Embed/Workers/")
+    assert all(hints[name] == expected for name in own)
+    names = "\n".join(own)
     steps = ["Unpack", "CollectBatches", "BeamML_RunInference", "FinishVectors", "WriteJournal", "PackRows"]
     assert all(step in names for step in steps), names
-    others = [t for t in primitives(proto) if not t.unique_name.startswith("Embed/Workers/")]
-    assert {name.split("/")[0] for name in (t.unique_name for t in others)} >= {"Read", "Preprocess", "WriteRows"}
-    assert all(hints_of(proto, transform) == {} for transform in others)
+    others = job.names() - own
+    assert {name.split("/")[0] for name in others} >= {"Read", "Preprocess", "WriteRows"}
+    assert all(hints[name] == {} for name in others)
 
 
 def test_without_an_accelerator_nothing_is_asked_for(tmp_path):
-    proto = build_distributed(tmp_path)
-    assert all(hints_of(proto, transform) == {} for transform in primitives(proto))
+    hints = build_distributed(tmp_path).hints()
+    assert hints and all(wanted == {} for wanted in hints.values())
 
 
 def test_fusion_breaks_on_both_sides_of_the_encoder_and_nowhere_inside(tmp_path):
-    proto = build_distributed(tmp_path, accelerator="nvidia-l4")
-    groups = {t.unique_name for t in proto.components.transforms.values() if t.spec.urn == GROUP}
-    in_embed = {name for name in groups if name.startswith("Embed/")}
+    shuffles = build_distributed(tmp_path, accelerator="nvidia-l4").shuffles()
+    in_embed = {name for name in shuffles if name.startswith("Embed/")}
     assert {name.split("/")[1] for name in in_embed} == {"HandOver", "HandBack"}
-    coders = {}
-    for transform in proto.components.transforms.values():
-        if transform.spec.urn == GROUP and transform.unique_name in in_embed:
-            (collection,) = transform.inputs.values()
-            coders[transform.unique_name.split("/")[1]] = proto.components.pcollections[collection].coder_id
-    for side, coder_id in coders.items():
-        spelled, waiting = "", [coder_id]
-        while waiting:
-            coder = proto.components.coders[waiting.pop()]
-            spelled += coder.spec.urn + coder.spec.payload.decode("latin1")
-            waiting += coder.component_coder_ids
-        assert "PackCoder" in spelled, side
+    for name in in_embed:
+        assert any("PackCoder" in coder for coder in shuffles[name]), name
 
 
 def test_nothing_comes_together_as_a_whole_but_counts_and_names_of_files(tmp_path):
     """Only the commit takes more: all that the run has made."""
-    proto = build_distributed(tmp_path, id_field="id")
+    proto = build_distributed(tmp_path, id_field="id").proto
     whole = {
         "/".join(producer.split("/")[:2]).partition(".")[0]
         for producer, kind in find_crossings(proto)
