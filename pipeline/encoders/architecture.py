@@ -25,6 +25,7 @@ class Family(NamedTuple):
       down: name of the projection back.
       forward_norm: name of the normalisation after the feed-forward.
       pooler: name of the dense layer over the first token.
+      signature: what the module's serving signature calls its outputs.
     """
 
     name: str
@@ -36,6 +37,7 @@ class Family(NamedTuple):
     down: str
     forward_norm: str
     pooler: str
+    signature: str
 
     def layer_name(self, number: int) -> str:
         """The prefix of a layer's weights, counted from 0."""
@@ -52,6 +54,7 @@ TALKING_HEADS = Family(
     down="feedforward/output_0",
     forward_norm="feedforward/output_layer_norm_0",
     pooler="cls_transform",
+    signature="encoder_scaffold",
 )
 PLAIN = Family(
     name="bert",
@@ -63,6 +66,7 @@ PLAIN = Family(
     down="output",
     forward_norm="output_layer_norm",
     pooler="pooler_transform",
+    signature="bert_encoder",
 )
 FAMILIES = {family.name: family for family in (TALKING_HEADS, PLAIN)}
 _LAYER = {family: re.compile(rf"{re.escape(family.layer)}(?:_(\d+))?/") for family in FAMILIES.values()}
@@ -83,7 +87,7 @@ class Architecture(NamedTuple):
 
 
 def weight_shapes(a: Architecture) -> dict[str, tuple[int, ...]]:
-    """Returns every weight's name and shape, in the order of the TF Hub module's variables."""
+    """Returns every weight's name and shape, in the order of the variables of the family's modules on TF Hub."""
     d, heads, k, f = a.width, a.heads, a.head_size, a.feedforward
     family = FAMILIES[a.family]
 
@@ -94,17 +98,19 @@ def weight_shapes(a: Architecture) -> dict[str, tuple[int, ...]]:
         return {f"{name}/kernel": kernel, f"{name}/bias": bias}
 
     mixing = {f"self_attention/{place}_softmax_weight": (heads, heads) for place in ("pre", "post")}
+    attention_norm = norm("self_attention_layer_norm")
     layer = {
         **(mixing if family.talks else {}),
         **dense("self_attention/query", (d, heads, k), (heads, k)),
         **dense("self_attention/key", (d, heads, k), (heads, k)),
         **dense("self_attention/value", (d, heads, k), (heads, k)),
         **dense("self_attention/attention_output", (heads, k, d), (d,)),
+        **({} if family.gate else attention_norm),
         **dense(family.up, (d, f), (f,)),
         **(dense(family.gate, (d, f), (f,)) if family.gate else {}),
         **dense(family.down, (f, d), (d,)),
         **norm(family.forward_norm),
-        **norm("self_attention_layer_norm"),
+        **(attention_norm if family.gate else {}),
     }
     return {
         "word_embeddings/embeddings": (a.vocabulary, d),

@@ -1,4 +1,4 @@
-"""Writes a BERT with talking-heads attention and gated GELU as a SavedModel with the interface of the TF Hub module.
+"""Writes BERT encoders, with talking heads and gated GELU or plain ones, as SavedModels with the interface of TF Hub.
 
 The story: seeded values for the weights (`initial_weights`), the forward pass (`encode` and the functions before it),
 the SavedModel around it (`export_encoder`). Names and shapes of the weights are in `architecture`.
@@ -18,7 +18,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from pipeline.encoders.architecture import TALKING_HEADS, Architecture, infer_architecture, weight_shapes
+from pipeline.encoders.architecture import (
+    FAMILIES,
+    TALKING_HEADS,
+    Architecture,
+    Family,
+    infer_architecture,
+    weight_shapes,
+)
 from pipeline.errors import EncoderError
 from pipeline.preprocess.export import check_vocabulary, new_folder, saveable, vocabulary_file
 from pipeline.saved_model import TOKEN_INPUTS
@@ -106,7 +113,7 @@ def embed(w: Weights, ids: tf.Tensor, types: tf.Tensor) -> tf.Tensor:
 
 
 def attend(w: Weights, x: tf.Tensor, mask: tf.Tensor, dropout: Dropout) -> tf.Tensor:
-    """Talking-heads attention, which mixes the heads before and after the softmax: x [B, L, D] to [B, L, D].
+    """Attention; heads are mixed before and after the softmax where there are weights for that: [B, L, D] to the same.
 
     The mask, [B, L] float, is 1 for tokens that may be attended to and 0 for padding.
     """
@@ -116,6 +123,8 @@ def attend(w: Weights, x: tf.Tensor, mask: tf.Tensor, dropout: Dropout) -> tf.Te
         return tf.einsum("bld,dak->blak", x, w[f"{name}/kernel"]) + w[f"{name}/bias"]  # [B, L, A, K]
 
     def mix(scores: tf.Tensor, name: str) -> tf.Tensor:
+        if name not in w:
+            return scores
         return tf.einsum("baql,am->bmql", scores, w[name])  # [B, A, Q, L]; m are the heads that listen
 
     query, key, value = heads("query"), heads("key"), heads("value")  # [B, L, A, K]
@@ -126,22 +135,26 @@ def attend(w: Weights, x: tf.Tensor, mask: tf.Tensor, dropout: Dropout) -> tf.Te
     return tf.einsum("blak,akd->bld", context, w["attention_output/kernel"]) + w["attention_output/bias"]  # [B, L, D]
 
 
-def feed_forward(w: Weights, x: tf.Tensor) -> tf.Tensor:
-    """Gated GELU: the GELU of one projection of x [B, L, D] scales another, linear one: [B, L, D]."""
+def feed_forward(w: Weights, x: tf.Tensor, family: Family) -> tf.Tensor:
+    """GELU of one projection of x [B, L, D], which scales another, linear one where there is one: [B, L, D]."""
     import tensorflow as tf
 
     def dense(y: tf.Tensor, name: str) -> tf.Tensor:
         return tf.einsum("bli,io->blo", y, w[f"{name}/kernel"]) + w[f"{name}/bias"]
 
-    hidden = tf.nn.gelu(dense(x, "intermediate_0"), approximate=True) * dense(x, "gate_0")  # [B, L, F]
-    return dense(hidden, "output_0")  # [B, L, D]
+    hidden = tf.nn.gelu(dense(x, family.up), approximate=True)  # [B, L, F]
+    if family.gate:
+        hidden *= dense(x, family.gate)  # [B, L, F]
+    return dense(hidden, family.down)  # [B, L, D]
 
 
-def encode(weights: Weights, inputs: Mapping[str, tf.Tensor], training: bool = False) -> dict[str, Any]:
+def encode(
+    weights: Weights, inputs: Mapping[str, tf.Tensor], training: bool = False, family: Family = TALKING_HEADS
+) -> dict[str, Any]:
     """Runs the encoder.
 
     Args:
-      weights: tensors or variables by official name.
+      weights: tensors or variables by the family's official names.
       inputs: `input_word_ids`, `input_mask`, `input_type_ids`, each [B, L] int32.
       training: use dropout.
 
@@ -157,13 +170,14 @@ def encode(weights: Weights, inputs: Mapping[str, tf.Tensor], training: bool = F
     mask = tf.cast(inputs["input_mask"], tf.float32)  # [B, L]
     x = dropout(embed(weights, inputs["input_word_ids"], inputs["input_type_ids"]))  # [B, L, D]
     outputs: list[tf.Tensor] = []
-    while w := scoped(weights, TALKING_HEADS.layer_name(len(outputs))):
+    while w := scoped(weights, family.layer_name(len(outputs))):
         attended = dropout(attend(scoped(w, "self_attention"), x, mask, dropout))  # [B, L, D]
         x = layer_norm(scoped(w, "self_attention_layer_norm"), x + attended)  # [B, L, D]
-        forward = dropout(feed_forward(scoped(w, "feedforward"), x))  # [B, L, D]
-        x = layer_norm(scoped(w, "feedforward/output_layer_norm_0"), x + forward)  # [B, L, D]
+        forward = dropout(feed_forward(w, x, family))  # [B, L, D]
+        x = layer_norm(scoped(w, family.forward_norm), x + forward)  # [B, L, D]
         outputs.append(x)
-    pooled = tf.tanh(x[:, 0] @ weights["cls_transform/kernel"] + weights["cls_transform/bias"])  # [B, D]
+    pooler = scoped(weights, family.pooler)
+    pooled = tf.tanh(x[:, 0] @ pooler["kernel"] + pooler["bias"])  # [B, D]
     return {"pooled_output": pooled, "default": pooled, "sequence_output": x, "encoder_outputs": outputs}
 
 
@@ -185,20 +199,19 @@ def export_encoder(
 
     weights = {name.removesuffix(":0"): np.asarray(weight, np.float32) for name, weight in weights.items()}
     architecture = infer_architecture({name: np.shape(weight) for name, weight in weights.items()})
-    if architecture.family != TALKING_HEADS.name:
-        raise EncoderError(f"the weights are of the family {architecture.family}; only {TALKING_HEADS.name} is written")
+    family = FAMILIES[architecture.family]
     check_vocabulary(vocabulary)
     if len(vocabulary) != (n_rows := architecture.vocabulary):
         raise EncoderError(f"{len(vocabulary)} pieces do not fit {n_rows} word embeddings; give one piece for each")
     variables = {name: tf.Variable(weights[name], name=name) for name in weight_shapes(architecture)}
 
     def call(inputs: dict[str, tf.Tensor], training: bool = False, mask: None = None) -> dict[str, Any]:
-        return encode(variables, inputs, training)
+        return encode(variables, inputs, training, family)
 
     def serve(**inputs: tf.Tensor) -> dict[str, tf.Tensor]:
-        # The module on TF Hub was exported by Keras, which named its outputs so, in the order of their sorted keys.
-        flat = tf.nest.flatten(encode(variables, inputs))
-        return {f"encoder_scaffold_{i}" if i else "encoder_scaffold": tensor for i, tensor in enumerate(flat)}
+        # The modules on TF Hub were exported by Keras, which named their outputs so, in the order of their sorted keys.
+        flat = tf.nest.flatten(encode(variables, inputs, family=family))
+        return {f"{family.signature}_{i}" if i else family.signature: tensor for i, tensor in enumerate(flat)}
 
     specs = {name: tf.TensorSpec([None, None], tf.int32, name=name) for name in TOKEN_INPUTS}
     called, served = tf.function(call, autograph=False), tf.function(serve, autograph=False)

@@ -96,13 +96,26 @@ def choose_mode(precision: str) -> Mode:
 def read_weights(folder: str, a: Architecture, choice: VectorChoice, mode: Mode) -> Weights:
     """Reads the weights that an output needs, a layer at a time, so that there is never a second copy of them all."""
     tf = load_tensorflow()
-    family = FAMILIES[a.family]
     names = {official: given for given, official in canonical_names(list_variables(folder)).items()}
-
     read_tensor = tensor_reader(folder)
+    with tf.device("CPU"):  # a GPU would get every array in float32 first
+        weights = arrange_weights(lambda name: read_tensor(names[name]), a, choice, mode)
+    if not has_gpu():
+        return weights
+    with tf.device("GPU"):
+        return tf.nest.map_structure(lambda tensor: None if tensor is None else tf.identity(tensor), weights)
+
+
+def arrange_weights(
+    read_tensor: Callable[[str], tf.Tensor], a: Architecture, choice: VectorChoice, mode: Mode
+) -> Weights:
+    """Brings the weights that an output needs, by official name, into the shapes that the graph multiplies by."""
+    import tensorflow as tf
+
+    family = FAMILIES[a.family]
 
     def read(prefix: str, *wanted: str) -> list[tf.Tensor]:
-        return [read_tensor(names[f"{prefix}/{name}"]) for name in wanted]
+        return [read_tensor(f"{prefix}/{name}") for name in wanted]
 
     def make_dense(kernel: tf.Tensor, bias: tf.Tensor) -> Dense:
         kernel = tf.cast(kernel, mode.precision)
@@ -143,19 +156,14 @@ def read_weights(folder: str, a: Architecture, choice: VectorChoice, mode: Mode)
         return read(name, "embeddings")[0]
 
     n_layers = a.layers if choice.layer is None else choice.layer + 1
-    with tf.device("CPU"):  # a GPU would get every array in float32 first
-        weights = Weights(
-            words=table("word_embeddings"),
-            positions=table("position_embedding"),
-            types=table("type_embeddings"),
-            norm=norm("embeddings/layer_norm"),
-            layers=tuple(layer(family.layer_name(i)) for i in range(n_layers)),
-            pooler=dense(family.pooler) if _is_pooled(choice) else None,
-        )
-    if not has_gpu():
-        return weights
-    with tf.device("GPU"):
-        return tf.nest.map_structure(lambda tensor: None if tensor is None else tf.identity(tensor), weights)
+    return Weights(
+        words=table("word_embeddings"),
+        positions=table("position_embedding"),
+        types=table("type_embeddings"),
+        norm=norm("embeddings/layer_norm"),
+        layers=tuple(layer(family.layer_name(i)) for i in range(n_layers)),
+        pooler=dense(family.pooler) if _is_pooled(choice) else None,
+    )
 
 
 def build_graph(weights: Weights, a: Architecture, choice: VectorChoice, mode: Mode) -> Callable[..., tf.Tensor]:
