@@ -180,7 +180,7 @@ def run_show(known: argparse.Namespace) -> None:
 def run_query(known: argparse.Namespace) -> None:
     from pipeline.report.query import find_nearest, format_hits
 
-    print(format_hits(known.table, known.text, find_nearest(known.table, known.text, known.top, known.pair)))
+    print(format_hits(known.text, find_nearest(known.table, known.text, known.top, known.pair)))
 
 
 if __name__ == "__main__":

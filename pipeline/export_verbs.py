@@ -18,6 +18,7 @@ from pipeline.encoders.architecture import (
     recognise_architecture,
     weight_shapes,
 )
+from pipeline.encoders.default import default_vocabulary, default_weights
 from pipeline.errors import ConfigError, EncoderError, first_line
 from pipeline.flags import at_least_one, at_least_zero
 from pipeline.runtime import load_tensorflow
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     import numpy as np
 
 SIZES = {"layers": "layers", "hidden_size": "width", "heads": "heads", "positions": "positions"}  # flag to field
+DESCRIPTION = (*SIZES, "seed", "vocab_file", "cased")  # flags that say what a new encoder is like
 POSITIONS, SEED = 512, 0
 
 
@@ -43,9 +45,9 @@ def add_export_verbs(verbs: Any) -> None:
     stray = "every setting is a flag, as in --output={}"
     encoder = verbs.add_parser(
         "export-encoder",
-        help="write an encoder: a new one, or another's weights",
-        description="Writes a talking-heads gated-GELU BERT as a SavedModel with the interface of TF Hub: a new, "
-        "untrained one, or the weights of another.",
+        help="write an encoder: the built-in one, a new one, or another's weights",
+        description="Writes a talking-heads gated-GELU BERT as a SavedModel with the interface of TF Hub: the built-in "
+        "one, or a new, untrained one of the sizes that are given, or the weights of another.",
     )
     sizes = {"type": at_least_one, "metavar": "N"}
     encoder.add_argument("--layers", help="number of layers", **sizes)
@@ -67,12 +69,11 @@ def add_export_verbs(verbs: Any) -> None:
     )
     preprocessor.set_defaults(run=run_export_preprocessor, parser=preprocessor, stray=stray)
 
-    for parser, rule in ((encoder, " (default: that of --from_encoder)"), (preprocessor, "")):
+    for parser, whose in ((encoder, "the encoder's that is written"), (preprocessor, "the built-in encoder's")):
         parser.add_argument(
             "--vocab_file",
             metavar="FILE",
-            required=not rule,
-            help=f"word pieces in the order of their ids, one a line{rule}",
+            help=f"word pieces in the order of their ids, one a line (default: {whose})",
         )
         parser.add_argument("--cased", action="store_true", help="the vocabulary tells capitals and accents apart")
         parser.add_argument("--output", metavar="DIR", required=True, help="folder to create")
@@ -80,7 +81,13 @@ def add_export_verbs(verbs: Any) -> None:
 
 def run_export_encoder(known: argparse.Namespace) -> None:
     folder = check_output(known.output)
-    weights, vocabulary, lower_case = read_encoder(known) if known.from_encoder else new_encoder(known)
+    if known.from_encoder is not None:
+        kind, find = "", read_encoder
+    elif any(getattr(known, flag) not in (None, known.parser.get_default(flag)) for flag in DESCRIPTION):
+        kind, find = ", untrained", new_encoder
+    else:
+        kind, find = "", built_in_encoder
+    weights, vocabulary, lower_case = find(known)
     with writing(known.output):
         from pipeline.encoders.export import export_encoder
 
@@ -88,7 +95,7 @@ def run_export_encoder(known: argparse.Namespace) -> None:
     sizes = infer_architecture({name: weight.shape for name, weight in weights.items()})
     print(
         f"{known.output} holds an encoder of {count_parameters(sizes):,} parameters"
-        f"{'' if known.from_encoder else ', untrained'}: {sizes.layers} layers, width {sizes.width}, "
+        f"{kind}: {sizes.layers} layers, width {sizes.width}, "
         f"{sizes.heads} heads, {len(vocabulary):,} {describe_case(lower_case)} pieces, up to {sizes.positions} tokens\n"
         f"next: embeam embed --input='corpus/*' --encoder={shlex.quote(known.output)} --output=table"
     )
@@ -96,7 +103,12 @@ def run_export_encoder(known: argparse.Namespace) -> None:
 
 def run_export_preprocessor(known: argparse.Namespace) -> None:
     folder = check_output(known.output)
-    vocabulary = read_vocabulary(known.vocab_file, f"--vocab_file={known.vocab_file}")
+    if known.vocab_file is not None:
+        vocabulary = read_vocabulary(known.vocab_file, f"--vocab_file={known.vocab_file}")
+    elif known.cased:
+        raise ConfigError("--cased: the built-in encoder's vocabulary is uncased; name another with --vocab_file")
+    else:
+        vocabulary = default_vocabulary()
     with writing(known.output):
         from pipeline.preprocess.export import export_preprocessor
 
@@ -106,6 +118,10 @@ def run_export_preprocessor(known: argparse.Namespace) -> None:
         "next: embeam embed --input='corpus/*' --encoder=ENCODER "
         f"--preprocessor={shlex.quote(known.output)} --output=table"
     )
+
+
+def built_in_encoder(known: argparse.Namespace) -> Content:
+    return Content(default_weights(), default_vocabulary(), lower_case=True)
 
 
 def new_encoder(known: argparse.Namespace) -> Content:

@@ -33,9 +33,14 @@ class TestDefaultEncoder:
 
     def test_vocabulary(self):
         vocabulary = default.default_vocabulary()
-        assert len(vocabulary) == len(set(vocabulary)) == 8000 and vocabulary[:5] == SPECIAL
+        assert len(vocabulary) == len(set(vocabulary)) == 16_000 and vocabulary[:5] == SPECIAL
         characters = [c for c in map(chr, range(33, 127)) if c == c.lower()]
-        assert {*characters, *("##" + c for c in characters)} <= set(vocabulary)
+        assert {*characters, *("##" + c for c in characters if c.isalnum())} <= set(vocabulary)
+
+    def test_the_model_card_is_of_these_weights(self):
+        card = Path(default.FOLDER, "MODEL_CARD.md").read_text(encoding="utf-8")
+        assert f"{sum(weight.size for weight in default.default_weights().values()):,} parameters" in card
+        assert f"{os.path.getsize(default.WEIGHTS_FILE) / 1e6:.1f} MB" in card
 
     def test_two_makes_hold_the_same_weights(self, tmp_path, monkeypatch):
         first = tf.saved_model.load(default.default_encoder())
@@ -44,8 +49,9 @@ class TestDefaultEncoder:
         weights = default.default_weights()
         for own, other in zip(first.trainable_variables, second.trainable_variables, strict=True):
             assert own.numpy().tobytes() == other.numpy().tobytes() == weights[own.name[:-2]].tobytes()
-        pooled = first(some_inputs(6, 12, 8000))["pooled_output"].numpy()
-        assert pooled.shape == (6, 128) and pooled.std(0).mean() > 0.1
+        width = len(weights["cls_transform/bias"])
+        pooled = first(some_inputs(6, 12, 16_000))["pooled_output"].numpy()
+        assert pooled.shape == (6, width) and pooled.std(0).mean() > 0.1
 
     def test_is_made_once(self):
         folder = default.default_encoder()

@@ -94,6 +94,17 @@ def test_what_both_verbs_write_makes_a_table(call, tmp_path):
     assert np.array_equal(vectors, others[order])
 
 
+def test_without_sizes_the_built_in_encoder_is_written(call, tmp_path):
+    (tmp_path / "a.txt").write_text("a dog\na cat\na horse\n")
+    code, out, err = call("export-encoder", "--output=encoder")
+    assert (code, err) == (0, "") and "16,000 uncased pieces, up to 512 tokens" in out and "untrained" not in out
+    assert call("export-preprocessor", "--output=preprocessor")[0] == 0
+    assert call("embed", "--input=a.txt", "--output=built_in")[0] == 0
+    shown = ("--encoder=encoder", "--preprocessor=preprocessor")
+    assert call("embed", "--input=a.txt", *shown, "--output=written")[0] == 0
+    assert open_table("built_in")[0].fingerprint == open_table("written")[0].fingerprint
+
+
 def test_the_seed_makes_the_weights(call):
     for name, *seed in (("a",), ("b", "--seed=0"), ("c", "--seed=1")):
         assert call("export-encoder", *SIZES, f"--vocab_file={VOCABULARY}", f"--output={name}", *seed)[0] == 0
@@ -160,8 +171,10 @@ FROM = ("export-encoder", f"--from_encoder={ENCODER}", "--output=new")
         ((*FROM, "--positions=100"), "has 512"),
         ((*FROM, "--seed=0"), "--seed=0: the weights come from"),
         ((*FROM, "--cased"), "is uncased; leave it out"),
-        ((*FROM, f"--vocab_file={VOCABULARY_FILE}"), "has 8,000 pieces and the encoder 1,000 word embeddings"),
-        (("export-preprocessor", "--output=new"), "--vocab_file"),
+        ((*FROM, f"--vocab_file={VOCABULARY_FILE}"), "has 16,000 pieces and the encoder 1,000 word embeddings"),
+        (("export-encoder", "--cased", "--output=new"), "needs --layers, --hidden_size, --heads, --vocab_file too"),
+        (("export-encoder", "--seed=0", "--output=new"), "needs --layers, --hidden_size, --heads, --vocab_file too"),
+        (("export-preprocessor", "--cased", "--output=new"), "--cased: the built-in encoder's vocabulary is uncased"),
         (("export-preprocessor", f"--vocab_file={VOCABULARY}", "--output=/dev/null/new"), "cannot be written"),
         (("export-preprocessor", f"--vocab_file={VOCABULARY}", "--output=new", "--layers=2"), "--layers"),
     ],
@@ -207,6 +220,7 @@ def test_encoders_whose_weights_cannot_be_taken(refused, tmp_path):
         return refused("export-encoder", f"--from_encoder={folder}", "--output=new", code=1)
 
     assert "there is no such folder" in line(tmp_path / "none")
+    assert "--from_encoder= is no SavedModel" in line("")  # an unset variable of a shell
     assert "is no talking-heads gated-GELU BERT: " in line(PREPROCESSOR)
     encoder = shutil.copytree(ENCODER, tmp_path / "encoder")
     (encoder / "saved_model.pb").write_bytes(b"damaged")

@@ -1,6 +1,7 @@
 """The built-in encoder, the one spot where its weights and its vocabulary come from.
 
-It is small enough to be made on the machine that needs it, in a few seconds and without a download.
+They lie packed in the folder `builtin`, beside their model card; the SavedModel is made of them on the machine that
+needs it, in a few seconds and without a download.
 """
 
 from __future__ import annotations
@@ -11,26 +12,28 @@ import os
 import numpy as np
 
 from pipeline.cache import cached_folder
-from pipeline.encoders.export import FORMAT, export_encoder, initial_weights
+from pipeline.encoders.export import FORMAT, export_encoder
+from pipeline.encoders.packed import unpack_weights
 
-IS_TRAINED = False
-DEFAULT_NOTE = (
-    "the built-in encoder is untrained: neighbours share words at best, not meaning; "
-    "embeam embed --encoder=... takes a trained one"
-)
-LAYERS, WIDTH, HEADS, SEED = 2, 128, 4, 20031
-VOCABULARY_FILE = os.path.join(os.path.dirname(os.path.abspath(__file__)), "vocabulary.txt")
+FOLDER = os.path.join(os.path.dirname(os.path.abspath(__file__)), "builtin")
+WEIGHTS_FILE = os.path.join(FOLDER, "weights.npz")
+VOCABULARY_FILE = os.path.join(FOLDER, "vocabulary.txt")
+
+
+def read_vocabulary(path: str) -> list[str]:
+    """Returns word pieces, one a line of a file, in the order of their ids."""
+    with open(path, encoding="utf-8", newline="\n") as file:
+        return file.read().removesuffix("\n").split("\n")
 
 
 def default_vocabulary() -> list[str]:
-    """Returns the built-in encoder's 8000 uncased word pieces, in the order of their ids."""
-    with open(VOCABULARY_FILE, encoding="utf-8", newline="\n") as file:
-        return file.read().removesuffix("\n").split("\n")
+    """Returns the built-in encoder's uncased word pieces, in the order of their ids."""
+    return read_vocabulary(VOCABULARY_FILE)
 
 
 def default_weights() -> dict[str, np.ndarray]:
     """Returns the built-in encoder's weights by official variable name; the same bits on every machine."""
-    return initial_weights(LAYERS, WIDTH, HEADS, len(default_vocabulary()), seed=SEED)
+    return unpack_weights(WEIGHTS_FILE)
 
 
 def default_encoder() -> str:
@@ -41,10 +44,11 @@ def default_encoder() -> str:
     Raises:
       EncoderError: if the cache folder cannot be written to.
     """
-    weights, vocabulary = default_weights(), default_vocabulary()
-    digest = hashlib.sha256("\n".join([str(FORMAT), *vocabulary]).encode())
-    for name, weight in weights.items():
-        digest.update(f"\n{name} {weight.shape} ".encode() + weight.tobytes())
+    digest = hashlib.sha256(str(FORMAT).encode())
+    for path in (VOCABULARY_FILE, WEIGHTS_FILE):
+        with open(path, "rb") as file:
+            digest.update(file.read())
     return cached_folder(
-        f"default-encoder-{digest.hexdigest()[:12]}", lambda folder: export_encoder(weights, vocabulary, folder)
+        f"default-encoder-{digest.hexdigest()[:12]}",
+        lambda folder: export_encoder(default_weights(), default_vocabulary(), folder),
     )

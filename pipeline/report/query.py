@@ -6,9 +6,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from pipeline.report.summary import describe_training, shorten_line
+from pipeline.report.summary import shorten_line
 from pipeline.tables.embedder import load_embedder
-from pipeline.tables.read import iter_columns, open_live
+from pipeline.tables.read import iter_columns
 
 
 class Hit(NamedTuple):
@@ -47,13 +47,11 @@ def find_nearest(table: str, text: str, top: int = 5, pair: str | None = None) -
     return [Hit(-negative, row["id"], row["chunk"], row.get("text")) for negative, _, row in best]
 
 
-def format_hits(table: str, text: str, hits: list[Hit]) -> str:
+def format_hits(text: str, hits: list[Hit]) -> str:
     """What `embeam query` prints."""
     lines = [f'nearest to "{shorten_line(text)}":']
     names = [hit.id + (f" chunk {hit.chunk}" if hit.chunk else "") for hit in hits]
     width = max(map(len, names), default=0)
     for hit, name in zip(hits, names, strict=True):
         lines.append(f"  {hit.score:6.3f}  {name:<{width}}  {shorten_line(hit.text or '')}".rstrip())
-    if note := describe_training(open_live(table)[0]):
-        lines.append(f"note: {note}")
     return "\n".join(lines)

@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.encoders import default
 from pipeline.encoders.parity import Parity
 from pipeline.records import REASONS
 from pipeline.report.progress import format_seconds
@@ -56,8 +55,6 @@ def format_summary(manifest: Manifest, table: str) -> str:
     lines.append(f"  encoder      {describe_graph(manifest)}")
     if line := format_forecast(manifest.predicted, manifest):
         lines.append(f"  {line}")
-    if note := describe_training(manifest):
-        lines.append(f"  note         {note}")
     return "\n".join(lines)
 
 
@@ -116,11 +113,6 @@ def describe_graph(manifest: Manifest) -> str:
     if not parity:
         return line
     return f"{line}; against the published one {Parity(**parity)}"
-
-
-def describe_training(manifest: Manifest) -> str:
-    """What a reader of the table should know of the built-in encoder; "" for any other."""
-    return "" if manifest.settings["encoder"] or default.IS_TRAINED else default.DEFAULT_NOTE
 
 
 def format_table(table: str, n_rows: int) -> str:

@@ -1,0 +1,54 @@
+"""The texts to learn from, and the passages held out to be judged by."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import os
+import re
+from collections.abc import Iterable, Iterator
+
+HELD_OUT = 2000  # passages
+_SENTENCE_END = re.compile(r"(?<=[.!?])\s+(?=[A-Z])")
+
+
+def read_lines(path: str) -> Iterator[str]:
+    """The lines of a text or gzip file, without their ends."""
+    opener = gzip.open if path.endswith(".gz") else open
+    with opener(path, "rt", encoding="utf-8") as file:
+        for line in file:
+            yield line.rstrip("\n")
+
+
+def split_sentences(passage: str) -> list[str]:
+    """Cuts a passage after each full stop, question mark or exclamation mark that a capital letter follows."""
+    return _SENTENCE_END.split(passage)
+
+
+def normal_form(text: str) -> str:
+    """What two texts share that differ in capitals, spaces and punctuation alone."""
+    return "".join(character for character in text.lower() if character.isalnum())
+
+
+def held_out_passages(passages: str) -> list[str]:
+    """The last passages of the file, which is in random order."""
+    return list(read_lines(passages))[-HELD_OUT:]
+
+
+def write_corpus(sentences: str, passages: str, n_sentences: int, n_passages: int, folder: str) -> None:
+    """Writes the first sentences and passages as JSON lines with `id` and `text`, for the pipeline.
+
+    What is held out is not among them, and none of its sentences is.
+    """
+    held_out = held_out_passages(passages)
+    known = {normal_form(sentence) for passage in held_out for sentence in split_sentences(passage)}
+    known |= {normal_form(passage) for passage in held_out}
+
+    def unknown(texts: Iterable[str]) -> Iterator[str]:
+        return (text for text in texts if normal_form(text) not in known)
+
+    os.makedirs(folder)
+    for name, path, count in (("sentences", sentences, n_sentences), ("passages", passages, n_passages)):
+        with open(os.path.join(folder, f"{name}.jsonl"), "w", encoding="utf-8") as file:
+            for number, text in zip(range(count), unknown(read_lines(path)), strict=False):
+                file.write(json.dumps({"id": f"{name}/{number}", "text": text}, ensure_ascii=False) + "\n")

@@ -1,0 +1,197 @@
+"""Judges an encoder by tables that the pipeline writes of it: similarity of sentences, and finding passages.
+
+    python -m training.scores --sts=stsb-dev.csv --passages=passages.txt.gz [--encoder=DIR --preprocessor=DIR]
+
+**Similarity**: Spearman's rank correlation between people's scores of sentence pairs (STS benchmark) and the cosines of
+their vectors. **Finding**: out of each passage held out from training its middle sentence is taken, and looks for what
+is left of the passage among all of them; how often that is first, among the first ten, and the mean of 1 / rank.
+
+Beside each encoder stands a bag of tokens: counts of word pieces weighted by their inverse document frequency.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import os
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+import pipeline
+from training.corpus import held_out_passages, split_sentences
+
+VECTORS = ("pooled_output", "sequence_output:mean")
+BAG = "idf bag of tokens"
+NAMES = {
+    "similarity": "STS-B dev, Spearman",
+    "first": "passage first",
+    "first_ten": "among 10",
+    "mean_reciprocal_rank": "mean 1 / rank",
+}
+
+
+class Scores(NamedTuple):
+    """How well vectors do.
+
+    Attributes:
+      similarity: rank correlation over pairs of sentences.
+      first: share of sentences that find their passage first.
+      first_ten: share that find it among the first ten.
+      mean_reciprocal_rank: mean of 1 / rank.
+    """
+
+    similarity: float
+    first: float
+    first_ten: float
+    mean_reciprocal_rank: float
+
+
+class Exam(NamedTuple):
+    """The texts to embed, by id, and what is asked of their vectors.
+
+    Attributes:
+      texts: by id.
+      pairs: two ids, and the people's score from 0 to 5.
+      searches: the id of a sentence, and of the passage that it is from.
+      passages: ids of all passages.
+    """
+
+    texts: dict[str, str]
+    pairs: list[tuple[str, str, float]]
+    searches: list[tuple[str, str]]
+    passages: list[str]
+
+
+def make_exam(sts: str, passages: str) -> Exam:
+    """Reads the pairs, a CSV of sentence, sentence, score, and takes the sentences out of the held-out passages."""
+    exam = Exam({}, [], [], [])
+    with open(sts, encoding="utf-8", newline="") as file:
+        for i, (one, other, score) in enumerate(csv.reader(file)):
+            exam.texts[f"pair/{i}/0"], exam.texts[f"pair/{i}/1"] = one, other
+            exam.pairs.append((f"pair/{i}/0", f"pair/{i}/1", float(score)))
+    for i, passage in enumerate(held_out_passages(passages)):
+        sentences = split_sentences(passage)
+        exam.passages.append(f"passage/{i}")
+        if len(sentences) >= 3:
+            exam.texts[f"sentence/{i}"] = sentences.pop(len(sentences) // 2)
+            exam.searches.append((f"sentence/{i}", f"passage/{i}"))
+        exam.texts[f"passage/{i}"] = " ".join(sentences)
+    return exam
+
+
+def examine(exam: Exam, vectors: Mapping[str, np.ndarray]) -> Scores:
+    """Marks vectors, float [D] of any length by text id."""
+    unit = {key: vector / max(float(np.linalg.norm(vector)), 1e-12) for key, vector in vectors.items()}
+    cosines = [float(unit[one] @ unit[other]) for one, other, _ in exam.pairs]
+    passages = np.stack([unit[key] for key in exam.passages])  # [P, D]
+    place = {key: i for i, key in enumerate(exam.passages)}
+    ranks = []
+    for sentence, passage in exam.searches:
+        found = passages @ unit[sentence]  # [P]
+        ranks.append(1 + int((found > found[place[passage]]).sum()))
+    rank = np.array(ranks)
+    return Scores(
+        rank_correlation(np.array(cosines), np.array([score for _, _, score in exam.pairs])),
+        float((rank == 1).mean()),
+        float((rank <= 10).mean()),
+        float((1 / rank).mean()),
+    )
+
+
+def rank_correlation(a: np.ndarray, b: np.ndarray) -> float:
+    """Spearman's: the correlation between ranks, equal values sharing the mean of theirs."""
+
+    def ranks(values: np.ndarray) -> np.ndarray:
+        _, place, counts = np.unique(values, return_inverse=True, return_counts=True)
+        return (np.cumsum(counts) - (counts - 1) / 2)[place]
+
+    return float(np.corrcoef(ranks(a), ranks(b))[0, 1])
+
+
+def embed_exam(exam: Exam, folder: str, flags: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    """Lets the pipeline write a table of all texts, and reads the vectors from it."""
+    os.makedirs(folder, exist_ok=True)
+    texts = os.path.join(folder, "texts.jsonl")
+    with open(texts, "w", encoding="utf-8") as file:
+        for key, text in exam.texts.items():
+            file.write(json.dumps({"id": key, "text": text}, ensure_ascii=False) + "\n")
+    table = os.path.join(folder, "table")
+    settings = {"input": texts, "id_field": "id", "text_field": "text", "output": table, **flags}
+    pipeline.build_table(pipeline.EmbedConfig.from_flat(settings))
+    return dict(zip(*pipeline.read_table(table), strict=True))
+
+
+def bag_of_tokens(exam: Exam, tokenize: Callable[[list[str]], list[list[int]]]) -> dict[str, np.ndarray]:
+    """Counts of tokens times the logarithm of the inverse share of texts that have them.
+
+    These are the passages for the search, and the pairs' sentences for the pairs.
+    """
+    keys = list(exam.texts)
+    tokens = dict(zip(keys, tokenize([exam.texts[key] for key in keys]), strict=True))
+    size = 1 + max(max(row, default=0) for row in tokens.values())
+
+    def weigh(chosen: Sequence[str], counted: Sequence[str]) -> Iterator[tuple[str, np.ndarray]]:
+        documents = np.zeros(size, np.float32)
+        for key in counted:
+            documents[list(set(tokens[key]))] += 1
+        weights = np.log((1 + len(counted)) / (1 + documents)).astype(np.float32)
+        for key in chosen:
+            yield key, np.bincount(tokens[key], minlength=size).astype(np.float32) * weights
+
+    paired = [key for one, other, _ in exam.pairs for key in (one, other)]
+    return {
+        **dict(weigh(paired, paired)),
+        **dict(weigh([*exam.passages, *(sentence for sentence, _ in exam.searches)], exam.passages)),
+    }
+
+
+def tokenizer_of(vocabulary: Sequence[str]) -> Callable[[list[str]], list[list[int]]]:
+    """Texts to token ids without [CLS] and [SEP]."""
+    import tensorflow as tf
+    import tensorflow_text as text
+
+    from pipeline.preprocess.export import vocabulary_file
+
+    with vocabulary_file(vocabulary) as path:
+        tokenizer = text.BertTokenizer(path, lower_case=True, token_out_type=tf.int32)
+    return lambda texts: tokenizer.tokenize(texts).merge_dims(1, 2).to_list()
+
+
+def format_scores(rows: Mapping[str, Scores]) -> str:
+    """A Markdown table."""
+    lines = [
+        f"| vectors | {' | '.join(NAMES.values())} |",
+        "|---|---:|---:|---:|---:|",
+    ]
+    lines += [f"| {name} | " + " | ".join(f"{score:.3f}" for score in scores) + " |" for name, scores in rows.items()]
+    return "\n".join(lines)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    from pipeline.encoders.default import default_vocabulary
+
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--sts", required=True, help="CSV of sentence, sentence, score")
+    parser.add_argument("--passages", required=True, help="the passages' file; its last 2,000 are taken")
+    parser.add_argument("--encoder", help="SavedModel (default: the built-in encoder)")
+    parser.add_argument("--preprocessor", help="SavedModel (default: by the encoder's vocabulary)")
+    parser.add_argument("--precision", default="float32", help="as of embeam embed (default: float32)")
+    known = parser.parse_args(arguments)
+    exam = make_exam(known.sts, known.passages)
+    flags = {key: value for key in ("encoder", "preprocessor", "precision") if (value := getattr(known, key))}
+    rows = {}
+    with tempfile.TemporaryDirectory() as folder:
+        for vector in VECTORS:
+            vectors = embed_exam(exam, os.path.join(folder, vector.replace(":", "_")), {**flags, "vector": vector})
+            rows[vector] = examine(exam, vectors)
+    rows[BAG] = examine(exam, bag_of_tokens(exam, tokenizer_of(default_vocabulary())))
+    print(format_scores(rows))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
