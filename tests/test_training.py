@@ -16,6 +16,7 @@ from pipeline.config import VectorChoice
 from pipeline.encoders import default
 from pipeline.encoders.export import export_encoder, initial_weights
 from pipeline.encoders.packed import unpack_weights
+from pipeline.errors import ConfigError
 from tests.export_support import REFERENCE, TOLERANCE, read_vocabulary, some_inputs
 from tests.support import some_texts
 from training import __main__ as command
@@ -23,6 +24,7 @@ from training import distil as learning
 from training.corpus import HELD_OUT, held_out_passages, split_sentences, write_corpus
 from training.distil import Recipe, batches_of_epoch, distil, pad, rate_at
 from training.scores import Exam, bag_of_tokens, examine, make_exam, rank_correlation
+from training.scores import main as print_scores
 from training.student import initial_student, make_forward
 from training.vocabulary import choose_vocabulary
 
@@ -105,7 +107,7 @@ class TestVocabulary:
         assert ascii_characters <= set(chosen)
 
     def test_says_when_there_is_too_little_text(self):
-        with pytest.raises(ValueError, match="give more texts"):
+        with pytest.raises(ConfigError, match="give more texts"):
             choose_vocabulary(["one small text"], read_vocabulary(), 900)
 
 
@@ -256,6 +258,8 @@ class TestCommand:
         shutil.rmtree("made")
         train("--steps=4")  # all is there
         assert {name: os.stat(f"made/{name}").st_size for name in os.listdir("made")} == made
+        corpus = (tmp_path / "work" / "corpus" / "passages.jsonl").read_text().splitlines()
+        assert len(corpus) == 10
         with pytest.raises(SystemExit, match="work was begun with --steps=4; go on with these"):
             train("--steps=5")
 
@@ -298,6 +302,30 @@ class TestScores:
         assert exam.texts["pair/0/0"] == "One, two." and exam.texts["sentence/1"] == "Two is there."
         assert exam.texts["passage/1"] == "One is here. Three is last."
         assert exam.searches == [("sentence/1", "passage/1")] and exam.passages == ["passage/0", "passage/1"]
+
+    @pytest.mark.parametrize(
+        ("sts", "passages", "says"),
+        [
+            ("a,b,1\na,b\n", "A. B. C.\n", r"record 2 is not two sentences and a number: \['a', 'b'\]"),
+            ("a,b,much\n", "A. B. C.\n", "record 1 is not two sentences"),
+            ("a,b,1\n", "A. B. C.\n", "needs two pairs"),
+            ("a,b,1\na,b,2\n", "A. B.\n", "a passage of three sentences"),
+        ],
+    )
+    def test_files_that_are_no_exam(self, sts, passages, says, tmp_path):
+        (tmp_path / "sts.csv").write_text(sts)
+        (tmp_path / "passages.txt").write_text(passages)
+        with pytest.raises(SystemExit, match=says):
+            print_scores([f"--sts={tmp_path}/sts.csv", f"--passages={tmp_path}/passages.txt"])
+
+    def test_an_encoder_that_is_none_is_one_line(self, tmp_path):
+        (tmp_path / "sts.csv").write_text("a,b,1\na,b,2\n")
+        (tmp_path / "passages.txt").write_text("A. B. C.\n")
+        files = [f"--sts={tmp_path}/sts.csv", f"--passages={tmp_path}/passages.txt"]
+        with pytest.raises(SystemExit, match=r"training.scores: none is no SavedModel"):
+            print_scores([*files, "--encoder=none"])
+        with pytest.raises(SystemExit, match=r"training.scores: .*none.csv"):
+            print_scores([*files, f"--sts={tmp_path}/none.csv"])
 
     def test_the_bag_weighs_rare_tokens_more(self):
         texts = {"a": "1 1 2", "b": "1", "p": "1 3", "q": "2 2", "s": "3"}

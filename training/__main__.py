@@ -27,7 +27,7 @@ from pipeline.preprocess.export import export_preprocessor
 from pipeline.runtime import load_tensorflow
 from training import teacher
 from training.card import write_card
-from training.corpus import HELD_OUT, read_lines, write_corpus
+from training.corpus import HELD_OUT, KINDS, read_lines, write_corpus
 from training.distil import Recipe, distil
 from training.scores import BAG, VECTORS, Scores, bag_of_tokens, embed_exam, examine, make_exam, tokenizer_of
 from training.student import initial_student
@@ -103,8 +103,9 @@ def make_encoder(known: argparse.Namespace) -> None:
 
     vocabulary_file = once("vocabulary.txt", write_vocabulary)
     vocabulary = default.read_vocabulary(vocabulary_file)
-    counts = known.n_sentences, known.n_passages
-    corpus = once("corpus", lambda folder: write_corpus(known.sentences, known.passages, *counts, folder))
+    wanted = known.n_sentences, known.n_passages
+    corpus = once("corpus", lambda folder: write_corpus(known.sentences, known.passages, *wanted, folder))
+    n_sentences, n_passages = (sum(1 for _ in read_lines(f"{corpus}/{kind}.jsonl")) for kind in KINDS)
 
     # Run again on a finished table this encodes nothing; on one that was stopped, what is missing.
     taught = {"encoder": f"{teachers}/encoder", "preprocessor": f"{teachers}/preprocessor", "vector": teacher.VECTOR}
@@ -148,7 +149,7 @@ def make_encoder(known: argparse.Namespace) -> None:
     os.makedirs(known.output, exist_ok=True)
     shutil.copyfile(packed, os.path.join(known.output, "weights.npz"))
     shutil.copyfile(vocabulary_file, os.path.join(known.output, "vocabulary.txt"))
-    write_card(known.output, trained, LAYERS, recipe, counts, scores)
+    write_card(known.output, trained, LAYERS, recipe, (n_sentences, n_passages), scores)
 
 
 def read_lessons(table: str, vocabulary: Sequence[str]) -> tuple[list[np.ndarray], np.ndarray]:

@@ -9,6 +9,7 @@ import re
 from collections.abc import Iterable, Iterator
 
 HELD_OUT = 2000  # passages
+KINDS = ("sentences", "passages")
 _SENTENCE_END = re.compile(r"(?<=[.!?])\s+(?=[A-Z])")
 
 
@@ -48,7 +49,7 @@ def write_corpus(sentences: str, passages: str, n_sentences: int, n_passages: in
         return (text for text in texts if normal_form(text) not in known)
 
     os.makedirs(folder)
-    for name, path, count in (("sentences", sentences, n_sentences), ("passages", passages, n_passages)):
-        with open(os.path.join(folder, f"{name}.jsonl"), "w", encoding="utf-8") as file:
+    for kind, path, count in zip(KINDS, (sentences, passages), (n_sentences, n_passages), strict=True):
+        with open(os.path.join(folder, f"{kind}.jsonl"), "w", encoding="utf-8") as file:
             for number, text in zip(range(count), unknown(read_lines(path)), strict=False):
-                file.write(json.dumps({"id": f"{name}/{number}", "text": text}, ensure_ascii=False) + "\n")
+                file.write(json.dumps({"id": f"{kind}/{number}", "text": text}, ensure_ascii=False) + "\n")

@@ -23,6 +23,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 import pipeline
+from pipeline.errors import ConfigError, EmbeamError
 from training.corpus import held_out_passages, split_sentences
 
 VECTORS = ("pooled_output", "sequence_output:mean")
@@ -68,12 +69,20 @@ class Exam(NamedTuple):
 
 
 def make_exam(sts: str, passages: str) -> Exam:
-    """Reads the pairs, a CSV of sentence, sentence, score, and takes the sentences out of the held-out passages."""
+    """Reads the pairs, a CSV of sentence, sentence, score, and takes the sentences out of the held-out passages.
+
+    Raises:
+      ConfigError: if the files are no such.
+    """
     exam = Exam({}, [], [], [])
     with open(sts, encoding="utf-8", newline="") as file:
-        for i, (one, other, score) in enumerate(csv.reader(file)):
+        for i, row in enumerate(csv.reader(file)):
+            try:
+                one, other, score = row
+                exam.pairs.append((f"pair/{i}/0", f"pair/{i}/1", float(score)))
+            except ValueError:
+                raise ConfigError(f"{sts}: record {i + 1} is not two sentences and a number: {row}") from None
             exam.texts[f"pair/{i}/0"], exam.texts[f"pair/{i}/1"] = one, other
-            exam.pairs.append((f"pair/{i}/0", f"pair/{i}/1", float(score)))
     for i, passage in enumerate(held_out_passages(passages)):
         sentences = split_sentences(passage)
         exam.passages.append(f"passage/{i}")
@@ -81,6 +90,8 @@ def make_exam(sts: str, passages: str) -> Exam:
             exam.texts[f"sentence/{i}"] = sentences.pop(len(sentences) // 2)
             exam.searches.append((f"sentence/{i}", f"passage/{i}"))
         exam.texts[f"passage/{i}"] = " ".join(sentences)
+    if len(exam.pairs) < 2 or not exam.searches:
+        raise ConfigError(f"too little to judge by: {sts} needs two pairs, {passages} a passage of three sentences")
     return exam
 
 
@@ -182,13 +193,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--preprocessor", help="SavedModel (default: by the encoder's vocabulary)")
     parser.add_argument("--precision", default="float32", help="as of embeam embed (default: float32)")
     known = parser.parse_args(arguments)
-    exam = make_exam(known.sts, known.passages)
     flags = {key: value for key in ("encoder", "preprocessor", "precision") if (value := getattr(known, key))}
     rows = {}
-    with tempfile.TemporaryDirectory() as folder:
-        for vector in VECTORS:
-            vectors = embed_exam(exam, os.path.join(folder, vector.replace(":", "_")), {**flags, "vector": vector})
-            rows[vector] = examine(exam, vectors)
+    try:
+        exam = make_exam(known.sts, known.passages)
+        with tempfile.TemporaryDirectory() as folder:
+            for vector in VECTORS:
+                vectors = embed_exam(exam, os.path.join(folder, vector.replace(":", "_")), {**flags, "vector": vector})
+                rows[vector] = examine(exam, vectors)
+    except (EmbeamError, OSError) as error:
+        sys.exit(f"training.scores: {error}")
     rows[BAG] = examine(exam, bag_of_tokens(exam, tokenizer_of(default_vocabulary())))
     print(format_scores(rows))
 

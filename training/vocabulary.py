@@ -16,6 +16,8 @@ import os
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 
+from pipeline.errors import ConfigError
+
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 MIN_CHARACTER_COUNT = 20
 AT_ONCE = 1000  # texts or words that TensorFlow gets
@@ -25,7 +27,7 @@ def choose_vocabulary(texts: Iterable[str], pieces: Sequence[str], size: int) ->
     """Returns `size` of the teacher's pieces; the same texts, the same vocabulary.
 
     Raises:
-      ValueError: if the texts use too few.
+      ConfigError: if the texts use too few.
     """
     word_counts = count_words(texts)
     counts = count_pieces(word_counts, pieces)
@@ -35,7 +37,7 @@ def choose_vocabulary(texts: Iterable[str], pieces: Sequence[str], size: int) ->
     ranked = sorted(counts, key=lambda piece: (-counts[piece], piece))
     chosen = dict.fromkeys(itertools.chain(SPECIAL, characters, inner, ranked))
     if len(chosen) < size:
-        raise ValueError(f"the texts use {len(chosen)} pieces, fewer than the {size} wanted; give more texts")
+        raise ConfigError(f"the texts use {len(chosen)} pieces, fewer than the {size} wanted; give more texts")
     return list(itertools.islice(chosen, size))
 
 
