@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+import re
 import shutil
 
 import numpy as np
@@ -253,6 +254,8 @@ class TestCommand:
         for fact in (f"{n_parameters:,} parameters", "2 layers", "700", "100 sentences and 10 paragraphs", "4 batches"):
             assert fact in card
         rows = [line.split(" | ")[0].strip("| ") for line in card.splitlines() if line.startswith("| ")]
+        for table in re.findall(r"(?:^\|.*\n)+", card, re.MULTILINE):
+            assert len({line.count("|") for line in table.splitlines()}) == 1
         assert {"pooled_output, float32", "sequence_output:mean, bfloat16", "teacher", "idf bag of tokens"} <= set(rows)
         made = {name: os.stat(f"made/{name}").st_size for name in os.listdir("made")}
         shutil.rmtree("made")
@@ -287,21 +290,25 @@ class TestScores:
     def test_marks_of_a_small_exam(self):
         vectors = {"a": [2, 0], "b": [1, 0], "c": [0, 5], "d": [1, 1]}
         vectors |= {"p0": [1, 0], "p1": [0, 1], "s0": [3, 1], "s1": [2, 1]}  # s1 finds p0 before its own p1
-        exam = Exam({}, [("a", "b", 5), ("a", "c", 0), ("a", "d", 3)], [("s0", "p0"), ("s1", "p1")], ["p0", "p1"])
+        pairs, searches = [("a", "b", 5), ("a", "c", 0), ("a", "d", 3)], [("s0", "p0"), ("s1", "p1")]
+        names = [("s0", "p0"), ("c", "p1"), ("a", "p1"), ("b", "p0")]  # a finds p0 first
+        exam = Exam({}, pairs, searches, names, ["p0", "p1"])
         scores = examine(exam, {key: np.array(vector, np.float32) for key, vector in vectors.items()})
-        assert scores == pytest.approx((1.0, 0.5, 1.0, 0.75))
+        assert scores == pytest.approx((1.0, 0.5, 1.0, 0.75, 0.75))
 
     def test_the_exam_takes_a_sentence_out_of_each_passage(self, tmp_path):
         with open(tmp_path / "sts.csv", "w", newline="") as file:
             csv.writer(file).writerows([("One, two.", "Three.", 2.5), ("Four.", "Five.", 0)])
-        (tmp_path / "passages.txt").write_text(
-            "No sentence in the middle.\nOne is here. Two is there. Three is last.\n"
-        )
+        (tmp_path / "passages.txt").write_text("In one sentence the end.\nOne is here. Two is there. Three is last.\n")
         exam = make_exam(str(tmp_path / "sts.csv"), str(tmp_path / "passages.txt"))
         assert exam.pairs == [("pair/0/0", "pair/0/1", 2.5), ("pair/1/0", "pair/1/1", 0.0)]
         assert exam.texts["pair/0/0"] == "One, two." and exam.texts["sentence/1"] == "Two is there."
         assert exam.texts["passage/1"] == "One is here. Three is last."
         assert exam.searches == [("sentence/1", "passage/1")] and exam.passages == ["passage/0", "passage/1"]
+        assert exam.names == [("name/passage/0", "passage/0"), ("name/passage/1", "passage/1")]
+        assert (
+            exam.texts["name/passage/0"] == "sentence the" and exam.texts["name/passage/1"] == "here three"
+        )  # "one" is in both
 
     @pytest.mark.parametrize(
         ("sts", "passages", "says"),
@@ -329,7 +336,7 @@ class TestScores:
 
     def test_the_bag_weighs_rare_tokens_more(self):
         texts = {"a": "1 1 2", "b": "1", "p": "1 3", "q": "2 2", "s": "3"}
-        exam = Exam(texts, [("a", "b", 1)], [("s", "p")], ["p", "q"])
+        exam = Exam(texts, [("a", "b", 1)], [("s", "p")], [], ["p", "q"])
         bags = bag_of_tokens(exam, lambda given: [[int(token) for token in text.split()] for text in given])
         assert set(bags) == set(texts)
         # Of the pair's two sentences both have token 1, one has token 2; of the two passages one has each token.

@@ -5,6 +5,7 @@
 **Similarity**: Spearman's rank correlation between people's scores of sentence pairs (STS benchmark) and the cosines of
 their vectors. **Finding**: out of each passage held out from training its middle sentence is taken, and looks for what
 is left of the passage among all of them; how often that is first, among the first ten, and the mean of 1 / rank.
+**Naming**: the two rarest words of what is left look for it; how often it is first.
 
 Beside each encoder stands a bag of tokens: counts of word pieces weighted by their inverse document frequency.
 """
@@ -12,9 +13,11 @@ Beside each encoder stands a bag of tokens: counts of word pieces weighted by th
 from __future__ import annotations
 
 import argparse
+import collections
 import csv
 import json
 import os
+import re
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -33,6 +36,7 @@ NAMES = {
     "first": "passage first",
     "first_ten": "among 10",
     "mean_reciprocal_rank": "mean 1 / rank",
+    "named": "first by two rare words",
 }
 
 
@@ -44,12 +48,14 @@ class Scores(NamedTuple):
       first: share of sentences that find their passage first.
       first_ten: share that find it among the first ten.
       mean_reciprocal_rank: mean of 1 / rank.
+      named: share of passages that are found first by their two rarest words.
     """
 
     similarity: float
     first: float
     first_ten: float
     mean_reciprocal_rank: float
+    named: float
 
 
 class Exam(NamedTuple):
@@ -59,12 +65,14 @@ class Exam(NamedTuple):
       texts: by id.
       pairs: two ids, and the people's score from 0 to 5.
       searches: the id of a sentence, and of the passage that it is from.
+      names: the id of two words, and of the passage that they are from.
       passages: ids of all passages.
     """
 
     texts: dict[str, str]
     pairs: list[tuple[str, str, float]]
     searches: list[tuple[str, str]]
+    names: list[tuple[str, str]]
     passages: list[str]
 
 
@@ -74,7 +82,7 @@ def make_exam(sts: str, passages: str) -> Exam:
     Raises:
       ConfigError: if the files are no such.
     """
-    exam = Exam({}, [], [], [])
+    exam = Exam({}, [], [], [], [])
     with open(sts, encoding="utf-8", newline="") as file:
         for i, row in enumerate(csv.reader(file)):
             try:
@@ -90,6 +98,13 @@ def make_exam(sts: str, passages: str) -> Exam:
             exam.texts[f"sentence/{i}"] = sentences.pop(len(sentences) // 2)
             exam.searches.append((f"sentence/{i}", f"passage/{i}"))
         exam.texts[f"passage/{i}"] = " ".join(sentences)
+    words = {key: dict.fromkeys(re.findall(r"[a-z]{3,}", exam.texts[key].lower())) for key in exam.passages}
+    spread = collections.Counter(word for found in words.values() for word in found)
+    for key, found in words.items():
+        rarest = sorted(found, key=spread.__getitem__)[:2]  # among equals the earlier ones
+        if len(rarest) == 2:
+            exam.texts[f"name/{key}"] = " ".join(rarest)
+            exam.names.append((f"name/{key}", key))
     if len(exam.pairs) < 2 or not exam.searches:
         raise ConfigError(f"too little to judge by: {sts} needs two pairs, {passages} a passage of three sentences")
     return exam
@@ -101,16 +116,22 @@ def examine(exam: Exam, vectors: Mapping[str, np.ndarray]) -> Scores:
     cosines = [float(unit[one] @ unit[other]) for one, other, _ in exam.pairs]
     passages = np.stack([unit[key] for key in exam.passages])  # [P, D]
     place = {key: i for i, key in enumerate(exam.passages)}
-    ranks = []
-    for sentence, passage in exam.searches:
-        found = passages @ unit[sentence]  # [P]
-        ranks.append(1 + int((found > found[place[passage]]).sum()))
-    rank = np.array(ranks)
+
+    def find(searches: Sequence[tuple[str, str]]) -> np.ndarray:
+        """The rank of each search's passage."""
+        ranks = []
+        for key, passage in searches:
+            found = passages @ unit[key]  # [P]
+            ranks.append(1 + int((found > found[place[passage]]).sum()))
+        return np.array(ranks)
+
+    rank = find(exam.searches)
     return Scores(
         rank_correlation(np.array(cosines), np.array([score for _, _, score in exam.pairs])),
         float((rank == 1).mean()),
         float((rank <= 10).mean()),
         float((1 / rank).mean()),
+        float((find(exam.names) == 1).mean()),
     )
 
 
@@ -157,7 +178,7 @@ def bag_of_tokens(exam: Exam, tokenize: Callable[[list[str]], list[list[int]]]) 
     paired = [key for one, other, _ in exam.pairs for key in (one, other)]
     return {
         **dict(weigh(paired, paired)),
-        **dict(weigh([*exam.passages, *(sentence for sentence, _ in exam.searches)], exam.passages)),
+        **dict(weigh([*exam.passages, *(key for key, _ in [*exam.searches, *exam.names])], exam.passages)),
     }
 
 
@@ -177,7 +198,7 @@ def format_scores(rows: Mapping[str, Scores]) -> str:
     """A Markdown table."""
     lines = [
         f"| vectors | {' | '.join(NAMES.values())} |",
-        "|---|---:|---:|---:|---:|",
+        "|---|" + "---:|" * len(NAMES),
     ]
     lines += [f"| {name} | " + " | ".join(f"{score:.3f}" for score in scores) + " |" for name, scores in rows.items()]
     return "\n".join(lines)
