@@ -18,7 +18,6 @@ from pipeline.encoders.architecture import (
     recognise_architecture,
     weight_shapes,
 )
-from pipeline.encoders.default import default_vocabulary, default_weights
 from pipeline.errors import ConfigError, EncoderError, first_line
 from pipeline.flags import at_least_one, at_least_zero
 from pipeline.runtime import load_tensorflow
@@ -108,6 +107,8 @@ def run_export_preprocessor(known: argparse.Namespace) -> None:
     elif known.cased:
         raise ConfigError("--cased: the built-in encoder's vocabulary is uncased; name another with --vocab_file")
     else:
+        from pipeline.encoders.default import default_vocabulary
+
         vocabulary = default_vocabulary()
     with writing(known.output):
         from pipeline.preprocess.export import export_preprocessor
@@ -121,6 +122,8 @@ def run_export_preprocessor(known: argparse.Namespace) -> None:
 
 
 def built_in_encoder(known: argparse.Namespace) -> Content:
+    from pipeline.encoders.default import default_vocabulary, default_weights
+
     return Content(default_weights(), default_vocabulary(), lower_case=True)
 
 
