@@ -257,6 +257,7 @@ class TestCommand:
         for table in re.findall(r"(?:^\|.*\n)+", card, re.MULTILINE):
             assert len({line.count("|") for line in table.splitlines()}) == 1
         assert {"pooled_output, float32", "sequence_output:mean, bfloat16", "teacher", "idf bag of tokens"} <= set(rows)
+        assert "Apache License" in (tmp_path / "made" / "LICENSE.txt").read_text()
         made = {name: os.stat(f"made/{name}").st_size for name in os.listdir("made")}
         shutil.rmtree("made")
         train("--steps=4")  # all is there

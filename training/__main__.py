@@ -14,7 +14,7 @@ import json
 import os
 import shutil
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
@@ -29,7 +29,7 @@ from training import teacher
 from training.card import write_card
 from training.corpus import HELD_OUT, KINDS, read_lines, write_corpus
 from training.distil import Recipe, distil
-from training.scores import BAG, VECTORS, Scores, bag_of_tokens, embed_exam, examine, make_exam, tokenizer_of
+from training.scores import BAG, VECTORS, bag_of_tokens, embed_exam, examine, make_exam, tokenizer_of
 from training.student import initial_student
 from training.vocabulary import choose_vocabulary
 
@@ -47,8 +47,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--output", default=default.FOLDER, help="folder for weights, vocabulary and model card")
     parser.add_argument("--n_sentences", type=int, default=200_000, help="how many to learn from")
     parser.add_argument("--n_passages", type=int, default=8_000, help="how many to learn from")
-    parser.add_argument("--steps", type=int, default=1_300, help="batches to learn from")
-    parser.add_argument("--rate", type=float, default=2e-4, help="highest learning rate")
+    parser.add_argument("--steps", type=int, default=850, help="batches to learn from")
+    parser.add_argument("--rate", type=float, default=3e-4, help="highest learning rate")
     parser.add_argument("--seed", type=int, default=0, help="another one makes another order of the texts")
     known = parser.parse_args(arguments)
     for flag in ("sentences", "passages", "sts"):
@@ -92,6 +92,7 @@ def make_encoder(known: argparse.Namespace) -> None:
             os.replace(at("unfinished", name), at(name))
         return at(name)
 
+    exam = make_exam(known.sts, known.passages)
     teachers = once("teacher", teacher.fetch_teacher)
     teacher_weights, pieces = teacher.read_teacher(teachers)
 
@@ -107,22 +108,8 @@ def make_encoder(known: argparse.Namespace) -> None:
     corpus = once("corpus", lambda folder: write_corpus(known.sentences, known.passages, *wanted, folder))
     n_sentences, n_passages = (sum(1 for _ in read_lines(f"{corpus}/{kind}.jsonl")) for kind in KINDS)
 
-    # Run again on a finished table this encodes nothing; on one that was stopped, what is missing.
     taught = {"encoder": f"{teachers}/encoder", "preprocessor": f"{teachers}/preprocessor", "vector": teacher.VECTOR}
-    pipeline.build_table(
-        pipeline.EmbedConfig.from_flat(
-            {
-                **taught,
-                "input": f"{corpus}/*.jsonl",
-                "id_field": "id",
-                "text_field": "text",
-                "max_tokens": teacher.MAX_TOKENS,
-                "normalize": True,
-                "keep_text": True,
-                "output": at("table"),
-            }
-        )
-    )
+    embed_corpus(corpus, at("table"), taught)
 
     initial = initial_student(teacher_weights, pieces, vocabulary, LAYERS)
     recipe = Recipe(known.steps, known.rate, seed=known.seed)
@@ -136,20 +123,34 @@ def make_encoder(known: argparse.Namespace) -> None:
 
     written = once("encoder", write_encoder)
     own = {"encoder": f"{written}/encoder", "preprocessor": f"{written}/preprocessor"}
-    exam = make_exam(known.sts, known.passages)
-    scores: dict[str, Scores] = {}
-    for vector in VECTORS:
-        for precision in ("float32", "bfloat16"):
-            flags = {**own, "vector": vector, "precision": precision}
-            name = f"{vector}, {precision}"
-            scores[name] = examine(exam, embed_exam(exam, at("scores", name.replace(":", "_")), flags))
+    scores = {}
+    for vector, precision in itertools.product(VECTORS, ("float32", "bfloat16")):
+        name, flags = f"{vector}, {precision}", {**own, "vector": vector, "precision": precision}
+        scores[name] = examine(exam, embed_exam(exam, at("scores", name.replace(":", "_")), flags))
     scores["teacher"] = examine(exam, embed_exam(exam, at("scores", "teacher"), taught))
     scores[BAG] = examine(exam, bag_of_tokens(exam, tokenizer_of(vocabulary)))
 
     os.makedirs(known.output, exist_ok=True)
-    shutil.copyfile(packed, os.path.join(known.output, "weights.npz"))
-    shutil.copyfile(vocabulary_file, os.path.join(known.output, "vocabulary.txt"))
+    licence = os.path.join(default.FOLDER, "LICENSE.txt")
+    for path, name in ((packed, "weights.npz"), (vocabulary_file, "vocabulary.txt"), (licence, "LICENSE.txt")):
+        if not os.path.exists(target := os.path.join(known.output, name)) or not os.path.samefile(path, target):
+            shutil.copyfile(path, target)
     write_card(known.output, trained, LAYERS, recipe, (n_sentences, n_passages), scores)
+
+
+def embed_corpus(corpus: str, table: str, taught: Mapping[str, str]) -> None:
+    """Lets the pipeline write the table of targets: nothing, if it is there; what is missing, if it was stopped."""
+    settings = {
+        **taught,
+        "input": f"{corpus}/*.jsonl",
+        "id_field": "id",
+        "text_field": "text",
+        "max_tokens": teacher.MAX_TOKENS,
+        "normalize": True,
+        "keep_text": True,
+        "output": table,
+    }
+    pipeline.build_table(pipeline.EmbedConfig.from_flat(settings), show_progress=True)
 
 
 def read_lessons(table: str, vocabulary: Sequence[str]) -> tuple[list[np.ndarray], np.ndarray]:
