@@ -83,7 +83,7 @@ def test_a_copy_and_a_new_export_of_the_same_encoder_have_the_same(tmp_path):
 
 
 def test_one_weight_changes_it(tmp_path):
-    weights = initial_weights(1, 8, 2, 8000, positions=16)
+    weights = initial_weights(1, 8, 2, len(default_vocabulary()), positions=16)
     export_encoder(weights, default_vocabulary(), str(tmp_path / "one"))
     weights["cls_transform/bias"][3] += 1e-6
     export_encoder(weights, default_vocabulary(), str(tmp_path / "other"))
@@ -91,7 +91,7 @@ def test_one_weight_changes_it(tmp_path):
 
 
 def test_the_same_weights_in_a_graph_that_computes_something_else_have_another(tmp_path, monkeypatch):
-    weights = initial_weights(1, 8, 2, 8000, positions=16)
+    weights = initial_weights(1, 8, 2, len(default_vocabulary()), positions=16)
     export_encoder(weights, default_vocabulary(), str(tmp_path / "one"))
     monkeypatch.setattr(export, "LAYER_NORM_EPSILON", 0.1)
     export_encoder(weights, default_vocabulary(), str(tmp_path / "other"))
@@ -112,4 +112,4 @@ def test_variables_without_names_and_assets_count(tmp_path):
 def test_the_built_in_encoder_is_proven_to_be_what_it_says():
     identity = plan_embedding(EmbedConfig()).identity
     assert identity["encoder"]["family"] == "talking_heads_ggelu_bert"
-    assert np.array_equal(identity["dimensions"], 128)
+    assert np.array_equal(identity["dimensions"], 384)
