@@ -29,9 +29,9 @@ from training import teacher
 from training.card import write_card
 from training.corpus import HELD_OUT, KINDS, read_lines, write_corpus
 from training.distil import Recipe, distil
-from training.scores import BAG, VECTORS, bag_of_tokens, embed_exam, examine, make_exam, tokenizer_of
+from training.scores import BAG, VECTORS, bag_of_tokens, embed_exam, examine, make_exam
 from training.student import initial_student
-from training.vocabulary import choose_vocabulary
+from training.vocabulary import choose_vocabulary, tokenizer_of
 
 LAYERS = (0, 1, 3, 4, 5)  # of the teacher's six: the one whose absence alone is felt least is left out
 VOCABULARY_SIZE = 16_000

@@ -28,6 +28,7 @@ import numpy as np
 import pipeline
 from pipeline.errors import ConfigError, EmbeamError
 from training.corpus import held_out_passages, split_sentences
+from training.vocabulary import tokenizer_of
 
 VECTORS = ("pooled_output", "sequence_output:mean")
 BAG = "idf bag of tokens"
@@ -180,18 +181,6 @@ def bag_of_tokens(exam: Exam, tokenize: Callable[[list[str]], list[list[int]]]) 
         **dict(weigh(paired, paired)),
         **dict(weigh([*exam.passages, *(key for key, _ in [*exam.searches, *exam.names])], exam.passages)),
     }
-
-
-def tokenizer_of(vocabulary: Sequence[str]) -> Callable[[list[str]], list[list[int]]]:
-    """Texts to token ids without [CLS] and [SEP]."""
-    import tensorflow as tf
-    import tensorflow_text as text
-
-    from pipeline.preprocess.export import vocabulary_file
-
-    with vocabulary_file(vocabulary) as path:
-        tokenizer = text.BertTokenizer(path, lower_case=True, token_out_type=tf.int32)
-    return lambda texts: tokenizer.tokenize(texts).merge_dims(1, 2).to_list()
 
 
 def format_scores(rows: Mapping[str, Scores]) -> str:

