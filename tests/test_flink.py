@@ -5,18 +5,21 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
 import psutil
 import pytest
 
-from runners.flink.cluster import Cluster, run_cluster
+from runners.flink.cluster import Cluster, run_cluster, wait_for_task_managers
 from runners.services import find_free_port, worker_pool
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -50,6 +53,32 @@ def test_every_task_manager_reports(cluster):
     settings = {entry["key"]: entry["value"] for entry in cluster.ask("jobmanager/config")}
     assert settings["restart-strategy.type"] == "fixed-delay"
     assert settings["restart-strategy.fixed-delay.attempts"] == "3"
+
+
+def test_a_task_manager_counts_once_its_slots_do():
+    """The answers are those of a JobManager in the moment between, which no test can hold still."""
+    slots = iter([0, 0, 1])
+
+    class JobManager(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            count = next(slots)
+            body = json.dumps({"taskmanagers": [{"id": "task_manager_0", "slotsNumber": count, "freeSlots": count}]})
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(body.encode())
+
+        def log_message(self, *_) -> None: ...
+
+    with HTTPServer(("localhost", 0), JobManager) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        try:
+            process = subprocess.Popen([sys.executable, "-c", "import sys; sys.stdin.read()"], stdin=subprocess.PIPE)
+            cluster = Cluster(f"localhost:{server.server_port}", {"task_manager_0": process})
+            wait_for_task_managers(cluster, Path())
+            assert list(slots) == []
+        finally:
+            process.communicate()
+            server.shutdown()
 
 
 def test_everything_listens_on_loopback_only(cluster):

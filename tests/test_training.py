@@ -188,6 +188,8 @@ class TestLearning:
         rates = [rate_at(step, Recipe(steps=100, rate=1.0)) for step in range(1, 101)]
         assert np.argmax(rates) in (4, 5) and rates[4] == pytest.approx(1, abs=0.02)
         assert np.all(np.diff(rates[:5]) > 0) and np.all(np.diff(rates[5:]) < 0) and 0 < rates[-1] < 0.02
+        again = [rate_at(step, Recipe(steps=200, rate=1.0, cycles=2)) for step in range(1, 201)]
+        assert again == [*rates, *rates]
 
 
 class TestCorpus:
@@ -244,7 +246,7 @@ class TestCommand:
         return run
 
     @pytest.mark.timeout(300)  # seven runs of the pipeline
-    def test_corpus_in_weights_and_card_out(self, train, tmp_path):
+    def test_corpus_in_weights_and_card_out(self, train, tmp_path, capsys):
         train("--steps=4")
         weights, vocabulary = unpack_weights("made/weights.npz"), default.read_vocabulary("made/vocabulary.txt")
         assert len(vocabulary) == 700 and weights["word_embeddings/embeddings"].shape == (700, 64)
@@ -265,7 +267,10 @@ class TestCommand:
         corpus = (tmp_path / "work" / "corpus" / "passages.jsonl").read_text().splitlines()
         assert len(corpus) == 10
         with pytest.raises(SystemExit, match="work was begun with --steps=4; go on with these"):
+            train("--steps=6")
+        with pytest.raises(SystemExit):
             train("--steps=5")
+        assert "--steps=5 batches cannot be cut into --cycles=2 of equal length" in capsys.readouterr().err
 
     def test_a_file_that_is_missing_is_named(self, train, capsys):
         with pytest.raises(SystemExit):

@@ -47,13 +47,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--output", default=default.FOLDER, help="folder for weights, vocabulary and model card")
     parser.add_argument("--n_sentences", type=int, default=200_000, help="how many to learn from")
     parser.add_argument("--n_passages", type=int, default=8_000, help="how many to learn from")
-    parser.add_argument("--steps", type=int, default=850, help="batches to learn from")
+    parser.add_argument("--steps", type=int, default=1700, help="batches to learn from")
     parser.add_argument("--rate", type=float, default=3e-4, help="highest learning rate")
+    parser.add_argument("--cycles", type=int, default=2, help="how often the rate rises to it and falls to nothing")
     parser.add_argument("--seed", type=int, default=0, help="another one makes another order of the texts")
     known = parser.parse_args(arguments)
     for flag in ("sentences", "passages", "sts"):
         if not os.path.isfile(getattr(known, flag)):
             parser.error(f"--{flag}={getattr(known, flag)} is no file")
+    if known.cycles < 1 or known.steps < 1 or known.steps % known.cycles:
+        parser.error(f"--steps={known.steps} batches cannot be cut into --cycles={known.cycles} of equal length")
     check_settings(known)
     load_tensorflow()
     try:
@@ -112,7 +115,7 @@ def make_encoder(known: argparse.Namespace) -> None:
     embed_corpus(corpus, at("table"), taught)
 
     initial = initial_student(teacher_weights, pieces, vocabulary, LAYERS)
-    recipe = Recipe(known.steps, known.rate, seed=known.seed)
+    recipe = Recipe(known.steps, known.rate, known.cycles, seed=known.seed)
     trained = distil(initial, *read_lessons(at("table"), vocabulary), recipe, at("student"))
     packed = once("weights.npz", lambda path: pack_weights(trained, path, LEVELS))
 

@@ -18,7 +18,7 @@ import numpy as np
 from pipeline.encoders.architecture import infer_architecture
 from training.student import make_forward
 
-WARM_UP = 0.05  # of the steps
+WARM_UP = 0.05  # of a cycle
 WEIGHT_DECAY = 0.01
 LARGEST_NORM = 1.0  # of the gradient
 SORTED_BATCHES = 50  # batches whose texts are sorted by length together
@@ -29,7 +29,8 @@ class Recipe(NamedTuple):
 
     Attributes:
       steps: batches.
-      rate: the highest learning rate, reached after the warm-up, from where it falls linearly to nothing.
+      rate: the highest learning rate; in each cycle it is reached after a warm-up and falls linearly to nothing.
+      cycles: how many, of equal length.
       batch_texts, batch_tokens: the most in a batch, padding counted.
       seed: another one makes another order of the texts.
       save_steps: steps from one checkpoint to the next.
@@ -37,6 +38,7 @@ class Recipe(NamedTuple):
 
     steps: int
     rate: float
+    cycles: int = 1
     batch_texts: int = 256
     batch_tokens: int = 6144
     seed: int = 0
@@ -147,8 +149,10 @@ def distil(
 
 def rate_at(step: int, recipe: Recipe) -> float:
     """The learning rate of a step, counted from 1."""
-    warm = max(1.0, WARM_UP * recipe.steps)
-    return recipe.rate * min(step / warm, (recipe.steps - step + 1) / max(1.0, recipe.steps - warm))
+    length = recipe.steps // recipe.cycles
+    past = (step - 1) % length  # steps of its cycle before it
+    warm = max(1.0, WARM_UP * length)
+    return recipe.rate * min((past + 1) / warm, (length - past) / max(1.0, length - warm))
 
 
 def _report(folder: str, step: int, recipe: Recipe, losses: Any, seconds: float) -> None:

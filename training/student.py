@@ -9,6 +9,7 @@ One letter glossary: B batch, L tokens, N tokens of all rows together, D width, 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
@@ -17,7 +18,6 @@ import numpy as np
 from pipeline.config import VectorChoice
 from pipeline.encoders import fast
 from pipeline.encoders.architecture import PLAIN, TALKING_HEADS, Architecture, infer_architecture, weight_shapes
-from pipeline.encoders.export import MASKED_LOGIT
 from pipeline.vectors.pooling import pool_tokens
 
 if TYPE_CHECKING:
@@ -80,16 +80,12 @@ def make_forward(variables: Mapping[str, tf.Variable], a: Architecture) -> Calla
 
     mode = fast.Mode()
     both = VectorChoice("pooled_output")  # needs all layers and the pooler
+    run_layer = functools.partial(fast.forward_layer, a=a, mode=mode)
 
     def forward(ids: tf.Tensor, mask: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
         w = fast.arrange_weights(lambda name: tf.convert_to_tensor(variables[name]), a, both, mode)
-        present = tf.cast(mask, tf.float32)
-        rows = fast.lay_out_rows(present, mode.packed)
-        logit_mask = ((1.0 - present) * MASKED_LOGIT)[:, None, None, :]  # [B, 1, 1, L]
-        x = fast.embed_tokens(ids, tf.zeros_like(ids), rows, w)  # [N, D]
-        for layer in w.layers:
-            x = fast.forward_layer(x, logit_mask, rows, layer, a, mode, first=False)
-        pooled = tf.tanh(fast.multiply(tf.gather(x, rows.first), w.pooler, mode))  # [B, D]
+        x, rows = fast.run_layers(ids, mask, tf.zeros_like(ids), w, mode, run_layer, first_only=False)  # [N, D]
+        pooled = fast.pool_first(tf.gather(x, rows.first), w.pooler, mode)
         return pooled, pool_tokens(fast.spread(x, rows), mask, "mean")
 
     return forward

@@ -13,6 +13,7 @@ Sources: post-layer-norm BERT, arXiv 1810.04805; talking heads, arXiv 2003.02436
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -182,27 +183,46 @@ def define_graph(weights: Weights, a: Architecture, choice: VectorChoice, mode: 
     tf = load_tensorflow()
     first_only = _is_pooled(choice) or choice.pooling == "cls"
 
-    def run_layer(x: tf.Tensor, logit_mask: tf.Tensor, rows: Rows, w: Layer, first: bool) -> tf.Tensor:
-        return forward_layer(x, logit_mask, rows, w, a, mode, first)
-
+    run_layer = functools.partial(forward_layer, a=a, mode=mode)
     if mode.compiled:
         run_layer = tf.function(run_layer, jit_compile=True, autograph=False)
 
     def run(input_word_ids: tf.Tensor, input_mask: tf.Tensor, input_type_ids: tf.Tensor) -> tf.Tensor:
         w = tf.nest.map_structure(_freeze, weights) if mode.frozen else weights
-        mask = tf.cast(input_mask, tf.float32)  # [B, L]
-        rows = lay_out_rows(mask, mode.packed)
-        logit_mask = ((1.0 - mask) * MASKED_LOGIT)[:, None, None, :]  # [B, 1, 1, L]
-        x = embed_tokens(input_word_ids, input_type_ids, rows, w)  # [N, D]
-        for i, layer in enumerate(w.layers):
-            x = run_layer(x, logit_mask, rows, layer, first_only and i + 1 == len(w.layers))
+        x, rows = run_layers(input_word_ids, input_mask, input_type_ids, w, mode, run_layer, first_only)
         if w.pooler is not None:
-            return tf.tanh(tf.cast(multiply(x, w.pooler, mode), tf.float32))  # [B, D]
+            return pool_first(x, w.pooler, mode)
         if first_only:
             return x  # [B, D]
         return pool_tokens(spread(x, rows), input_mask, choice.pooling)
 
     return run
+
+
+def run_layers(
+    ids: tf.Tensor,
+    mask: tf.Tensor,
+    types: tf.Tensor,
+    w: Weights,
+    mode: Mode,
+    run_layer: Callable[..., tf.Tensor],
+    first_only: bool,
+) -> tuple[tf.Tensor, Rows]:
+    """From the three inputs [B, L] to the last layer's tokens [N, D], or first tokens [B, D], and where they are.
+
+    Args:
+      run_layer: `forward_layer` without `a` and `mode`.
+      first_only: the last layer computes first tokens alone.
+    """
+    import tensorflow as tf
+
+    present = tf.cast(mask, tf.float32)  # [B, L]
+    rows = lay_out_rows(present, mode.packed)
+    logit_mask = ((1.0 - present) * MASKED_LOGIT)[:, None, None, :]  # [B, 1, 1, L]
+    x = embed_tokens(ids, types, rows, w)  # [N, D]
+    for i, layer in enumerate(w.layers):
+        x = run_layer(x, logit_mask, rows, layer, first=first_only and i + 1 == len(w.layers))
+    return x, rows
 
 
 class Rows(NamedTuple):
@@ -303,6 +323,13 @@ def attend(
     if rows.kept is not None and not first:
         context = tf.gather(context, rows.kept)  # [N, D]
     return multiply(context, w.attended, mode)
+
+
+def pool_first(x: tf.Tensor, pooler: Dense, mode: Mode) -> tf.Tensor:
+    """The pooled output of first tokens: [B, D] to the same, in float32."""
+    import tensorflow as tf
+
+    return tf.tanh(tf.cast(multiply(x, pooler, mode), tf.float32))
 
 
 def mix_heads(scores: tf.Tensor, mix: tf.Tensor | None) -> tf.Tensor:

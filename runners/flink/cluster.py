@@ -57,9 +57,10 @@ class Cluster:
             return json.load(response)
 
     def registered(self) -> set[str]:
-        """The ids of the TaskManagers that the JobManager counts on; none while it is still starting."""
+        """The ids of the TaskManagers whose slots the JobManager counts on; none while it is still starting."""
         try:
-            return {manager["id"] for manager in self.ask("taskmanagers")["taskmanagers"]}
+            managers = self.ask("taskmanagers")["taskmanagers"]
+            return {manager["id"] for manager in managers if manager["slotsNumber"]}  # known a moment before its slots
         except OSError:  # it listens before it has taken the lead, and says so by status 503
             return set()
 
@@ -146,7 +147,7 @@ def write_settings(folder: Path, rest: int, slots: int, restarts: int) -> None:
 
 
 def wait_for_task_managers(cluster: Cluster, log_dir: Path) -> None:
-    """Returns once the JobManager knows all.
+    """Returns once the JobManager knows the slots of all.
 
     Raises:
       RuntimeError: if one ends, or it takes too long.
