@@ -22,7 +22,7 @@ from tests.export_support import REFERENCE, TOLERANCE, read_vocabulary, some_inp
 from tests.support import some_texts
 from training import __main__ as command
 from training import distil as learning
-from training.corpus import HELD_OUT, held_out_passages, split_sentences, write_corpus
+from training.corpus import HELD_OUT, split_passages, split_sentences, write_corpus
 from training.distil import Recipe, batches_of_epoch, distil, pad, rate_at
 from training.scores import Exam, bag_of_tokens, examine, make_exam, rank_correlation
 from training.scores import main as print_scores
@@ -210,7 +210,7 @@ class TestCorpus:
             for line in (tmp_path / "corpus" / f"{name}.jsonl").read_text().splitlines()
         ]
         assert sum(text.startswith("A sentence") for text in texts) == 50 and "its middle is 2049 long" not in texts
-        held_out = held_out_passages(files[1])
+        _, held_out = split_passages(files[1])
         assert len(held_out) == HELD_OUT and not {t.lower() for t in texts} & {t.lower() for t in held_out}
 
     def test_sentences(self):
@@ -228,7 +228,7 @@ class TestCommand:
             shutil.copytree(REFERENCE / "preprocess_v1000", f"{folder}/preprocessor")
 
         monkeypatch.setattr(command.teacher, "fetch_teacher", fetch)
-        for name, value in {"LAYERS": (0, 1), "VOCABULARY_SIZE": 700, "HELD_OUT": 20}.items():
+        for name, value in {"LAYERS": (0, 1), "VOCABULARY_SIZE": 700}.items():
             monkeypatch.setattr(command, name, value)
         monkeypatch.setattr("training.corpus.HELD_OUT", 20)
         monkeypatch.chdir(tmp_path)

@@ -27,7 +27,7 @@ from pipeline.preprocess.export import export_preprocessor
 from pipeline.runtime import load_tensorflow
 from training import teacher
 from training.card import write_card
-from training.corpus import HELD_OUT, KINDS, read_lines, write_corpus
+from training.corpus import HELD_OUT, KINDS, read_lines, split_passages, write_corpus
 from training.distil import Recipe, distil
 from training.scores import BAG, VECTORS, bag_of_tokens, embed_exam, examine, make_exam
 from training.student import initial_student
@@ -100,8 +100,7 @@ def make_encoder(known: argparse.Namespace) -> None:
     teacher_weights, pieces = teacher.read_teacher(teachers)
 
     def write_vocabulary(path: str) -> None:
-        passages = list(read_lines(known.passages))[:-HELD_OUT]
-        texts = itertools.chain(read_lines(known.sentences), passages)
+        texts = itertools.chain(read_lines(known.sentences), split_passages(known.passages)[0])
         with open(path, "w", encoding="utf-8", newline="\n") as file:
             file.writelines(piece + "\n" for piece in choose_vocabulary(texts, pieces, VOCABULARY_SIZE))
 

@@ -31,9 +31,10 @@ def normal_form(text: str) -> str:
     return "".join(character for character in text.lower() if character.isalnum())
 
 
-def held_out_passages(passages: str) -> list[str]:
-    """The last passages of the file, which is in random order."""
-    return list(read_lines(passages))[-HELD_OUT:]
+def split_passages(path: str) -> tuple[list[str], list[str]]:
+    """The passages to learn from, and those held out: the last of the file, which is in random order."""
+    passages = list(read_lines(path))
+    return passages[:-HELD_OUT], passages[-HELD_OUT:]
 
 
 def write_corpus(sentences: str, passages: str, n_sentences: int, n_passages: int, folder: str) -> None:
@@ -41,7 +42,7 @@ def write_corpus(sentences: str, passages: str, n_sentences: int, n_passages: in
 
     What is held out is not among them, and none of its sentences is.
     """
-    held_out = held_out_passages(passages)
+    learned, held_out = split_passages(passages)
     known = {normal_form(sentence) for passage in held_out for sentence in split_sentences(passage)}
     known |= {normal_form(passage) for passage in held_out}
 
@@ -49,7 +50,7 @@ def write_corpus(sentences: str, passages: str, n_sentences: int, n_passages: in
         return (text for text in texts if normal_form(text) not in known)
 
     os.makedirs(folder)
-    for kind, path, count in zip(KINDS, (sentences, passages), (n_sentences, n_passages), strict=True):
+    for kind, texts, count in zip(KINDS, (read_lines(sentences), learned), (n_sentences, n_passages), strict=True):
         with open(os.path.join(folder, f"{kind}.jsonl"), "w", encoding="utf-8") as file:
-            for number, text in zip(range(count), unknown(read_lines(path)), strict=False):
+            for number, text in zip(range(count), unknown(texts), strict=False):
                 file.write(json.dumps({"id": f"{kind}/{number}", "text": text}, ensure_ascii=False) + "\n")

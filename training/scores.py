@@ -27,7 +27,7 @@ import numpy as np
 
 import pipeline
 from pipeline.errors import ConfigError, EmbeamError
-from training.corpus import held_out_passages, split_sentences
+from training.corpus import split_passages, split_sentences
 from training.vocabulary import tokenizer_of
 
 VECTORS = ("pooled_output", "sequence_output:mean")
@@ -92,7 +92,7 @@ def make_exam(sts: str, passages: str) -> Exam:
             except ValueError:
                 raise ConfigError(f"{sts}: record {i + 1} is not two sentences and a number: {row}") from None
             exam.texts[f"pair/{i}/0"], exam.texts[f"pair/{i}/1"] = one, other
-    for i, passage in enumerate(held_out_passages(passages)):
+    for i, passage in enumerate(split_passages(passages)[1]):
         sentences = split_sentences(passage)
         exam.passages.append(f"passage/{i}")
         if len(sentences) >= 3:
