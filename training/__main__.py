@@ -23,6 +23,7 @@ from pipeline.encoders import default
 from pipeline.encoders.export import export_encoder
 from pipeline.encoders.packed import pack_weights, unpack_weights
 from pipeline.errors import EmbeamError
+from pipeline.flags import at_least_one, at_least_zero
 from pipeline.preprocess.export import export_preprocessor
 from pipeline.runtime import load_tensorflow
 from training import teacher
@@ -45,17 +46,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--sts", required=True, help="the STS benchmark's dev split: CSV of sentence, sentence, score")
     parser.add_argument("--work", default="build/training", help="folder for what is made on the way")
     parser.add_argument("--output", default=default.FOLDER, help="folder for weights, vocabulary and model card")
-    parser.add_argument("--n_sentences", type=int, default=200_000, help="how many to learn from")
-    parser.add_argument("--n_passages", type=int, default=8_000, help="how many to learn from")
-    parser.add_argument("--steps", type=int, default=1700, help="batches to learn from")
+    parser.add_argument("--n_sentences", type=at_least_zero, default=200_000, help="how many to learn from")
+    parser.add_argument("--n_passages", type=at_least_zero, default=8_000, help="how many to learn from")
+    parser.add_argument("--steps", type=at_least_one, default=1700, help="batches to learn from")
     parser.add_argument("--rate", type=float, default=3e-4, help="highest learning rate")
-    parser.add_argument("--cycles", type=int, default=2, help="how often the rate rises to it and falls to nothing")
+    parser.add_argument(
+        "--cycles", type=at_least_one, default=2, help="how often the rate rises to it and falls to nothing"
+    )
     parser.add_argument("--seed", type=int, default=0, help="another one makes another order of the texts")
     known = parser.parse_args(arguments)
     for flag in ("sentences", "passages", "sts"):
         if not os.path.isfile(getattr(known, flag)):
             parser.error(f"--{flag}={getattr(known, flag)} is no file")
-    if known.cycles < 1 or known.steps < 1 or known.steps % known.cycles:
+    if known.steps % known.cycles:
         parser.error(f"--steps={known.steps} batches cannot be cut into --cycles={known.cycles} of equal length")
     check_settings(known)
     load_tensorflow()
@@ -111,16 +114,20 @@ def make_encoder(known: argparse.Namespace) -> None:
     n_sentences, n_passages = (sum(1 for _ in read_lines(f"{corpus}/{kind}.jsonl")) for kind in KINDS)
 
     taught = {"encoder": f"{teachers}/encoder", "preprocessor": f"{teachers}/preprocessor", "vector": teacher.VECTOR}
-    embed_corpus(corpus, at("table"), taught)
-
-    initial = initial_student(teacher_weights, pieces, vocabulary, LAYERS)
     recipe = Recipe(known.steps, known.rate, known.cycles, seed=known.seed)
-    trained = distil(initial, *read_lessons(at("table"), vocabulary), recipe, at("student"))
-    packed = once("weights.npz", lambda path: pack_weights(trained, path, LEVELS))
+
+    def learn(path: str) -> None:
+        embed_corpus(corpus, at("table"), taught)
+        initial = initial_student(teacher_weights, pieces, vocabulary, LAYERS)
+        trained = distil(initial, *read_lessons(at("table"), vocabulary), recipe, at("student"))
+        pack_weights(trained, path, LEVELS)
+
+    packed = once("weights.npz", learn)
+    weights = unpack_weights(packed)
 
     def write_encoder(folder: str) -> None:
         os.makedirs(folder)
-        export_encoder(unpack_weights(packed), vocabulary, os.path.join(folder, "encoder"))
+        export_encoder(weights, vocabulary, os.path.join(folder, "encoder"))
         export_preprocessor(vocabulary, os.path.join(folder, "preprocessor"))
 
     written = once("encoder", write_encoder)
@@ -137,7 +144,7 @@ def make_encoder(known: argparse.Namespace) -> None:
     for path, name in ((packed, "weights.npz"), (vocabulary_file, "vocabulary.txt"), (licence, "LICENSE.txt")):
         if not os.path.exists(target := os.path.join(known.output, name)) or not os.path.samefile(path, target):
             shutil.copyfile(path, target)
-    write_card(known.output, trained, LAYERS, recipe, (n_sentences, n_passages), scores)
+    write_card(known.output, weights, LAYERS, recipe, (n_sentences, n_passages), scores)
 
 
 def embed_corpus(corpus: str, table: str, taught: Mapping[str, str]) -> None:

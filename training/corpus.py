@@ -37,8 +37,15 @@ def split_passages(path: str) -> tuple[list[str], list[str]]:
     return passages[:-HELD_OUT], passages[-HELD_OUT:]
 
 
+def write_texts(path: str, texts: Iterable[tuple[str, str]]) -> None:
+    """Writes pairs of `id` and `text` as JSON lines, for the pipeline."""
+    with open(path, "w", encoding="utf-8") as file:
+        for key, text in texts:
+            file.write(json.dumps({"id": key, "text": text}, ensure_ascii=False) + "\n")
+
+
 def write_corpus(sentences: str, passages: str, n_sentences: int, n_passages: int, folder: str) -> None:
-    """Writes the first sentences and passages as JSON lines with `id` and `text`, for the pipeline.
+    """Writes the first sentences and passages, a file of each.
 
     What is held out is not among them, and none of its sentences is.
     """
@@ -51,6 +58,5 @@ def write_corpus(sentences: str, passages: str, n_sentences: int, n_passages: in
 
     os.makedirs(folder)
     for kind, texts, count in zip(KINDS, (read_lines(sentences), learned), (n_sentences, n_passages), strict=True):
-        with open(os.path.join(folder, f"{kind}.jsonl"), "w", encoding="utf-8") as file:
-            for number, text in zip(range(count), unknown(texts), strict=False):
-                file.write(json.dumps({"id": f"{kind}/{number}", "text": text}, ensure_ascii=False) + "\n")
+        numbered = zip(range(count), unknown(texts), strict=False)
+        write_texts(os.path.join(folder, f"{kind}.jsonl"), ((f"{kind}/{number}", text) for number, text in numbered))

@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import collections
 import csv
-import json
 import os
 import re
 import sys
@@ -27,7 +26,7 @@ import numpy as np
 
 import pipeline
 from pipeline.errors import ConfigError, EmbeamError
-from training.corpus import split_passages, split_sentences
+from training.corpus import split_passages, split_sentences, write_texts
 from training.vocabulary import tokenizer_of
 
 VECTORS = ("pooled_output", "sequence_output:mean")
@@ -150,9 +149,7 @@ def embed_exam(exam: Exam, folder: str, flags: Mapping[str, Any]) -> dict[str, n
     """Lets the pipeline write a table of all texts, and reads the vectors from it."""
     os.makedirs(folder, exist_ok=True)
     texts = os.path.join(folder, "texts.jsonl")
-    with open(texts, "w", encoding="utf-8") as file:
-        for key, text in exam.texts.items():
-            file.write(json.dumps({"id": key, "text": text}, ensure_ascii=False) + "\n")
+    write_texts(texts, exam.texts.items())
     table = os.path.join(folder, "table")
     settings = {"input": texts, "id_field": "id", "text_field": "text", "output": table, **flags}
     pipeline.build_table(pipeline.EmbedConfig.from_flat(settings))

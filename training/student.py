@@ -9,7 +9,6 @@ One letter glossary: B batch, L tokens, N tokens of all rows together, D width, 
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
@@ -80,11 +79,10 @@ def make_forward(variables: Mapping[str, tf.Variable], a: Architecture) -> Calla
 
     mode = fast.Mode()
     both = VectorChoice("pooled_output")  # needs all layers and the pooler
-    run_layer = functools.partial(fast.forward_layer, a=a, mode=mode)
 
     def forward(ids: tf.Tensor, mask: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
         w = fast.arrange_weights(lambda name: tf.convert_to_tensor(variables[name]), a, both, mode)
-        x, rows = fast.run_layers(ids, mask, tf.zeros_like(ids), w, mode, run_layer, first_only=False)  # [N, D]
+        x, rows = fast.run_layers(ids, mask, tf.zeros_like(ids), w, a, mode, first_only=False)  # [N, D]
         pooled = fast.pool_first(tf.gather(x, rows.first), w.pooler, mode)
         return pooled, pool_tokens(fast.spread(x, rows), mask, "mean")
 

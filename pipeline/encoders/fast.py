@@ -183,13 +183,9 @@ def define_graph(weights: Weights, a: Architecture, choice: VectorChoice, mode: 
     tf = load_tensorflow()
     first_only = _is_pooled(choice) or choice.pooling == "cls"
 
-    run_layer = functools.partial(forward_layer, a=a, mode=mode)
-    if mode.compiled:
-        run_layer = tf.function(run_layer, jit_compile=True, autograph=False)
-
     def run(input_word_ids: tf.Tensor, input_mask: tf.Tensor, input_type_ids: tf.Tensor) -> tf.Tensor:
         w = tf.nest.map_structure(_freeze, weights) if mode.frozen else weights
-        x, rows = run_layers(input_word_ids, input_mask, input_type_ids, w, mode, run_layer, first_only)
+        x, rows = run_layers(input_word_ids, input_mask, input_type_ids, w, a, mode, first_only)
         if w.pooler is not None:
             return pool_first(x, w.pooler, mode)
         if first_only:
@@ -200,22 +196,14 @@ def define_graph(weights: Weights, a: Architecture, choice: VectorChoice, mode: 
 
 
 def run_layers(
-    ids: tf.Tensor,
-    mask: tf.Tensor,
-    types: tf.Tensor,
-    w: Weights,
-    mode: Mode,
-    run_layer: Callable[..., tf.Tensor],
-    first_only: bool,
+    ids: tf.Tensor, mask: tf.Tensor, types: tf.Tensor, w: Weights, a: Architecture, mode: Mode, first_only: bool
 ) -> tuple[tf.Tensor, Rows]:
-    """From the three inputs [B, L] to the last layer's tokens [N, D], or first tokens [B, D], and where they are.
-
-    Args:
-      run_layer: `forward_layer` without `a` and `mode`.
-      first_only: the last layer computes first tokens alone.
-    """
+    """From the three inputs [B, L] to the last layer's tokens [N, D], or first tokens [B, D], and where they are."""
     import tensorflow as tf
 
+    run_layer = functools.partial(forward_layer, a=a, mode=mode)
+    if mode.compiled:
+        run_layer = tf.function(run_layer, jit_compile=True, autograph=False)
     present = tf.cast(mask, tf.float32)  # [B, L]
     rows = lay_out_rows(present, mode.packed)
     logit_mask = ((1.0 - present) * MASKED_LOGIT)[:, None, None, :]  # [B, 1, 1, L]
