@@ -1,0 +1,265 @@
+"""`embeam export-encoder` and `embeam export-preprocessor`: what they write works, and what cannot be is one line."""
+
+import os
+import shutil
+import signal
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from pipeline import cli
+from pipeline.config import EmbedConfig
+from pipeline.encoders import export
+from pipeline.encoders.default import VOCABULARY_FILE
+from pipeline.plan import plan_embedding
+from pipeline.preprocess.export import saveable
+from pipeline.runtime import load_tensorflow
+from pipeline.saved_model import TOKEN_INPUTS, describe_saved_model, read_flag, read_variables
+from pipeline.tables.manifest import open_table
+from pipeline.tables.read import read_table
+from tests.support.paths import ENCODER, PREPROCESSOR
+from tests.support.processes import assert_one_line, start_cli
+from tests.support.tables import hash_folder
+
+SIZES = ("--layers=2", "--hidden_size=24", "--heads=3", "--positions=32")
+VOCABULARY = Path(ENCODER, "assets", "vocab.txt")
+
+
+@pytest.fixture
+def call(capfd, tmp_path, monkeypatch):
+    """Runs the command line in this process, in a folder of its own: arguments -> exit code, stdout, stderr."""
+    monkeypatch.chdir(tmp_path)
+    load_tensorflow()  # what it says when it looks for a GPU is not ours
+
+    def run(*arguments):
+        capfd.readouterr()
+        try:
+            cli.main([str(argument) for argument in arguments])
+            code = 0
+        except SystemExit as stop:
+            code = stop.code
+        out, err = capfd.readouterr()
+        return code, out, err
+
+    return run
+
+
+@pytest.fixture
+def refused(call, tmp_path):
+    """Runs what must fail: arguments -> the one line that is said; nothing is left behind."""
+
+    def run(*arguments, code=2):
+        before = sorted(tmp_path.rglob("*"))
+        found, out, err = call(*arguments)
+        assert (found, out) == (code, ""), err
+        assert sorted(tmp_path.rglob("*")) == before
+        return assert_one_line(err)
+
+    return run
+
+
+def read_weights(folder):
+    return dict(read_variables(str(folder), describe_saved_model(str(folder)).variables))
+
+
+def fingerprint(encoder):
+    return plan_embedding(EmbedConfig.from_flat({"encoder": str(encoder)})).fingerprint
+
+
+# What is written.
+
+
+def test_what_both_verbs_write_makes_a_table(call, tmp_path):
+    (tmp_path / "a.txt").write_text("a dog\na cat\na horse\n")
+    code, out, err = call("export-encoder", *SIZES, f"--vocab_file={VOCABULARY}", "--output=new/encoder")
+    assert (code, err) == (0, "")
+    parameters = sum(weight.size for weight in read_weights("new/encoder").values())
+    assert out.splitlines() == [
+        f"new/encoder holds an encoder of {parameters:,} parameters, untrained: 2 layers, width 24, 3 heads, "
+        "1,000 uncased pieces, up to 32 tokens",
+        "next: embeam embed --input='corpus/*' --encoder=new/encoder --output=table",
+    ]
+    code, out, err = call("export-preprocessor", f"--vocab_file={VOCABULARY}", "--output=new/preprocessor")
+    assert (code, err) == (0, "")
+    assert "1,000 uncased pieces" in out and "--preprocessor=new/preprocessor" in out
+    shown = ("embed", "--input=a.txt", "--encoder=new/encoder")  # as the lines above advise
+    assert call(*shown, "--output=table")[0] == 0
+    assert call(*shown, "--preprocessor=new/preprocessor", "--output=other")[0] == 0
+    assert open_table("table")[0].fingerprint == open_table("other")[0].fingerprint
+    (ids, vectors), (other_ids, others) = (read_table(name) for name in ("table", "other"))
+    assert vectors.shape == (3, 24)
+    order = [other_ids.index(i) for i in ids]
+    assert np.array_equal(vectors, others[order])
+
+
+def test_without_sizes_the_built_in_encoder_is_written(call, tmp_path):
+    (tmp_path / "a.txt").write_text("a dog\na cat\na horse\n")
+    code, out, err = call("export-encoder", "--output=encoder")
+    assert (code, err) == (0, "") and "16,000 uncased pieces, up to 512 tokens" in out and "untrained" not in out
+    assert call("export-preprocessor", "--output=preprocessor")[0] == 0
+    assert call("embed", "--input=a.txt", "--output=built_in")[0] == 0
+    shown = ("--encoder=encoder", "--preprocessor=preprocessor")
+    assert call("embed", "--input=a.txt", *shown, "--output=written")[0] == 0
+    assert open_table("built_in")[0].fingerprint == open_table("written")[0].fingerprint
+
+
+def test_the_seed_makes_the_weights(call):
+    for name, *seed in (("a",), ("b", "--seed=0"), ("c", "--seed=1")):
+        assert call("export-encoder", *SIZES, f"--vocab_file={VOCABULARY}", f"--output={name}", *seed)[0] == 0
+    expected = export.initial_weights(2, 24, 3, 1000, positions=32, seed=0)
+    found = read_weights("a")
+    assert found.keys() == expected.keys() and all(np.array_equal(found[name], expected[name]) for name in found)
+    assert fingerprint("a") == fingerprint("b") != fingerprint("c")
+
+
+def test_cased_vocabularies(call, tmp_path):
+    (tmp_path / "v.txt").write_bytes(b"\xef\xbb\xbf[PAD]\r\n[UNK]\r\n[CLS]\r\n[SEP]\r\n[MASK]\r\ncafe\r\nCaf\xc3\xa9")
+    assert "7 cased" in call("export-encoder", *SIZES, "--vocab_file=v.txt", "--cased", "--output=e")[1]
+    assert "7 cased" in call("export-preprocessor", "--vocab_file=v.txt", "--cased", "--output=p")[1]
+    assert not read_flag("e", "do_lower_case")
+    assert tf.saved_model.load("p").tokenize(tf.constant(["Café cafe café"])).to_list() == [[[6], [5], [1]]]
+    assert plan_embedding(EmbedConfig.from_flat({"encoder": "e", "preprocessor": "p"})).fingerprint == fingerprint("e")
+
+
+def test_the_weights_of_another_encoder(call):
+    code, out, err = call("export-encoder", f"--from_encoder={ENCODER}", "--heads=4", "--output=again")
+    assert (code, err) == (0, "")
+    assert "2 layers, width 64, 4 heads, 1,000 uncased pieces, up to 512 tokens" in out and "untrained" not in out
+    assert Path("again/assets/vocab.txt").read_bytes() == VOCABULARY.read_bytes()
+    assert fingerprint("again") == fingerprint(ENCODER)
+
+
+def test_the_weights_of_another_encoder_with_another_vocabulary(call, tmp_path):
+    pieces = VOCABULARY.read_text().splitlines()
+    (tmp_path / "v.txt").write_text("\n".join([*pieces[:-2], pieces[-1], pieces[-2]]))
+    assert call("export-encoder", f"--from_encoder={ENCODER}", "--vocab_file=v.txt", "--output=again")[0] == 0
+    assert Path("again/assets/vocab.txt").read_text().splitlines()[-1] == pieces[-2]
+    assert fingerprint("again") != fingerprint(ENCODER)
+
+
+# What is refused.
+
+NEW = ("export-encoder", *SIZES, f"--vocab_file={VOCABULARY}", "--output=new")
+FROM = ("export-encoder", f"--from_encoder={ENCODER}", "--output=new")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        ((*NEW, "--layers=0"), "--layers: 0 is not a whole number from 1"),
+        ((*NEW, "--heads=-3"), "--heads: -3 is not"),
+        ((*NEW, "--hidden_size=24.0"), "--hidden_size: 24.0 is not"),
+        ((*NEW, "--seed=-1"), "--seed: -1 is not a whole number from 0"),
+        ((*NEW, "--heads=5"), "--hidden_size=24 cannot be shared among --heads=5; use a multiple of 5"),
+        ((*NEW, "--positions=2"), "--positions=2 leaves no room"),
+        ((*NEW, "--hidden_size=30000000"), "GB of memory"),
+        ((*NEW, "--layers=1000000000000"), "GB of memory"),
+        ((*NEW, "--vocab_file="), "needs --vocab_file too"),
+        ((*NEW, "--output="), "--output= is no local folder"),
+        ((*NEW, "--output=gs://bucket/new"), "--output=gs://bucket/new is no local folder"),
+        ((*NEW, "--output=half\udcff"), "is not UTF-8"),
+        ((*NEW, "--output=/dev/null/new"), "--output=/dev/null/new cannot be written"),
+        ((*NEW, f"--output={'x' * 300}"), "cannot be written"),
+        ((*NEW, "other"), "--output=other"),
+        ((*NEW, "--vocab-file=x"), "--vocab_file"),
+        ((*NEW, "--hiden_size=3"), "--hidden_size"),
+        (NEW[:-1], "--output"),
+        (("export-encoder", "--layers=2", "--output=new"), "needs --hidden_size, --heads, --vocab_file too"),
+        ((*FROM, "--layers=3"), f"--layers=3: --from_encoder={ENCODER} has 2; leave it out"),
+        ((*FROM, "--positions=100"), "has 512"),
+        ((*FROM, "--seed=0"), "--seed=0: the weights come from"),
+        ((*FROM, "--cased"), "is uncased; leave it out"),
+        ((*FROM, f"--vocab_file={VOCABULARY_FILE}"), "has 16,000 pieces and the encoder 1,000 word embeddings"),
+        (("export-encoder", "--cased", "--output=new"), "needs --layers, --hidden_size, --heads, --vocab_file too"),
+        (("export-encoder", "--seed=0", "--output=new"), "needs --layers, --hidden_size, --heads, --vocab_file too"),
+        (("export-preprocessor", "--cased", "--output=new"), "--cased: the built-in encoder's vocabulary is uncased"),
+        (("export-preprocessor", f"--vocab_file={VOCABULARY}", "--output=/dev/null/new"), "cannot be written"),
+        (("export-preprocessor", f"--vocab_file={VOCABULARY}", "--output=new", "--layers=2"), "--layers"),
+    ],
+    ids=lambda value: " ".join(value[2:]).replace("\udcff", "?")[-60:] if isinstance(value, tuple) else None,
+)
+def test_flags_that_cannot_work(refused, arguments, says):
+    assert says in refused(*arguments)
+
+
+@pytest.mark.parametrize("verb", [("export-encoder", *SIZES), ("export-preprocessor",)], ids=lambda verb: verb[0])
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        (None, "cannot be read: No such file"),
+        ("folder", "cannot be read: Is a directory"),
+        (b"[PAD]\n[UNK]\n[CLS]\nna\xefve\n", "is not UTF-8: see line 4"),
+        (b"", "piece 0 of the vocabulary, '', is empty"),
+        (b"[PAD]\n[UNK]\n[CLS]\n[SEP]\na\n", "lacks [MASK]"),
+        (b"[PAD]\n[UNK]\n[CLS]\n[SEP]\n[MASK]\na\na\n", "'a', occurs twice"),
+    ],
+)
+def test_a_vocabulary_that_is_none(refused, tmp_path, verb, content, says):
+    path = tmp_path / "v.txt"
+    if content == "folder":
+        path.mkdir()
+    elif content is not None:
+        path.write_bytes(content)
+    line = refused(*verb, "--vocab_file=v.txt", "--output=new")
+    assert "--vocab_file=v.txt" in line and says in line
+
+
+@pytest.mark.parametrize("verb", [("export-encoder", *SIZES), ("export-preprocessor",)], ids=lambda verb: verb[0])
+def test_an_output_that_exists_stays(refused, tmp_path, verb):
+    (tmp_path / "new").mkdir()
+    (tmp_path / "new" / "precious").write_text("precious")
+    before = hash_folder(tmp_path)
+    assert "--output=new exists already" in refused(*verb, f"--vocab_file={VOCABULARY}", "--output=new")
+    assert hash_folder(tmp_path) == before
+
+
+def test_encoders_whose_weights_cannot_be_taken(refused, tmp_path):
+    def line(folder):
+        return refused("export-encoder", f"--from_encoder={folder}", "--output=new", code=1)
+
+    assert "there is no such folder" in line(tmp_path / "none")
+    assert "--from_encoder= is no SavedModel" in line("")  # an unset variable of a shell
+    assert "is no talking-heads gated-GELU BERT: " in line(PREPROCESSOR)
+    encoder = shutil.copytree(ENCODER, tmp_path / "encoder")
+    (encoder / "saved_model.pb").write_bytes(b"damaged")
+    assert "is damaged" in line(encoder)
+
+
+def test_an_encoder_that_computes_something_else_is_not_written_as_ours(refused, tmp_path, monkeypatch):
+    monkeypatch.setenv("EMBEAM_CACHE_DIR", str(tmp_path.parent / f"{tmp_path.name}-cache"))
+    weights = export.initial_weights(1, 8, 2, 1000, positions=16)
+    with monkeypatch.context() as patched:
+        patched.setattr(export, "LAYER_NORM_EPSILON", 0.1)
+        export.export_encoder(weights, VOCABULARY.read_text().splitlines(), str(tmp_path / "e"))
+    assert "does not compute what its variables suggest" in refused(
+        "export-encoder", "--from_encoder=e", "--output=new", code=1
+    )
+
+
+def test_an_encoder_without_its_vocabulary_needs_one(call, refused, tmp_path):
+    model = tf.saved_model.load(str(ENCODER))
+    called = tf.function(lambda inputs: model(inputs))
+    called.get_concrete_function({name: tf.TensorSpec([None, None], tf.int32, name) for name in TOKEN_INPUTS})
+    bare = saveable(__call__=called, variables=list(model.trainable_variables))
+    tf.saved_model.save(bare, str(tmp_path / "bare"))
+    arguments = ("export-encoder", "--from_encoder=bare", "--output=new")
+    assert "carries no vocabulary; name its file with --vocab_file" in refused(*arguments)
+    assert call(*arguments, f"--vocab_file={VOCABULARY}")[0] == 0
+    assert fingerprint("new") == fingerprint(ENCODER)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="watches the folder as it appears")
+def test_a_signal_leaves_nothing_behind(tmp_path):
+    sizes = ("--layers=48", "--hidden_size=64", "--heads=4")  # a second or more of writing
+    process = start_cli("export-encoder", *sizes, f"--vocab_file={VOCABULARY}", f"--output={tmp_path}/new")
+    deadline = time.monotonic() + 60
+    while not os.listdir(tmp_path) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGTERM)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 128 + signal.SIGTERM and "stopped" in assert_one_line(err)
+    assert os.listdir(tmp_path) == []

@@ -1,0 +1,127 @@
+"""The built-in encoder and the cache it is made in."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tensorflow as tf
+import tensorflow_text  # noqa: F401  registers the preprocessor's ops
+
+from pipeline import cache
+from pipeline.encoders import default
+from pipeline.encoders.export import initial_weights
+from pipeline.errors import EncoderError
+from tests.support.exports import SPECIAL, some_inputs
+from tests.support.paths import ROOT
+
+
+class TestDefaultEncoder:
+    @pytest.fixture(autouse=True)
+    def own_cache(self, tmp_path, monkeypatch):
+        monkeypatch.setenv("EMBEAM_CACHE_DIR", str(tmp_path / "cache"))
+
+    def test_weights_are_the_same_everywhere(self):
+        weights = initial_weights(2, 8, 2, 10, positions=4, seed=3)
+        digest = hashlib.sha256(b"".join(weight.tobytes() for weight in weights.values())).hexdigest()
+        assert digest[:12] == "8339ec2c2216"
+        assert {weight.dtype for weight in weights.values()} == {np.dtype(np.float32)}
+
+    def test_vocabulary(self):
+        vocabulary = default.default_vocabulary()
+        assert len(vocabulary) == len(set(vocabulary)) == 16_000 and vocabulary[:5] == SPECIAL
+        characters = [c for c in map(chr, range(33, 127)) if c == c.lower()]
+        assert {*characters, *("##" + c for c in characters if c.isalnum())} <= set(vocabulary)
+
+    def test_the_model_card_is_of_these_weights(self):
+        card = Path(default.FOLDER, "MODEL_CARD.md").read_text(encoding="utf-8")
+        assert f"{sum(weight.size for weight in default.default_weights().values()):,} parameters" in card
+        assert f"{os.path.getsize(default.WEIGHTS_FILE) / 1e6:.1f} MB" in card
+
+    def test_two_makes_hold_the_same_weights(self, tmp_path, monkeypatch):
+        first = tf.saved_model.load(default.default_encoder())
+        monkeypatch.setenv("EMBEAM_CACHE_DIR", str(tmp_path / "other"))
+        second = tf.saved_model.load(default.default_encoder())
+        weights = default.default_weights()
+        for own, other in zip(first.trainable_variables, second.trainable_variables, strict=True):
+            assert own.numpy().tobytes() == other.numpy().tobytes() == weights[own.name[:-2]].tobytes()
+        width = len(weights["cls_transform/bias"])
+        pooled = first(some_inputs(6, 12, 16_000))["pooled_output"].numpy()
+        assert pooled.shape == (6, width) and pooled.std(0).mean() > 0.1
+
+    def test_is_made_once(self):
+        folder = default.default_encoder()
+        changed = os.stat(folder).st_mtime_ns
+        assert default.default_encoder() == folder and os.stat(folder).st_mtime_ns == changed
+
+    def test_two_processes_at_once(self, tmp_path):
+        command = [sys.executable, "-c", "from pipeline.encoders.default import *; print(default_encoder())"]
+        environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+        processes = [subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) for _ in range(2)]
+        first, second = (process.communicate()[0].strip() for process in processes)
+        assert [process.returncode for process in processes] == [0, 0]
+        assert first == second and os.listdir(tmp_path / "cache") == [os.path.basename(first)]
+        tf.saved_model.load(first)
+
+    def test_loading_needs_no_tensorflow(self):
+        code = (
+            "import sys, pipeline.encoders.default, pipeline.preprocess.export; assert 'tensorflow' not in sys.modules"
+        )
+        subprocess.run([sys.executable, "-c", code], check=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
+
+
+class TestCache:
+    @pytest.fixture(autouse=True)
+    def own_cache(self, tmp_path, monkeypatch):
+        monkeypatch.setenv("EMBEAM_CACHE_DIR", str(tmp_path / "cache"))
+
+    @staticmethod
+    def make(folder):
+        os.makedirs(os.path.join(folder, "variables"))
+        Path(folder, "variables", "data").write_bytes(b"1234")
+
+    def test_place(self, tmp_path, monkeypatch):
+        assert cache.cache_dir() == str(tmp_path / "cache")
+        monkeypatch.delenv("EMBEAM_CACHE_DIR")
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
+        assert cache.cache_dir() == str(tmp_path / "xdg" / "embeam")
+        monkeypatch.delenv("XDG_CACHE_HOME")
+        monkeypatch.setenv("HOME", str(tmp_path))
+        assert cache.cache_dir() == str(tmp_path / ".cache" / "embeam")
+
+    @pytest.mark.parametrize("damage", [lambda data: data.write_bytes(b"12"), lambda data: data.unlink()])
+    def test_a_damaged_folder_is_not_used(self, damage):
+        folder = cache.cached_folder("model", self.make)
+        damage(Path(folder, "variables", "data"))
+        other = cache.cached_folder("model", self.make)
+        assert other != folder and Path(other, "variables", "data").read_bytes() == b"1234"
+        assert cache.cached_folder("model", self.make) == other
+
+    def test_the_loser_uses_the_winners_folder(self):
+        def make_slowly(folder):
+            self.make(folder)
+            winner.append(cache.cached_folder("model", self.make))
+
+        winner: list[str] = []
+        assert cache.cached_folder("model", make_slowly) == winner[0]
+        assert os.listdir(cache.cache_dir()) == ["model"]
+
+    def test_a_failure_leaves_nothing(self):
+        def fail(folder):
+            self.make(folder)
+            raise KeyError("no such weight")
+
+        with pytest.raises(KeyError):
+            cache.cached_folder("model", fail)
+        assert os.listdir(cache.cache_dir()) == []
+
+    def test_says_how_to_mend_an_unusable_place(self, tmp_path, monkeypatch):
+        (tmp_path / "file").touch()
+        monkeypatch.setenv("EMBEAM_CACHE_DIR", str(tmp_path / "file"))
+        with pytest.raises(EncoderError, match="set EMBEAM_CACHE_DIR"):
+            cache.cached_folder("model", self.make)

@@ -1,0 +1,363 @@
+"""The fast graph against golden vectors of the official code, and how it is chosen, proven and recorded.
+
+The two tiny references are in `tests/reference`. Larger ones take gigabytes: `tests/reference/export_official.py`
+writes them, and `EMBEAM_REFERENCE=DIR pytest tests/test_fast_encoder.py` runs these tests over all that DIR holds.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from pipeline import runtime
+from pipeline.config import EmbedConfig, EncoderConfig, VectorChoice
+from pipeline.encoders import architecture, export, fast, load, parity, spec
+from pipeline.encoders.architecture import Architecture, infer_architecture, recognise_architecture
+from pipeline.encoders.base import TokenEncoder
+from pipeline.encoders.export import encode, export_encoder, initial_weights
+from pipeline.encoders.fast import Mode, build_graph, read_weights
+from pipeline.encoders.load import load_encoder
+from pipeline.encoders.spec import describe_encoder
+from pipeline.errors import ConfigError, EncoderError
+from pipeline.plan import plan_embedding
+from pipeline.runtime import native_half_precision
+from pipeline.saved_model import list_variables
+from pipeline.tables.embedder import load_embedder
+from tests.support.corpora import as_records
+from tests.support.official import INPUTS, vocabulary
+from tests.support.paths import ENCODER, REFERENCE
+from tests.support.runs import embed_records
+from tests.support.tables import read_rows
+
+TOLERANCES = {"tiny": 2e-5, "small": 1e-4, "base": 1e-4, "large": 5e-4}  # max abs, two orders of summation in float32
+HOME = Path(os.environ.get("EMBEAM_REFERENCE", REFERENCE))
+FIXTURES = ["tiny_v1000", "bert_v1000"]
+LARGER = [
+    path.name
+    for path in sorted(HOME.iterdir())
+    if (HOME / f"golden_{path.name}.npz").exists() and not path.name.startswith(("preprocess", *FIXTURES))
+]
+MODELS = [*FIXTURES, *LARGER]
+MODES = {
+    "packed": Mode(),
+    "padded": Mode(packed=False),
+    "frozen": Mode(frozen=True),
+    "compiled": Mode(compiled=True, packed=False),
+}
+BFLOAT16 = Mode("bfloat16", emulated=True)
+
+
+def home_of(name: str) -> Path:
+    return REFERENCE if (REFERENCE / name).exists() else HOME
+
+
+def read_architecture(folder: Path) -> Architecture:
+    found = recognise_architecture({name: shape for name, (_, shape) in list_variables(str(folder)).items()})
+    assert isinstance(found, Architecture), found
+    return found
+
+
+def make_encoder(folder: Path, choice: VectorChoice, mode: Mode) -> TokenEncoder:
+    a = read_architecture(folder)
+    return TokenEncoder(choice, build_graph(read_weights(str(folder), a, choice, mode), a, choice, mode))
+
+
+def golden_cases(name: str) -> dict[str, dict[str, np.ndarray]]:
+    cases: dict[str, dict[str, np.ndarray]] = {}
+    with np.load(home_of(name) / f"golden_{name}.npz") as golden:
+        for key in golden.files:
+            case, _, array = key.partition("/")
+            cases.setdefault(case, {})[array] = golden[key]
+    return {case: arrays for case, arrays in cases.items() if "input_mask" in arrays}
+
+
+def golden_outputs(arrays: Mapping[str, np.ndarray], n_layers: int) -> dict[VectorChoice, np.ndarray]:
+    """What the golden file says of every output, by the choice that asks for it."""
+    found = {}
+    if "pooled_output" in arrays:
+        found[VectorChoice("pooled_output")] = arrays["pooled_output"]
+    if "sequence_output" in arrays:
+        found[VectorChoice("sequence_output", None, "tokens")] = arrays["sequence_output"]
+        found[VectorChoice("sequence_output", None, "cls")] = arrays["sequence_output"][:, 0]
+    for layer in range(n_layers) if "encoder_outputs" in arrays else ():
+        found[VectorChoice("encoder_outputs", layer, "tokens")] = arrays["encoder_outputs"][layer]
+        found[VectorChoice("encoder_outputs", layer, "cls")] = arrays["encoder_outputs"][layer][:, 0]
+    return found
+
+
+def meaningful(mask: np.ndarray) -> np.ndarray:
+    """Where `[B, L]` outputs mean something: at real tokens, and everywhere in a row without any."""
+    return (mask > 0) | ~(mask > 0).any(1, keepdims=True)
+
+
+def cosines(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    a, b = a.astype(np.float64), b.astype(np.float64)
+    return (a * b).sum(-1) / (np.linalg.norm(a, axis=-1) * np.linalg.norm(b, axis=-1))
+
+
+def compare_with_golden(name: str, mode: Mode, cases: Mapping[str, Mapping[str, np.ndarray]]) -> list[tuple]:
+    """(case, choice, ours, golden) for all outputs of some cases, where they mean something."""
+    folder = home_of(name) / name
+    encoders: dict[VectorChoice, TokenEncoder] = {}
+    found = []
+    for case, arrays in cases.items():
+        for choice, expected in golden_outputs(arrays, read_architecture(folder).layers).items():
+            encoder = encoders.setdefault(choice, encoders.get(choice) or make_encoder(folder, choice, mode))
+            ours = encoder.run({name: arrays[name] for name in INPUTS})
+            assert ours.shape == expected.shape and ours.dtype == np.float32
+            if choice.pooling == "tokens":
+                ours, expected = (array[meaningful(arrays["input_mask"])] for array in (ours, expected))
+            found.append((case, choice, ours, expected))
+    return found
+
+
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize(
+    ("name", "mode"),
+    [
+        (name, mode)
+        for name in MODELS
+        for mode in ("packed", "padded", "frozen")
+        if mode == "packed" or name in FIXTURES
+    ],
+)
+def test_every_output_is_the_golden_one(name, mode):
+    tolerance = next((value for size, value in TOLERANCES.items() if size in name), TOLERANCES["tiny"])
+    cases = golden_cases(name)
+    compared = compare_with_golden(name, MODES[mode], cases)
+    assert len(compared) >= 2 * len(cases)
+    for case, choice, ours, expected in compared:
+        assert np.abs(ours - expected).max() <= tolerance, f"{case} {choice}"
+
+
+@pytest.mark.parametrize("name", ["tiny_v1000", "bert_v1000"])
+def test_layers_compiled_by_xla_give_the_golden_vectors(name):
+    cases = {case: golden_cases(name)[case] for case in ("b5_s16_ragged", "b3_s16_holey_mask")}
+    for case, choice, ours, expected in compare_with_golden(name, MODES["compiled"], cases):
+        assert np.abs(ours - expected).max() <= TOLERANCES["tiny"], f"{case} {choice}"
+
+
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("name", [name for name in MODELS if "large" not in name])
+def test_bfloat16_stays_near_the_float32_of_the_published_module(name):
+    compared = compare_with_golden(name, BFLOAT16, golden_cases(name))
+    assert min(cosines(ours, expected).min() for _, _, ours, expected in compared) >= 0.999
+    assert max(np.abs(ours - expected).max() for _, _, ours, expected in compared) > 1e-4, "that was float32"
+
+
+def test_lengths_from_1_to_512_and_what_stands_under_the_padding_change_nothing():
+    folder = REFERENCE / "tiny_v1000"
+    official = tf.saved_model.load(str(folder))
+    encoder = make_encoder(folder, VectorChoice("pooled_output"), Mode())
+    rng = np.random.default_rng(4)
+    for length in (1, 2, 3, 31, 200, 511, 512):
+        ids = rng.integers(0, 1000, (2, length)).astype(np.int32)
+        types = rng.integers(0, 3, (2, length)).astype(np.int32)  # a type of 2 adds nothing in the official code
+        mask = (np.arange(length) < [[length], [max(1, length // 2)]]).astype(np.int32)
+        inputs = dict(zip(INPUTS, (ids, mask, types), strict=True))
+        expected = official({name: tf.constant(value) for name, value in inputs.items()})["pooled_output"]
+        assert np.abs(encoder.run(inputs) - expected).max() <= 2e-5, length
+
+
+# --- which SavedModels are of a known family -------------------------------------------------------------------------
+
+
+def save_by_hand(
+    folder: Path,
+    first_layer: int = 0,
+    change: Mapping[str, Any] | None = None,
+    head: bool = False,
+) -> str:
+    """A SavedModel around our reference forward pass, with layers numbered from anywhere and weights changed."""
+    weights = initial_weights(3, 16, 2, 1000, positions=64, seed=5) | dict(change or {})
+    weights = {name: weight for name, weight in weights.items() if weight is not None}
+
+    def rename(name: str) -> str:
+        for i in reversed(range(3)):
+            prefix = architecture.TALKING_HEADS.layer_name(i) + "/"
+            if name.startswith(prefix):
+                return f"transformer_scaffold_{i + first_layer}/{name[len(prefix) :]}"
+        return name
+
+    variables = {name: tf.Variable(weight, name=rename(name)) for name, weight in weights.items()}
+    inputs = {name: tf.TensorSpec([None, None], tf.int32, name=name) for name in INPUTS}
+    call = tf.function(lambda inputs: encode(variables, inputs), autograph=False)
+    call.get_concrete_function(inputs)
+    path = folder.parent / "vocab.txt"
+    path.write_text("\n".join(vocabulary()) + "\n", encoding="utf-8")
+    from pipeline.preprocess.export import saveable
+
+    more = {"mlm": saveable(bias=tf.Variable(np.zeros(5, np.float32), name="predictions/bias"))} if head else {}
+    module = saveable(
+        __call__=call,
+        variables=list(variables.values()),
+        vocab_file=tf.saved_model.Asset(str(path)),
+        do_lower_case=tf.Variable(True, trainable=False),
+        **more,
+    )
+    tf.saved_model.save(module, str(folder))
+    return str(folder)
+
+
+def describe(folder: str | Path, **settings: Any) -> spec.EncoderSpec:
+    return describe_encoder(EncoderConfig(encoder=str(folder), **settings))[0]
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("EMBEAM_CACHE_DIR", str(tmp_path / "cache"))
+
+
+def test_layers_may_be_numbered_from_anywhere_and_a_language_model_head_be_beside(tmp_path):
+    plain = describe(save_by_hand(tmp_path / "plain"))
+    moved = describe(save_by_hand(tmp_path / "moved", first_layer=24, head=True))
+    assert plain.graph == moved.graph == "fast"
+    assert plain.identity == moved.identity
+    batch = {name: np.ones((2, 9), np.int32) for name in INPUTS}
+    a, b = (load_encoder(found).run(batch) for found in (plain, moved))
+    assert np.array_equal(a, b)
+
+
+def test_sizes_and_family_are_inferred():
+    talking, plain = (describe(REFERENCE / name).architecture for name in ("tiny_v1000", "bert_v1000"))
+    assert talking == Architecture(2, 64, 4, 16, 256, 1000, 512)
+    assert plain == Architecture(2, 64, 4, 16, 256, 1000, 512, family="bert")
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        (
+            "transformer_scaffold_1/feedforward/gate_0/bias",
+            None,
+            "transformer_scaffold_1/feedforward/gate_0/bias is missing",
+        ),
+        ("extra/kernel", np.zeros(3, np.float32), "extra/kernel is unused"),
+        ("cls_transform/bias", np.zeros(1, np.float32), "cls_transform/bias has shape"),
+    ],
+)
+def test_a_variable_too_few_too_many_or_of_another_shape_is_named(name, value, message, tmp_path, caplog):
+    with pytest.raises(EncoderError, match=message):
+        weights = initial_weights(3, 16, 2, 1000, positions=64) | {name: value}
+        infer_architecture({key: weight.shape for key, weight in weights.items() if weight is not None})
+    if value is None:
+        return  # our reference forward pass cannot do without it
+    folder = save_by_hand(tmp_path / "model", change={name: value})
+    with caplog.at_level(logging.WARNING):
+        assert describe(folder).graph == "published"
+    assert message in caplog.text
+    with pytest.raises(EncoderError, match=message):
+        describe(folder, encoder_graph="fast")
+    with pytest.raises(EncoderError, match=message):
+        describe(folder, precision="bfloat16")
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("LAYER_NORM_EPSILON", 0.1), ("MASKED_LOGIT", -3.0)], ids=["another epsilon", "another mask"]
+)
+def test_a_graph_that_computes_something_else_runs_as_published_and_says_so(name, value, tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(export, name, value)
+    export_encoder(initial_weights(2, 16, 2, 1000, positions=64), vocabulary(), str(tmp_path / "model"))
+    monkeypatch.undo()
+    monkeypatch.setenv("EMBEAM_CACHE_DIR", str(tmp_path / "cache"))
+    with caplog.at_level(logging.WARNING):
+        found = describe(tmp_path / "model")
+    assert (found.graph, found.architecture, found.parity) == ("published", None, None)
+    assert "does not compute what its variables suggest (max abs" in caplog.text
+    with pytest.raises(EncoderError, match="does not compute"):
+        describe(tmp_path / "model", encoder_graph="fast")
+
+
+def test_erf_instead_of_tanh_is_noticed(tmp_path, monkeypatch):
+    real = tf.nn.gelu
+    weights = initial_weights(4, 64, 4, 1000, positions=64)
+    monkeypatch.setattr(tf.nn, "gelu", lambda x, approximate: real(x, approximate=False))
+    export_encoder(weights, vocabulary(), str(tmp_path / "erf"))
+    monkeypatch.undo()
+    monkeypatch.setenv("EMBEAM_CACHE_DIR", str(tmp_path / "cache"))
+    export_encoder(weights, vocabulary(), str(tmp_path / "tanh"))
+    differences = []
+    for name in ("tanh", "erf"):
+        a = read_architecture(tmp_path / name)
+        differences.append(parity.prove_parity(str(tmp_path / name), a, name, "float32").max_abs)
+    assert differences[0] < 1e-5 < 3e-4 < differences[1]
+    assert describe(tmp_path / "erf").graph == "published"
+
+
+# --- what is settled before a run, and what is written of it ---------------------------------------------------------
+
+
+def test_the_table_says_which_graph_and_how_near_it_is_and_a_query_runs_the_same(tmp_path):
+    texts = ["one", "the two of them", "three " * 30]
+    _, manifest = embed_records(tmp_path, as_records(texts), encoder_graph="auto")
+    assert manifest.settings["encoder_graph"] == manifest.identity["graph"] == "fast"
+    assert manifest.settings["precision"] == manifest.identity["precision"] == "float32"
+    assert 0 < manifest.parity["max_abs"] < parity.LARGEST_DIFFERENCE
+    assert 0.999 < manifest.parity["min_cosine"] < 1.0001
+    rows = read_rows(str(tmp_path / "table"))
+    again = load_embedder(str(tmp_path / "table")).embed(texts)
+    for i in range(3):
+        assert np.abs(again[i] - rows[str(i), 0]["embedding"]).max() < 1e-5
+
+
+def test_auto_takes_the_precision_of_the_machine():
+    found = describe(ENCODER, precision="auto")
+    assert found.precision == (native_half_precision() or "float32") and found.native
+
+
+def test_graph_and_precision_are_part_of_the_fingerprint():
+    settings = [{}, {"encoder_graph": "published"}, {"precision": "bfloat16"}, {"precision": "float16"}]
+    plans = [plan_embedding(EmbedConfig.from_flat({"encoder": ENCODER, **flags})) for flags in settings]
+    assert len({plan.fingerprint for plan in plans}) == 4
+    assert plans[0].identity["encoder"] == plans[1].identity["encoder"]
+    assert plans[0].encoder.parity and plans[1].encoder.parity is None
+
+
+def test_reduced_precision_of_the_published_graph_is_refused():
+    with pytest.raises(ConfigError, match="--precision=bfloat16 needs the fast graph"):
+        EncoderConfig(encoder_graph="published", precision="bfloat16")
+
+
+def test_a_precision_that_spoils_the_vectors_is_refused_or_left_by_auto(monkeypatch, caplog):
+    monkeypatch.setattr(parity, "LOWEST_COSINE", 1.1)
+    with pytest.raises(EncoderError, match="--precision=bfloat16 would spoil this encoder's vectors"):
+        describe(ENCODER, precision="bfloat16")
+    monkeypatch.setattr(runtime, "native_half_precision", lambda: "bfloat16")
+    with caplog.at_level(logging.WARNING):
+        assert describe(ENCODER, precision="auto").precision == "float32"
+    assert "float32 instead of bfloat16" in caplog.text
+
+
+def test_a_worker_without_the_precision_that_was_planned_fails_the_run(monkeypatch):
+    planned = replace(describe(ENCODER, precision="bfloat16"), native=True)
+    monkeypatch.setattr(load, "native_half_precision", lambda: "")
+    with pytest.raises(EncoderError, match="planned on a machine whose processor or GPU has it"):
+        load_encoder(planned)
+
+
+def test_a_proof_is_remembered_but_not_for_other_arithmetic(monkeypatch):
+    describe(ENCODER)
+    calls = []
+    monkeypatch.setattr(parity, "_measure", lambda *arguments: calls.append(arguments) or [0.0, 1.0])
+    assert describe(ENCODER).graph == "fast" and not calls
+    monkeypatch.setattr(parity, "VERSION", fast.VERSION + 1)
+    assert describe(ENCODER).graph == "fast" and len(calls) == 1
+
+
+def test_a_probe_that_cannot_run_is_no_proof_and_is_not_remembered(monkeypatch, caplog):
+    def fail(*arguments: Any) -> list[float]:
+        raise MemoryError("no room")
+
+    with monkeypatch.context() as patched, caplog.at_level(logging.WARNING):
+        patched.setattr(parity, "_measure", fail)
+        assert describe(ENCODER).graph == "published"
+    assert "the probe failed: no room" in caplog.text
+    assert describe(ENCODER).graph == "fast"

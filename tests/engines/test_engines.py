@@ -1,0 +1,207 @@
+"""The same table from every engine that runs on one machine: the results must not depend on how work is cut."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from pipeline.sources.planning import plan_input
+from pipeline.tables.manifest import Manifest, open_table
+from tests.support.corpora import some_texts, write_jsonl
+from tests.support.emulators import PRISM
+from tests.support.official import expected_vector, official_pack, official_tokens
+from tests.support.paths import ENCODER, ROOT
+from tests.support.runs import make_config, run_pipeline
+from tests.support.tables import Rows, assert_close, assert_same_rows, read_dead_letters, read_rows
+
+N_TEXTS = 240
+SETTINGS = {"split_bytes": 3000, "keep_fields": "year", "max_dead_fraction": 0.5}
+FLAGS = [f"--{name}={value}" for name, value in SETTINGS.items()]
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory) -> Path:
+    """Three files with ids of their own, of which every tenth occurs again: nearby, and in another file."""
+    folder = tmp_path_factory.mktemp("corpus")
+    texts = some_texts(N_TEXTS, seed=31)
+    records: list[dict[str, Any]] = [{"id": f"n{i}", "text": text, "year": i} for i, text in enumerate(texts)]
+    again = [{"id": f"n{i}", "text": "somebody else's text", "year": -i} for i in range(0, N_TEXTS, 10)]
+    records = [*records[:200], *again[:4], *records[200:], *again[4:]]
+    for i in range(3):
+        write_jsonl(folder / f"part-{i}.jsonl", records[88 * i : 88 * (i + 1)])
+    assert len(records) == 3 * 88
+    assert len(plan_input(make_config(folder, **SETTINGS).read).splits) >= 10
+    return folder
+
+
+@pytest.fixture(scope="module")
+def local(corpus, tmp_path_factory) -> Rows:
+    table = str(tmp_path_factory.mktemp("local") / "table")
+    check_counts(run_pipeline(corpus, output=table, **SETTINGS), table)
+    rows = read_rows(table)
+    for i, text in enumerate(some_texts(N_TEXTS, seed=31)):
+        packed = official_pack([text], len(official_tokens(text)) + 2)
+        assert_close(rows[f"n{i}", 0]["embedding"], expected_vector(packed, "pooled_output"), text)
+        assert rows[f"n{i}", 0]["year"] == i
+    return rows
+
+
+def check_counts(manifest: Manifest, table: str) -> None:
+    """What was counted does not depend on the engine either, and the later of two equal ids loses everywhere."""
+    assert manifest.rows == N_TEXTS
+    assert manifest.dead_letters == {"duplicate_id": 24}
+    assert sum(file.rows for file in manifest.files) == N_TEXTS
+    assert manifest.counts["read"]["records"] == N_TEXTS + 24
+    assert manifest.counts["read"]["documents"] == manifest.counts["preprocess"]["documents"] == N_TEXTS
+    assert manifest.counts["write_embeddings"]["records"] == manifest.counts["encode"]["rows"] == N_TEXTS
+    letters = read_dead_letters(table)
+    assert sorted(letter["id"] for letter in letters) == sorted(f"n{i}" for i in range(0, N_TEXTS, 10))
+    assert {letter["text"] for letter in letters} == {"somebody else's text"}
+
+
+def assert_same_table(table: str, local: Rows) -> None:
+    manifest, _ = open_table(table)
+    check_counts(manifest, table)
+    assert_same_rows(read_rows(table), local)
+    assert not list(Path(table, "attempts").iterdir())
+
+
+def test_two_processes_give_the_same_table(corpus, local, tmp_path, monkeypatch):
+    readers: set[str] = set()
+    ended = threading.Event()
+
+    def watch_progress() -> None:
+        """Every process that reads says so in a file of its own, which is there until the run's end."""
+        while not ended.wait(0.02):
+            for path in tmp_path.glob("table/attempts/*/scratch/*.json"):
+                with contextlib.suppress(OSError, ValueError):
+                    if json.loads(path.read_text()).get("documents"):
+                        readers.add(path.name)
+
+    watcher = threading.Thread(target=watch_progress)
+    watcher.start()
+    monkeypatch.setenv("PYTHONPATH", str(ROOT), prepend=os.pathsep)
+    table = str(tmp_path / "table")
+    processes = ["--direct_running_mode=multi_processing", "--direct_num_workers=2"]
+    try:
+        manifest = run_pipeline(corpus, processes, output=table, **SETTINGS)
+    finally:
+        ended.set()
+        watcher.join()
+    assert_same_table(table, local)
+    assert len(readers) == 2, "one process read everything"
+    assert len(manifest.files) >= 2
+
+
+def test_threads_give_the_same_table(corpus, local, tmp_path):
+    table = str(tmp_path / "table")
+    threads = ["--direct_running_mode=multi_threading", "--direct_num_workers=3"]
+    manifest = run_pipeline(corpus, threads, output=table, **SETTINGS)
+    assert_same_table(table, local)
+    assert len(manifest.files) >= 2
+
+
+def test_repeated_bundles_give_the_same_table(corpus, local, tmp_path):
+    table = str(tmp_path / "table")
+    run_pipeline(corpus, ["--direct_runner_bundle_repeat=1"], output=table, **SETTINGS)
+    assert_same_table(table, local)
+
+
+def embed_command(corpus: Path, table: str) -> list[str]:
+    own = [f"--input={corpus}/*.jsonl", f"--output={table}", "--id_field=id", f"--encoder={ENCODER}"]
+    return [sys.executable, "-m", "pipeline.cli", "embed", *own, *FLAGS]
+
+
+def find_services(log_dir: Path) -> list[int]:
+    """Process ids of everything that has the marker of this test in its environment."""
+    marker = f"EMBEAM_TEST={log_dir}".encode()
+    found = []
+    for path in Path("/proc").glob("[0-9]*/environ"):
+        try:
+            if marker in path.read_bytes().split(b"\0"):
+                found.append(int(path.parent.name))
+        except OSError:
+            continue
+    return found
+
+
+@pytest.mark.parametrize("engine", [[], [f"--prism={PRISM}"]], ids=["python", "prism"])
+def test_a_job_service_and_a_worker_pool_give_the_same_table(engine, corpus, local, tmp_path):
+    table = str(tmp_path / "table")
+    command = [
+        sys.executable,
+        "-m",
+        "runners.portable",
+        f"--log_dir={tmp_path / 'logs'}",
+        *engine,
+        *embed_command(corpus, table),
+    ]
+    environment = os.environ | {"EMBEAM_TEST": str(tmp_path / "logs")}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=110, check=False)
+    logs = "".join(path.read_text()[-3000:] for path in (tmp_path / "logs").glob("*.log"))
+    assert done.returncode == 0, done.stderr[-3000:] + logs
+    assert_same_table(table, local)
+    assert "Starting worker with command" in (tmp_path / "logs/worker_pool.log").read_text(), "no worker was started"
+    assert find_services(tmp_path / "logs") == []
+
+
+def test_the_encoder_has_workers_of_its_own(corpus, local, tmp_path):
+    """Asked for a GPU, which nobody has here, it runs in a process beside the one for everything else."""
+    table = str(tmp_path / "table")
+    command = [sys.executable, "-m", "runners.portable", f"--log_dir={tmp_path / 'logs'}"]
+    command += [*embed_command(corpus, table), "--accelerator=nvidia-l4"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=110, check=False)
+    log = (tmp_path / "logs/worker_pool.log").read_text()
+    assert done.returncode == 0, done.stderr[-3000:] + log[-3000:]
+    assert_same_table(table, local)
+    assert log.count("Starting sdk harness") + log.count("Starting worker with command") == 2, log[-3000:]
+
+
+def test_the_portable_services_end_with_what_started_them(tmp_path):
+    command = [sys.executable, "-m", "runners.portable", f"--log_dir={tmp_path}"]
+    environment = os.environ | {"EMBEAM_TEST": str(tmp_path)}
+    process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True)
+    try:
+        assert process.stdout is not None
+        flags = process.stdout.readline().split()
+        assert [flag.split("=")[0] for flag in flags] == [
+            "--runner",
+            "--job_endpoint",
+            "--environment_type",
+            "--environment_config",
+        ]
+        assert len(find_services(tmp_path)) == 3  # the command and both services
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(20) == 128 + signal.SIGTERM
+    finally:
+        process.kill()
+        process.wait()
+    deadline = time.monotonic() + 5
+    while find_services(tmp_path) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert find_services(tmp_path) == []
+
+
+def test_the_portable_services_pass_on_the_exit_code(tmp_path):
+    command = [sys.executable, "-m", "runners.portable", sys.executable, "-c", "import sys; sys.exit(7)"]
+    assert subprocess.run(command, cwd=ROOT, timeout=60, check=False).returncode == 7
+
+
+def test_tables_are_compared_number_by_number(local):
+    """The comparison above would notice one wrong number in one row."""
+    changed = {key: dict(row) for key, row in local.items()}
+    changed["n7", 0]["embedding"] = changed["n7", 0]["embedding"] + np.float32(1e-4)
+    with pytest.raises(AssertionError, match="off by"):
+        for key, row in changed.items():
+            assert_close(row["embedding"], local[key]["embedding"], key)

@@ -1,0 +1,329 @@
+"""`embeam plan`: what it says is what the run that follows does, and nothing is touched."""
+
+import dataclasses
+import json
+
+import pytest
+
+from pipeline.errors import ConfigError, RunError
+from pipeline.flags import Parser
+from pipeline.forecast import (
+    ThinnedSample,
+    forecast_run,
+    forecast_table,
+    format_forecast,
+    measure_texts,
+    sample_input,
+    scale_up,
+    text_flops,
+)
+from pipeline.records import Document
+from pipeline.settle import prepare_takeover, settle
+from pipeline.sources.planning import infer_kept_fields, plan_input
+from pipeline.table_verbs import add_table_verbs
+from pipeline.tables.lock import TableLock
+from pipeline.tables.manifest import open_table
+from tests.support.corpora import some_texts, write_jsonl
+from tests.support.runs import embed_records, make_config
+from tests.support.tables import hash_folder
+
+RECALLED = ("documents", "new", "changed", "updated", "unchanged", "recalled", "equal_texts")
+CARRIED = ("deleted", "stale", "kept", "lost")
+
+
+def make_records(n=60, start=0):
+    texts = some_texts(n, seed=start + 1, words=(1, 14))
+    return [{"id": f"d{start + i}", "text": text, "year": i} for i, text in enumerate(texts)]
+
+
+def plan(folder, **settings):
+    return forecast_table(make_config(folder, **settings))
+
+
+def assert_came_true(forecast, manifest):
+    """Every count of a forecast against those of the run."""
+    counts = manifest.counts
+    recall, carry, batch = (counts.get(stage, {}) for stage in ("recall", "carry", "batch"))
+    assert {name: getattr(forecast, name) for name in RECALLED} == {name: recall.get(name, 0) for name in RECALLED}
+    assert {name: getattr(forecast, name) for name in CARRIED} == {name: carry.get(name, 0) for name in CARRIED}
+    assert forecast.to_encode == recall.get("encoded", 0)
+    assert forecast.dead_letters == {reason: n for reason, n in manifest.dead_letters.items() if n}
+    assert forecast.skipped_empty == counts["read"]["skipped_empty"]
+    assert forecast.tokens == counts["preprocess"].get("tokens", 0)
+    assert forecast.cut_tokens == counts["preprocess"].get("truncated_tokens", 0)
+    assert forecast.chunks == counts["preprocess"].get("chunks", 0)
+    assert forecast.rows == manifest.rows
+    stored = sum(file.n_bytes for file in (*manifest.files, *manifest.index_files))
+    assert forecast.bytes == pytest.approx(stored, rel=0.15, abs=600)
+    if forecast.to_encode > 20:  # a run encodes a few probes besides
+        assert forecast.padding == pytest.approx(1 - batch["used_tokens"] / batch["padded_tokens"], abs=0.15)
+    assert not forecast.is_sampled and not forecast.stops
+
+
+def test_a_first_run_comes_true(tmp_path):
+    records = make_records()
+    records += [
+        {"id": "equal", "text": records[0]["text"]},
+        {"id": "blank", "text": " "},
+        records[3],
+        {"text": "no id"},
+    ]
+    settings = {"max_tokens": 12, "on_empty": "skip"}
+    write_jsonl(tmp_path / "corpus.jsonl", records)
+    forecast = plan(tmp_path, **settings)
+    assert not (tmp_path / "table").exists()
+    _, manifest = embed_records(tmp_path, records, **settings)
+    assert forecast.equal_texts == 1 and forecast.dead_letters == {"duplicate_id": 1, "missing_field": 1}
+    assert forecast.skipped_empty == 1 and forecast.cut_tokens and forecast.speed == "rough" and forecast.seconds
+    assert_came_true(forecast, manifest)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"keep_fields": "year:int"},
+        {"on_long": "chunk", "max_tokens": 8, "keep_text": True, "keep_fields": "year:int"},
+        {"output_format": "parquet", "on_long": "average", "max_tokens": 8, "keep_fields": "year:int"},
+        {"compression": "gzip", "dtype": "int8", "on_long": "reject", "max_tokens": 14, "keep_fields": "year:int"},
+    ],
+    ids=lambda settings: "-".join(map(str, settings.values())),
+)
+def test_a_later_run_comes_true(tmp_path, settings):
+    settings = settings | {"max_delete_fraction": 0.5, "max_dead_fraction": 1, "on_empty": "reject"}
+    records = make_records()
+    records[:6] = [record | {"text": record["text"][:6]} for record in records[:6]]  # short enough for any rule
+    embed_records(tmp_path, records, **settings)
+    records[0]["text"] = "another text"
+    records[1]["text"] = "another text"  # encoded once
+    records[2]["year"] = -1  # another kept field
+    records[3]["text"] = records[4]["text"]  # a vector that is known
+    records[5]["text"] = ""  # its row stays as it was
+    records = [*records[:-9], *make_records(7, start=100), {"id": "d59", "text": 5}]
+    write_jsonl(tmp_path / "corpus.jsonl", records)
+    before = hash_folder(tmp_path / "table")
+    with TableLock(str(tmp_path / "table"), "another run"):
+        locked = hash_folder(tmp_path / "table")
+        forecast = plan(tmp_path, **settings)
+        assert hash_folder(tmp_path / "table") == locked
+    assert {name: value for name, value in hash_folder(tmp_path / "table").items() if name != "lock"} == {
+        name: value for name, value in before.items() if name != "lock"
+    }
+    assert forecast.changed >= 3 and forecast.updated == 1 and forecast.recalled >= 2 and forecast.equal_texts >= 1
+    assert forecast.deleted and forecast.stale
+    _, manifest = embed_records(tmp_path, records, **settings)
+    assert_came_true(forecast, manifest)
+
+
+def test_another_model_means_everything(tmp_path):
+    records = make_records()
+    embed_records(tmp_path, records)
+    changed = {"max_tokens": 9}
+    forecast = plan(tmp_path, **changed)
+    assert forecast.to_encode == 60 and forecast.unchanged == 0 and not forecast.stops
+    (change,) = forecast.changes
+    assert change.startswith("preprocessing.max_tokens ") and change.endswith(" -> 9")
+    stopped = plan(tmp_path, **changed, on_model_change="stop")
+    assert "--on_model_change=stop" in stopped.stops[0]
+    assert "--deletes=keep" in plan(tmp_path, **changed, deletes="keep").stops[0]
+    _, manifest = embed_records(tmp_path, records, **changed)
+    assert_came_true(forecast, manifest)
+
+
+def test_what_would_stop_the_run_is_said(tmp_path):
+    records = make_records()
+    embed_records(tmp_path, records)
+    write_jsonl(tmp_path / "corpus.jsonl", records[:30])
+    forecast = plan(tmp_path)
+    assert forecast.deleted == 30
+    with pytest.raises(RunError) as error:
+        embed_records(tmp_path, records[:30])
+    assert forecast.stops == [str(error.value)] and "--max_delete_fraction" in forecast.stops[0]
+    kept = plan(tmp_path, deletes="keep")
+    assert (kept.deleted, kept.kept, kept.stops) == (0, 30, [])
+    assert "--limit=5" in plan(tmp_path, limit=5, max_delete_fraction=1).stops[0]
+    write_jsonl(tmp_path / "corpus.jsonl", [*records[:30], *({"id": f"x{i}"} for i in range(30))])
+    assert any("--max_dead_fraction" in message for message in plan(tmp_path, deletes="keep").stops)
+
+
+def test_vectors_of_a_run_that_failed_are_counted_as_known(tmp_path):
+    records = make_records()
+    embed_records(tmp_path, records)
+    replaced = [record | {"id": f"new{i}"} for i, record in enumerate(make_records(60, start=500))]
+    with pytest.raises(RunError):
+        embed_records(tmp_path, replaced)
+    forecast = plan(tmp_path, max_delete_fraction=1)
+    assert forecast.recalled == forecast.new == 60 and forecast.to_encode == 0
+    _, manifest = embed_records(tmp_path, replaced, max_delete_fraction=1)
+    assert_came_true(forecast, manifest)
+
+
+def test_dead_letters_that_are_tried_again(tmp_path):
+    records = make_records(20)
+    embed_records(tmp_path, records, on_long="reject", max_tokens=7, max_dead_fraction=1)
+    settings = {"on_long": "reject", "max_tokens": 7, "retry_dead_letters": True}
+    write_jsonl(tmp_path / "corpus.jsonl", records)
+    forecast = plan(tmp_path, **settings)
+    assert forecast.documents and forecast.kept and forecast.dead_letters == {"too_long": forecast.documents}
+    _, manifest = embed_records(tmp_path, records, **settings)
+    assert_came_true(forecast, manifest)
+
+
+# The parts.
+
+
+def test_a_sample_keeps_every_kth_document():
+    sample = ThinnedSample(most=10)
+    for i in range(100):
+        sample.add(Document(str(i), "x"))
+    assert [document.id for document in sample.documents] == [str(i) for i in range(0, 100, 16)]
+    assert sample.n == 100 and not sample.is_whole
+    large = ThinnedSample(most_characters=100)
+    for i in range(64):
+        large.add(Document(str(i), "x" * 30))
+    assert 1 <= len(large.documents) <= 3
+
+
+def test_a_sample_is_scaled_up(tmp_path, monkeypatch):
+    monkeypatch.setattr("pipeline.forecast.ThinnedSample.__init__.__defaults__", (100, 16_000_000))
+    records = make_records(1000)
+    write_jsonl(tmp_path / "corpus.jsonl", records)
+    forecast = plan(tmp_path, max_tokens=10)
+    assert forecast.is_sampled and forecast.to_encode == len({record["text"] for record in records})
+    _, manifest = embed_records(tmp_path, records, max_tokens=10)
+    counts = manifest.counts
+    assert forecast.tokens == pytest.approx(counts["preprocess"]["tokens"], rel=0.15)
+    assert forecast.cut_tokens == pytest.approx(counts["preprocess"]["truncated_tokens"], rel=0.4)
+    assert forecast.padding == pytest.approx(
+        1 - counts["batch"]["used_tokens"] / counts["batch"]["padded_tokens"], abs=0.08
+    )
+    assert forecast.rows == manifest.rows == 1000
+
+
+def test_time_is_measured_or_guessed_or_unknown(tmp_path, monkeypatch):
+    records = make_records(30)
+    _, manifest = embed_records(tmp_path, records)
+    settled = settle(make_config(tmp_path))
+    form = settled.store.choose_form(settled.config, settled.plan.layout())
+    documents = [Document(record["id"], record["text"]) for record in records]
+    measured = measure_texts(settled.plan, form, documents)
+    assert scale_up(settled.store, settled.plan, measured, 30).speed == "rough"
+    monkeypatch.setattr("pipeline.forecast.LEAST_TOKENS", 100)
+    scaled = scale_up(settled.store, settled.plan, measured, 30)
+    assert (scaled.speed, scaled.source) == ("measured", manifest.snapshot)
+    rate = manifest.counts["batch"]["padded_tokens"] / manifest.counts["encode"]["encode_seconds"]
+    assert scaled.seconds == pytest.approx(scaled.padded / rate)
+    assert scale_up(settled.store, settled.plan, measured, 3000).seconds > 50 * scaled.seconds
+    assert scale_up(settled.store, settled.plan, measured, 0).speed == "idle"
+    unknown = dataclasses.replace(settled.plan, encoder=dataclasses.replace(settled.plan.encoder, architecture=None))
+    unknown = dataclasses.replace(unknown, identity={**unknown.identity, "encoder": "another"})
+    scaled = scale_up(settled.store, unknown, measure_texts(unknown, form, documents), 30)
+    assert (scaled.seconds, scaled.speed) == (None, "unknown")
+
+
+def test_flops_are_those_of_the_layers():
+    from pipeline.encoders.architecture import Architecture
+
+    a = Architecture(layers=2, width=6, heads=3, head_size=2, feedforward=10, vocabulary=9, positions=8)
+    n, d, f, h = 5, 6, 10, 3
+    dense = 4 * 2 * d * d + 3 * 2 * d * f  # query, key, value, output; up, gate, down
+    attention = 2 * 2 * n * d + 2 * 2 * h * h * n  # scores, context; two mixes of the heads
+    assert text_flops(a, n) == 2 * n * (dense + attention) + 2 * d * d
+
+
+# The cheap forecast of a run.
+
+
+def cheap(folder, tmp, **settings):
+    settled = settle(make_config(folder, **settings))
+    live = settled.store.read_live().manifest
+    form = settled.store.choose_form(settled.config, settled.plan.layout(settled.kept))
+    takeover = prepare_takeover(settled.store, live, settled.plan, form, str(tmp))
+    return forecast_run(settled, takeover.rule, form, live)
+
+
+def test_a_small_run_is_forecast_exactly(tmp_path, tmp_path_factory):
+    records = make_records()
+    write_jsonl(tmp_path / "corpus.jsonl", records)
+    for n_new in (60, 3):
+        predicted = cheap(tmp_path, tmp_path_factory.mktemp("scratch"))
+        _, manifest = embed_records(tmp_path, records)
+        assert predicted["documents"] == manifest.counts["recall"]["documents"] == len(records)
+        assert predicted["to_encode"] == manifest.counts["recall"]["encoded"] == n_new
+        assert predicted["tokens"] == manifest.counts["preprocess"]["tokens"]
+        assert predicted["bytes"] == pytest.approx(
+            sum(file.n_bytes + 52 * file.rows for file in manifest.files), rel=0.1
+        )
+        assert predicted["seconds"] >= 0
+        line = format_forecast(predicted, manifest)
+        tokens = f"{predicted['tokens']:,.0f} tokens"
+        assert line.startswith(f"predicted    {n_new} documents to encode, {tokens}, ")
+        assert f"; actual {n_new}, {predicted['tokens']:,.0f}, " in line
+        records = [*records, *make_records(3, start=900)]
+        write_jsonl(tmp_path / "corpus.jsonl", records)
+    assert format_forecast({}, manifest) == ""
+
+
+@pytest.mark.parametrize("kind", ["one file", "many files", "gzip", "text"])
+def test_a_large_input_is_judged_by_a_few_places(tmp_path, monkeypatch, kind):
+    monkeypatch.setattr("pipeline.forecast.SAMPLE_BYTES", 16 << 10)
+    records = make_records(4000)
+    settings = {}
+    if kind == "many files":
+        for i in range(40):
+            write_jsonl(tmp_path / f"{i:02d}.jsonl", records[100 * i : 100 * i + 100])
+    elif kind == "gzip":
+        import gzip
+
+        lines = "".join(json.dumps(record) + "\n" for record in records)
+        (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(lines.encode()))
+        settings = {"input": str(tmp_path / "a.jsonl.gz")}
+    elif kind == "text":
+        (tmp_path / "a.txt").write_text("\n".join(record["text"] for record in records))
+        settings = {"input": str(tmp_path / "a.txt"), "id_field": ""}
+    else:
+        write_jsonl(tmp_path / "a.jsonl", records)
+    config = make_config(tmp_path, **settings).read
+    found = plan_input(config)
+    sampled = sample_input(found, config, infer_kept_fields(found, config))
+    assert sampled.n_documents == pytest.approx(4000, rel=0.15)
+    assert 50 < len(sampled.documents) < 2200
+    assert len({document.id for document in sampled.documents}) == len(sampled.documents)
+
+
+# The verb.
+
+
+@pytest.fixture
+def call(capsys):
+    """Runs the verb: arguments -> stdout."""
+
+    def run(*arguments):
+        parser = Parser(prog="embeam")
+        add_table_verbs(parser.add_subparsers(parser_class=Parser))
+        known, rest = parser.parse_known_args(["plan", *map(str, arguments)])
+        assert not rest
+        capsys.readouterr()
+        known.run(known)
+        return capsys.readouterr().out
+
+    return run
+
+
+def test_the_verb_takes_the_flags_of_embed(tmp_path, call):
+    records = make_records()
+    embed_records(tmp_path, records)
+    write_jsonl(tmp_path / "corpus.jsonl", [*records[:30], *make_records(2, start=300)])
+    config = make_config(tmp_path)
+    flags = [f"--output={config.write.output}", f"--encoder={config.encoder.encoder}", "--id_field=id"]
+    (tmp_path / "settings.toml").write_text('on_empty = "embed"\nrunner = "local"\ndirect_num_workers = 2\n')
+    flags += [f"--input={config.read.input[0]}", f"--config={tmp_path / 'settings.toml'}"]
+    out = call(*flags)
+    assert "32 read: 2 new, 0 changed" in out and "30 deleted" in out and "a run stops" in out
+    assert "2 texts" in out and "nothing was encoded or written" in out
+    values = json.loads(call(*flags, "--json"))
+    assert values == dataclasses.asdict(plan(tmp_path)) | {"seconds": values["seconds"]}
+    assert (values["new"], values["deleted"], values["unchanged"]) == (2, 30, 30)
+    assert "everything is embedded again" in call(*flags, "--normalize")
+    with pytest.raises(ConfigError, match="--output is missing"):
+        call(*flags[1:])
+    assert open_table(str(tmp_path / "table"))[0].rows == 60

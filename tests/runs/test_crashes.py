@@ -1,0 +1,397 @@
+"""Runs that die: kill -9 at any moment costs moments of work and nothing else, and readers never notice.
+
+The full form, some ten minutes on two cores:
+
+    EMBEAM_KILLS=20 EMBEAM_KILL_DOCUMENTS=20000 pytest tests/test_crashes.py -k kill
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import random
+import shutil
+import signal
+import struct
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from pipeline.errors import RunError
+from pipeline.records import Row
+from pipeline.tables import journal
+from pipeline.tables.manifest import open_table
+from tests.support.paths import ENCODER
+from tests.support.processes import start_cli
+from tests.support.runs import run_embed
+from tests.support.tables import TOLERANCE, list_snapshots
+
+N_KILLS = int(os.environ.get("EMBEAM_KILLS", "3"))
+N_DOCUMENTS = int(os.environ.get("EMBEAM_KILL_DOCUMENTS", "3000"))
+SLOW = "--batch_tokens=64"  # hundreds of documents a second, so that there is time to die in
+WORDS = [
+    "dog",
+    "cat",
+    "the",
+    "of",
+    "and",
+    "a",
+    "to",
+    "in",
+    "is",
+    "it",
+    "house",
+    "tree",
+    "water",
+    "fire",
+    "stone",
+    "river",
+]
+
+Contents = dict[str, tuple[str, np.ndarray]]  # id -> content hash and vector
+
+
+def write_corpus(path: Path, numbers: range, salt: str, changed: float = 1.0) -> Path:
+    """Documents with the given numbers as ids; the salt is in that share of the texts, the others are always equal."""
+    lines = []
+    for i in numbers:
+        rng = random.Random(i)  # an id has the same words in every corpus
+        words = " ".join(rng.choices(WORDS, k=rng.randint(3, 40)))
+        text = f"{salt} {i} {words}" if rng.random() < changed else f"{i}"
+        lines.append(json.dumps({"id": f"n{i}", "text": text}) + "\n")
+    path.write_text("".join(lines))
+    return path
+
+
+def read_snapshot(folder: Path) -> Contents:
+    """All rows of a snapshot, as TensorFlow reads them; fails if anything is missing or not as its manifest says."""
+    manifest = json.loads((folder / "manifest.json").read_text())
+    for file in [*manifest["files"], *manifest["index_files"], *manifest["dead_letter_files"]]:
+        data = (folder / file["name"]).read_bytes()
+        assert (len(data), hashlib.sha256(data).hexdigest()) == (file["n_bytes"], file["sha256"]), file["name"]
+    names = sorted(str(path) for path in folder.glob("embeddings-*"))
+    assert names == sorted(str(folder / file["name"]) for file in manifest["files"])
+    contents: Contents = {}
+    for record in tf.data.TFRecordDataset(names).as_numpy_iterator():
+        features = tf.train.Example.FromString(record).features.feature
+        name = features["id"].bytes_list.value[0].decode()
+        assert name not in contents, f"{name} is there twice"
+        content = features["content_hash"].bytes_list.value[0].decode()
+        contents[name] = content, np.array(features["embedding"].float_list.value, np.float32)
+    assert len(contents) == manifest["rows"]
+    return contents
+
+
+def read_live(table: Path) -> Contents:
+    return read_snapshot(table / "snapshots" / (table / "CURRENT").read_text().strip())
+
+
+def is_same(contents: Contents, expected: Contents) -> bool:
+    if contents.keys() != expected.keys() or any(contents[name][0] != expected[name][0] for name in expected):
+        return False
+    return all(float(np.max(np.abs(contents[name][1] - expected[name][1]))) <= TOLERANCE for name in expected)
+
+
+class Reader(threading.Thread):
+    """Follows the pointer all the time, and looks through every snapshot that it ever names."""
+
+    def __init__(self, table: Path, states: dict[str, Contents]) -> None:
+        super().__init__(daemon=True)
+        self.table = table
+        self.states = states
+        self.seen: dict[str, str] = {}  # snapshot -> which state it holds
+        self.n_polls = 0
+        self.errors: list[str] = []
+        self._stop_it = threading.Event()
+
+    def run(self) -> None:
+        while not self._stop_it.is_set():
+            try:
+                self._look()
+            except BaseException as error:
+                self.errors.append(repr(error))
+            self._stop_it.wait(0.002)
+
+    def _look(self) -> None:
+        self.n_polls += 1
+        name = (self.table / "CURRENT").read_text().strip()
+        if name in self.seen:
+            return
+        contents = read_snapshot(self.table / "snapshots" / name)
+        fitting = [state for state, expected in self.states.items() if is_same(contents, expected)]
+        self.seen[name] = fitting[0] if fitting else "none"
+        assert fitting, f"{name} holds {len(contents)} rows of no state that the corpus ever had"
+
+    def finish(self) -> None:
+        self._stop_it.set()
+        self.join()
+        assert not self.errors, self.errors[:3]
+
+
+def kill(process: Any) -> None:
+    """kill -9 for all processes of a run."""
+    try:
+        os.killpg(process.pid, signal.SIGKILL)
+    except ProcessLookupError:
+        pass
+    process.communicate()
+
+
+def wait_until(condition: Callable[[], bool], process: Any, seconds: float = 90) -> bool:
+    """Polls fast; returns False if the run ended before."""
+    end = time.monotonic() + seconds
+    while not condition():
+        if process.poll() is not None:
+            return False
+        assert time.monotonic() < end, "the run did not get so far"
+        time.sleep(0.0003)
+    return True
+
+
+def has_file(folder: Path, old: set[str], pattern: str) -> Callable[[], bool]:
+    """Whether a subfolder that is not an old one has a matching file."""
+
+    def look() -> bool:
+        try:
+            return any(path.relative_to(folder).parts[0] not in old for path in folder.glob("*/" + pattern))
+        except FileNotFoundError:  # a folder that was removed while it was listed
+            return False
+
+    return look
+
+
+def list_names(folder: Path) -> set[str]:
+    return set(os.listdir(folder)) if folder.is_dir() else set()
+
+
+def count_finished(table: Path) -> int:
+    """Rows that a run says it has written, as its progress is shown."""
+    total = 0
+    for path in table.glob("attempts/*/scratch/*.json"):
+        try:
+            total += json.loads(path.read_text()).get("rows", 0)
+        except (OSError, ValueError):
+            pass
+    return total
+
+
+def list_segments(table: Path) -> list[Path]:
+    return sorted(table.glob("journal/*/*.seg"), key=lambda path: path.stat().st_mtime)
+
+
+def count_rows(segment: Path) -> int:
+    """Rows of a segment, by its head."""
+    data = segment.read_bytes()[:16]
+    assert data[:8] == b"embeam1\n"
+    return int(struct.unpack("<Q", data[8:])[0])
+
+
+def embed_flags(corpus: Path, table: Path, *flags: str) -> list[str]:
+    paths = ["embed", f"--input={corpus}", f"--output={table}", f"--encoder={ENCODER}"]
+    return [*paths, "--id_field=id", "--max_delete_fraction=0.5", *flags]
+
+
+def encode(corpus: Path, table: Path, **settings: Any) -> Any:
+    """A run in this process, with large batches."""
+    return run_embed(corpus, table, id_field="id", max_delete_fraction=0.5, **settings)
+
+
+# Moments to die at: what to wait for, flags, and the seconds to wait on from there.
+MOMENTS: dict[str, tuple[Callable[[Path, set[str], set[str]], Callable[[], bool]], list[str], float]] = {
+    "encoding": (lambda t, a, s: has_file(t / "attempts", a, "embeddings-*"), [SLOW], 4.0),
+    "the last rows": (lambda t, a, s: has_file(t / "attempts", a, "index-*"), [], 0.05),
+    "publishing": (lambda t, a, s: lambda: bool(list_names(t / "snapshots") - s), [], 0.003),
+    "starting": (lambda t, a, s: lambda: bool(list_names(t / "attempts") - a), [SLOW], 1.5),
+    "agreed": (lambda t, a, s: has_file(t / "attempts", a, "commit.json"), [], 0.01),
+    "published": (lambda t, a, s: has_file(t / "snapshots", s, "manifest.json"), [], 0.02),
+}
+
+
+@pytest.mark.timeout(max(120, 60 * N_KILLS))
+def test_kills_at_any_moment_lose_nothing_and_readers_see_whole_tables(tmp_path):
+    n = N_DOCUMENTS
+    targets = {  # state -> corpus and settings; each is made from the one before, the last by another model
+        "new": (write_corpus(tmp_path / "new.jsonl", range(n // 10, n), "new", 0.8), {}),
+        "cut": (tmp_path / "new.jsonl", {"max_tokens": 12}),
+        "old": (write_corpus(tmp_path / "old.jsonl", range(n - n // 10), "old", 0.8), {}),
+    }
+    states = {}
+    for state, (corpus, settings) in targets.items():
+        encode(corpus, tmp_path / state, **settings)
+        states[state] = read_live(tmp_path / state)
+    assert len(states["old"].keys() & states["new"].keys()) == n - 2 * (n // 10)
+    n_equal = sum(states["new"].get(name, ("",))[0] == row[0] for name, row in states["old"].items())
+    assert n // 20 < n_equal < n // 2, "some rows should stay and most should change"
+    assert not is_same(states["new"], states["cut"])
+
+    table = tmp_path / "table"
+    shutil.copytree(tmp_path / "old", table)
+    reader = Reader(table, states)
+    reader.start()
+    rng = random.Random(n)
+    order = list(targets)
+    goal, ends = 0, []
+    try:
+        for number in range(N_KILLS):
+            moment = list(MOMENTS)[number % len(MOMENTS)]
+            condition, flags, seconds = MOMENTS[moment]
+            corpus, settings = targets[order[goal]]
+            more = [f"--{name}={value}" for name, value in settings.items()]
+            reached = condition(table, list_names(table / "attempts"), list_names(table / "snapshots"))
+            process = start_cli(*embed_flags(corpus, table, *flags, *more))
+            try:
+                found = wait_until(reached, process)
+                if found:
+                    time.sleep(rng.uniform(0, seconds))
+                ended = process.poll()
+            finally:
+                kill(process)
+            ends.append((moment, found, ended))
+            assert ended in (None, 0), f"a run after kills failed: {ends}"
+            if (live := read_live(table)) and is_same(live, states[order[goal]]):
+                goal = (goal + 1) % len(order)  # the run had published before it died
+        assert sum(ended is None for _, _, ended in ends) >= max(1, N_KILLS * 2 // 3), f"too few died: {ends}"
+        corpus, settings = targets[order[goal]]
+        process = start_cli(*embed_flags(corpus, table, *(f"--{name}={value}" for name, value in settings.items())))
+        _, err = process.communicate(timeout=60 + n / 50)
+        assert process.returncode == 0, err
+        time.sleep(0.1)
+    finally:
+        reader.finish()
+    assert is_same(read_live(table), states[order[goal]])
+    assert reader.seen[(table / "CURRENT").read_text().strip()] == order[goal]
+    assert len(reader.seen) >= 2 and reader.n_polls > 100
+    assert set(list_snapshots(table)) <= set(reader.seen), "a snapshot that never was live takes room for ever"
+    assert not list_names(table / "attempts") and not (table / "journal").exists()
+
+
+@pytest.mark.timeout(240)
+def test_a_kill_costs_at_most_half_a_minute(tmp_path):
+    """As told by the segments that are there, against what the next run encodes."""
+    n = max(20_000, N_DOCUMENTS)
+    corpus, table = write_corpus(tmp_path / "c.jsonl", range(n), "new"), tmp_path / "table"
+    process = start_cli(*embed_flags(corpus, table, SLOW))
+    try:
+        assert wait_until(lambda: count_finished(table) > 0, process)
+        begun = time.time()
+        assert wait_until(lambda: bool(list_segments(table)), process), "it should take longer than one segment"
+        time.sleep(2)
+        n_finished, now = count_finished(table), time.time()
+        assert process.poll() is None
+    finally:
+        kill(process)
+    segments = list_segments(table)
+    n_kept = sum(map(count_rows, segments))
+    assert 0 < n_kept < n
+    assert now - segments[-1].stat().st_mtime < 30
+    rate = n_finished / (now - begun + 1)
+    assert n_finished - n_kept <= max(1000, 30 * rate)
+    manifest = encode(corpus, table)
+    assert manifest.counts["encode"]["rows"] == n - n_kept
+    assert manifest.counts["recall"]["recalled"] == n_kept
+    encode(corpus, tmp_path / "fresh")
+    assert is_same(read_live(table), read_live(tmp_path / "fresh"))
+
+
+@pytest.mark.parametrize(("number", "to_group"), [(signal.SIGINT, True), (signal.SIGTERM, False)], ids=["INT", "TERM"])
+def test_a_run_that_is_stopped_keeps_all_that_it_finished(tmp_path, number, to_group):
+    n = 6000
+    corpus, table = write_corpus(tmp_path / "c.jsonl", range(n), "new"), tmp_path / "table"
+    process = start_cli(*embed_flags(corpus, table, SLOW))
+    try:
+        assert wait_until(lambda: count_finished(table) > 0, process)
+        time.sleep(1)
+        n_finished = count_finished(table)
+        os.killpg(process.pid, number) if to_group else process.send_signal(number)
+        process.communicate(timeout=20)
+        assert process.returncode == 128 + number
+    finally:
+        kill(process)
+    n_kept = sum(map(count_rows, list_segments(table)))
+    assert 0 < n_finished <= n_kept < n
+    assert not list_names(table / "attempts") and not (table / "CURRENT").exists()
+    manifest = encode(corpus, table)
+    assert manifest.counts["encode"]["rows"] == n - n_kept
+    assert manifest.counts["recall"]["recalled"] == n_kept
+
+
+# What a crash or a broken disk makes of the journal
+
+
+@pytest.fixture
+def stopped(tmp_path) -> tuple[Path, Path]:
+    """A corpus and a table whose run was stopped behind the encoder, with 30 segments of one row each."""
+    table = tmp_path / "table"
+    encode(write_corpus(tmp_path / "c.jsonl", range(20), "old"), table)
+    corpus = write_corpus(tmp_path / "c.jsonl", range(5, 50), "old")  # 15 stay, 30 are new
+    with mock.patch.object(journal, "FLUSH_BYTES", 1), pytest.raises(RunError, match="max_delete_fraction"):
+        run_embed(corpus, table, id_field="id", max_delete_fraction=0.1)
+    assert [count_rows(path) for path in list_segments(table)] == [1] * 30
+    return corpus, table
+
+
+def check_rerun(corpus: Path, table: Path, n_encoded: int) -> None:
+    manifest = encode(corpus, table)
+    assert manifest.counts["encode"].get("rows", 0) == n_encoded
+    encode(corpus, table.parent / "fresh")
+    assert is_same(read_live(table), read_live(table.parent / "fresh"))
+    assert not (table / "journal").exists()
+
+
+def test_torn_segments_cost_their_rows_and_nothing_else(stopped):
+    corpus, table = stopped
+    segments = list_segments(table)
+    sizes = [0, 7, 12, 16, 40, segments[5].stat().st_size - 1]
+    for path, size in zip(segments, sizes, strict=False):
+        path.write_bytes(path.read_bytes()[:size])
+    data = bytearray(segments[6].read_bytes())
+    data[-1] ^= 1
+    segments[6].write_bytes(data)
+    segments[7].write_bytes(segments[7].read_bytes() + b"more")
+    segments[8].unlink()
+    (segments[9].parent / (segments[9].name + ".0a1b2c3d.new")).write_bytes(segments[9].read_bytes()[:50])
+    check_rerun(corpus, table, 9)
+
+
+def test_a_segment_that_is_there_twice_is_harmless(stopped):
+    corpus, table = stopped
+    segments = list_segments(table)
+    data = segments[0].read_bytes()
+    segments[0].write_bytes(data)  # a writer that was repeated
+    (segments[0].parent / ("0" * 40 + ".seg")).write_bytes(data)
+    (segments[0].parent / (segments[0].name + ".seg")).write_bytes(data)
+    rows = []
+    for path in segments[:12]:  # the same vectors in another segment, as of two bundles
+        segment = journal.read_segment(str(path))
+        columns = {name: values[0] for name, values in segment.columns([0]).items()}
+        content = bytes(segment.records["content"][0]).ljust(16, b"\0").hex()
+        rows.append(Row(id="", vector=columns.pop("embedding"), content_hash=content, kept=b"", text=None, **columns))
+    journal.write_segment(str(segments[0].parent), rows)
+    assert sorted(map(count_rows, list_segments(table)))[-1] == 12
+    check_rerun(corpus, table, 0)
+
+
+def test_what_a_dead_run_left_is_swept_away(stopped):
+    corpus, table = stopped
+    name = "29990101T000000Z-abcdef"  # younger than the live one, complete, and never live
+    live = Path(open_table(str(table))[1])
+    shutil.copytree(live, table / "snapshots" / name)
+    for rest in ("scratch/known", "scratch"):
+        (table / "attempts" / name / rest).mkdir(parents=True, exist_ok=True)
+        (table / "attempts" / name / rest / "entries").write_bytes(b"torn")
+    (table / "attempts" / name / "embeddings-0a.tfrecord").write_bytes(b"torn")
+    half = table / "snapshots" / "29990101T000000Z-000000"
+    half.mkdir()
+    (table / "attempts" / half.name).mkdir()
+    (half / "embeddings-00000-of-00001.tfrecord").write_bytes(b"torn")
+    check_rerun(corpus, table, 0)
+    assert list_snapshots(table) == sorted([live.name, (table / "CURRENT").read_text().strip()])
+    assert not list_names(table / "attempts")

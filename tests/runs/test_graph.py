@@ -1,0 +1,187 @@
+"""What may wait or be held: on the local engine nothing that grows with the corpus crosses between stages."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import apache_beam as beam
+import pytest
+from apache_beam.portability.api import beam_runner_api_pb2
+from apache_beam.runners.portability.fn_api_runner import fn_runner
+
+import pipeline.embed
+from pipeline.embed import build_pipeline
+from pipeline.job import prepare_job
+from pipeline.preprocess.chunking import Preprocess
+from pipeline.settle import settle
+from tests.support.corpora import as_records, some_texts, write_jsonl
+from tests.support.crossings import find_crossings, find_producers
+from tests.support.paths import ROOT
+from tests.support.runs import make_config
+
+
+def build_proto(folder: Path, **settings: Any) -> beam_runner_api_pb2.Pipeline:
+    write_jsonl(folder / "corpus.jsonl", as_records(some_texts(20)))
+    (folder / "scratch").mkdir()
+    settled = settle(make_config(folder, split_bytes=500, **settings))
+    job = prepare_job(settled, "now", 0.0, scratch=str(folder / "scratch"))
+    assert len(job.input.splits) > 1
+    p = beam.Pipeline(runner="FnApiRunner")
+    build_pipeline(p, job)
+    return p.to_runner_api(default_environment=beam.transforms.environments.EmbeddedPythonEnvironment.default())
+
+
+def find_documents(proto: beam_runner_api_pb2.Pipeline) -> set[str]:
+    """Producers of all that grows with the corpus: what is made of the splits that are read, up to files and counts.
+
+    A writer gives the files that it finished, every stage its counts under `tallies` once a bundle, what is recalled
+    goes into two files a bundle, and of N documents about log(N) are probes.
+    """
+    producers = find_producers(proto)
+    growing, waiting = set(), [name for name in producers.values() if "ParDo(ReadSplit)" in name]
+    while waiting:
+        name = waiting.pop()
+        if name.endswith((".tallies", ".notes", ".probes")) or "ParDo(WriteRecords)" in name or name in growing:
+            continue
+        growing.add(name)
+        (collection,) = (collection for collection, producer in producers.items() if producer == name)
+        for transform in proto.components.transforms.values():
+            if collection in transform.inputs.values() and not transform.subtransforms:
+                waiting += [producers[output] for output in transform.outputs.values()]
+    return growing
+
+
+def find_large_crossings(proto: beam_runner_api_pb2.Pipeline) -> set[tuple[str, str]]:
+    growing = find_documents(proto)
+    return {(producer, kind) for producer, kind in find_crossings(proto) if producer in growing}
+
+
+SETTINGS = [
+    {},
+    {"id_field": ""},
+    {"on_long": "average", "max_tokens": 16},
+    {"output_format": "parquet", "vector": "sequence_output:tokens"},
+]
+
+
+@pytest.mark.parametrize("settings", SETTINGS, ids=["ids", "no_ids", "average", "tokens"])
+def test_nothing_that_grows_with_the_corpus_crosses_between_stages(settings, tmp_path):
+    proto = build_proto(tmp_path, **settings)
+    growing = {name.split("(")[-1] for name in find_documents(proto)}
+    assert growing == {
+        "ReadSplit).None",
+        "ReadSplit).dead_letters",
+        "RecallDocuments).None",
+        "SplitDocuments).None",
+        "SplitDocuments).dead_letters",
+        "CollectBatches).None",
+        "Embed/Encode/RunInference/BeamML_RunInference.None",
+        "FinishVectors).None",
+        "FinishVectors).dead_letters",
+        "Embed/Journal/WriteJournal.None",
+    }
+    assert find_large_crossings(proto) == set()
+
+
+@pytest.mark.parametrize("id_field", ["", "id"])
+def test_only_splits_paths_finished_files_and_counts_cross(id_field, tmp_path):
+    crossings = find_crossings(build_proto(tmp_path, id_field=id_field))
+    assert {kind for _, kind in crossings} == {"Flatten", "side input", "Reshuffle", "GroupByKey"}
+    writers = {f"Write{part}" for part in ("Rows", "ReadDeadLetters", "PreprocessDeadLetters", "EncodeDeadLetters")}
+    scans = {("side input", "Read/ScanIds"), ("side input", "Read/FindDuplicates")} if id_field else set()
+    assert {(kind, "/".join(producer.split("/")[:2]).partition(".")[0]) for producer, kind in crossings} == {
+        ("Reshuffle", "Read/Splits"),
+        ("GroupByKey", "Read/Splits"),
+        *scans,
+        *(("Flatten", f"{writer}/WriteRecords") for writer in writers),  # files and counts
+        ("Flatten", "Read/Read"),
+        ("Flatten", "Recall/RecallDocuments"),
+        ("side input", "Recall/RecallDocuments"),  # the notes' paths
+        ("side input", "Embed/Finish"),  # the probes
+        ("Flatten", "Preprocess/SplitDocuments"),
+        ("Flatten", "Embed/Batch"),
+        ("Flatten", "Embed/Finish"),
+        ("Flatten", "Embed/Tallies"),
+        ("side input", "Shards"),
+        ("side input", "Tallies"),
+    }
+
+
+def test_everything_from_reading_to_writing_is_one_fused_stage(tmp_path):
+    _, stages = fn_runner.FnApiRunner().create_stages(build_proto(tmp_path))
+    (reading,) = (stage for stage in stages if any("ParDo(ReadSplit)" in t.unique_name for t in stage.transforms))
+    names = "\n".join(transform.unique_name for transform in reading.transforms)
+    for step in (
+        "RecallDocuments",
+        "WriteJournal",
+        "SplitDocuments",
+        "CollectBatches",
+        "BeamML_RunInference",
+        "FinishVectors",
+        "WriteRows/WriteRecords",
+    ):
+        assert step in names
+    assert names.count("ParDo(WriteRecords)") == 4
+
+
+class CrossingPreprocess(Preprocess):
+    """A way to read the corpus that would hold it in memory."""
+
+    kind = ""
+
+    def expand(self, documents: beam.PCollection) -> tuple:
+        if self.kind == "Reshuffle":
+            documents = documents | beam.Reshuffle()
+        elif self.kind == "Flatten":
+            documents = (documents, documents) | beam.Flatten()
+        elif self.kind == "side input":
+            beginning = documents.pipeline | beam.Create([None])
+            documents = beginning | beam.FlatMap(lambda _, all_documents: all_documents, beam.pvalue.AsIter(documents))
+        return super().expand(documents)
+
+
+@pytest.mark.parametrize("kind", ["Reshuffle", "Flatten", "side input"])
+def test_the_search_finds_what_must_not_be(kind, tmp_path, monkeypatch):
+    monkeypatch.setattr(CrossingPreprocess, "kind", kind)
+    monkeypatch.setattr(pipeline.embed, "Preprocess", CrossingPreprocess)
+    found = find_large_crossings(build_proto(tmp_path))
+    assert ("Recall/RecallDocuments/ParDo(RecallDocuments).None", kind) in found
+
+
+# --- what is imported when -------------------------------------------------------------------------------------------
+
+
+def list_modules(code: str) -> set[str]:
+    """The modules that a fresh Python has loaded after some code."""
+    script = f"import sys\ntry:\n    {code}\nexcept SystemExit:\n    pass\nprint('\\nMODULES', *sys.modules)"
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=True)
+    return set(done.stdout.rpartition("MODULES")[2].split())
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "import pipeline",
+        "from pipeline import EmbedConfig",
+        "from pipeline.cli import main; main(['--help'])",
+        "from pipeline.cli import main; main(['embed', '--help'])",
+        "from pipeline.cli import main; main(['export-encoder', '--help'])",
+        "from pipeline.cli import main; main(['--version'])",
+    ],
+)
+def test_help_and_import_load_neither_tensorflow_nor_beam(code):
+    modules = list_modules(code)
+    assert "pipeline" in modules
+    heavy = {"tensorflow", "tensorflow_text", "tensorflow_hub", "tfx_bsl", "apache_beam", "pyarrow", "keras"}
+    assert not heavy & modules
+
+
+def test_importing_the_graph_loads_beam_but_not_tensorflow():
+    modules = list_modules("import pipeline.job")
+    assert "apache_beam" in modules
+    assert not {"tensorflow", "tensorflow_text", "tfx_bsl"} & modules
