@@ -33,7 +33,7 @@ PRESETS = {
     "nvidia-tesla-t4": Preset("n1-standard-8", 16, 8192, 2, "float16"),
     "nvidia-tesla-a100": Preset("a2-highgpu-1g", 40, 32768, 3, "bfloat16"),
     "nvidia-a100-80gb": Preset("a2-ultragpu-1g", 80, 32768, 3, "bfloat16"),
-    "nvidia-h100-80gb": Preset("a3-highgpu-1g", 80, 65536, 4, "bfloat16"),
+    "nvidia-h100-80gb": Preset("a3-highgpu-1g", 80, 32768, 4, "bfloat16"),
 }
 
 _DRIVER, _SHARED = "install-nvidia-driver", "use_nvidia_mps"
