@@ -7,7 +7,7 @@ FLINK := .flink
 AIRFLOW := .airflow
 UV ?= uv
 
-.PHONY: setup setup-emulators setup-flink setup-airflow demo test test-flink test-airflow lint bench clean lock
+.PHONY: setup setup-emulators setup-flink setup-airflow demo test test-all test-lanes lint bench clean lock
 
 setup: $(READY)
 
@@ -47,15 +47,22 @@ demo: $(READY)
 	$(BIN)/embeam query build/demo "insects visiting blossoms" --top=3
 	$(BIN)/embeam query build/demo "a ruined dessert" --top=3
 
-test: $(READY) $(EMULATORS)/.ready
-	@$(BIN)/python -m pytest -q
+# What needs nothing but the environment: before every commit.
+test: $(READY)
+	@$(BIN)/python scripts/run_tests.py
 
-# A session cluster on this machine. No job runs on it without Beam's job server for Flink.
-test-flink: $(READY) $(FLINK)/.ready
-	@$(BIN)/python -m pytest -q -m flink
+# All that is proven: the same, and every lane.
+test-all: test test-lanes
 
-test-airflow: $(READY) $(AIRFLOW)/.ready
-	@$(BIN)/python -m pytest -q -m airflow
+# Lanes are markers in pyproject.toml; `make test-LANE` runs one.
+test-lanes: $(READY) $(EMULATORS)/.ready $(FLINK)/.ready $(AIRFLOW)/.ready
+	@$(BIN)/python scripts/run_tests.py lanes
+
+test-dataflow test-emulator test-engine: $(EMULATORS)/.ready
+test-flink: $(FLINK)/.ready
+test-airflow: $(AIRFLOW)/.ready
+test-%: $(READY)
+	@$(BIN)/python scripts/run_tests.py $*
 
 lint: $(READY)
 	@$(BIN)/ruff check
