@@ -43,7 +43,7 @@ class Shard(NamedTuple):
     n_bytes: int
     sha256: str
     first: str  # sorts shards
-    index: str = ""  # path of the file with the index of its rows
+    index_path: str = ""  # of the file with the index of its rows
     index_size: tuple[int, str] = (0, "")  # that file's bytes and sha256
     linked: bool = False  # the file belongs to the snapshot before and stays there
 

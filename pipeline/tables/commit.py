@@ -206,7 +206,7 @@ def complete_rows(plan: CommitPlan, results: Results, whole: bool) -> Completion
     known = KnownVectors(takeover.rule.folder)
     fresh = [shard for shard in results.shards if shard.kind == "embeddings"]
     letters = read_letters(shard for shard in results.shards if shard.kind == "dead_letters")
-    fresh_ids = np.concatenate([np.empty(0, "S16"), *(read_index(shard.index).entries["id"] for shard in fresh)])
+    fresh_ids = np.concatenate([np.empty(0, "S16"), *(read_index(shard.index_path).entries["id"] for shard in fresh)])
     reindex = publication.reindex
     wishes = plan_wishes(results.notes, letters, fresh, len(known.entries))
     dead_ids = np.array([digest_id(letter.id or "") for letter in wishes.dead], "S16")

@@ -51,7 +51,7 @@ def check_rows(shards: Sequence[Shard], staying: np.ndarray, expected: Expected)
     start = len(staying)
     keys[:start] = staying[["id", "chunk"]]
     for shard in shards:
-        entries = read_index(shard.index).entries
+        entries = read_index(shard.index_path).entries
         if len(entries) != shard.rows:
             raise GateError(f"{shard.path} has {shard.rows:,} rows and an index of {len(entries):,}")
         keys[start : start + shard.rows] = entries[["id", "chunk"]]
@@ -164,7 +164,7 @@ def _find_fresh(probes: Sequence[Row], fresh: Sequence[tuple[VectorFile, Shard]]
         return places
     wanted = np.array([bytes.fromhex(row.content_hash) for row in probes], "S16")
     for file, shard in fresh:
-        entries = read_index(shard.index).entries
+        entries = read_index(shard.index_path).entries
         for i in np.flatnonzero(np.isin(entries["content"], wanted)).tolist():
             key = whole_digest(entries["content"][i]).hex(), int(entries["chunk"][i])
             places[key] = file.first + i

@@ -32,7 +32,7 @@ class KnownFile(NamedTuple):
     """A file of the live table, and that of its index."""
 
     file: VectorFile
-    index: str
+    index_path: str
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ class Joined(NamedTuple):
 def read_known(known: KnownFile, rule: JoinRule) -> Iterator[Row]:
     """Rows of a file of the live table."""
     assert rule.reader is not None
-    index = read_index(known.index)
+    index = read_index(known.index_path)
     for stored in rule.reader.read(known.file, np.arange(known.file.rows)):
         entries = index.entries[stored.numbers - known.file.first]
         columns = rule.reader.columns(stored, np.arange(len(entries))) | {"n_chunks": entries["n_chunks"].tolist()}
@@ -217,7 +217,7 @@ class ListLive(beam.DoFn):
         self.rule = rule
 
     def process(self, number: int) -> Iterator[tuple[bytes, LiveEntry]]:
-        index = read_index(self.rule.files[number].index)
+        index = read_index(self.rule.files[number].index_path)
         for i, entry in enumerate(index.entries):
             yield whole_digest(entry["id"]), LiveEntry(number, i, index.sources[entry["source"]])
 

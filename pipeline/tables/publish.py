@@ -163,7 +163,7 @@ def place_files(manifest: Manifest, shards: Sequence[Shard], folder: str) -> Non
     for shard, file in zip([*rows, *letters], [*manifest.files, *manifest.dead_letter_files], strict=True):
         (links if shard.linked else moves).append((shard.path, FileSystems.join(folder, file.name)))
     moves += [
-        (shard.index, FileSystems.join(folder, file.name))
+        (shard.index_path, FileSystems.join(folder, file.name))
         for shard, file in zip(rows, manifest.index_files, strict=True)
     ]
     for source, target in links:

@@ -117,7 +117,7 @@ def find_equal(
     wanted = np.unique(waiting["content"])
     found = [np.empty(0, _PLACE)]
     for file, shard in zip(files, fresh, strict=True):
-        entries = read_index(shard.index).entries
+        entries = read_index(shard.index_path).entries
         hits = np.flatnonzero(np.isin(entries["content"], wanted))
         block = np.empty(len(hits), _PLACE)
         block["content"], block["chunk"] = entries["content"][hits], entries["chunk"][hits]
