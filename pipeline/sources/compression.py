@@ -42,12 +42,23 @@ class TruncatedFile(FileError):
     reason = "truncated_file"
 
 
+class ByteReader(Protocol):
+    """A stream that is read."""
+
+    def read(self, size: int = -1, /) -> bytes: ...
+
+
 class Decoder(Protocol):
     """Decodes one gzip member, bzip2 stream or zstd frame, as `bz2.BZ2Decompressor` does."""
 
-    eof: bool
-    needs_input: bool
-    unused_data: bytes
+    @property
+    def eof(self) -> bool: ...
+
+    @property
+    def needs_input(self) -> bool: ...
+
+    @property
+    def unused_data(self) -> bytes: ...
 
     def decompress(self, data: bytes, max_length: int) -> bytes: ...
 
@@ -192,6 +203,7 @@ class InputStream(io.BufferedReader):
 
     @property
     def position(self) -> int:
+        assert isinstance(self.raw, (RawFile, DecodedFile))
         return self.raw.position
 
 
