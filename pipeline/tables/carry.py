@@ -16,7 +16,7 @@ import numpy as np
 from pipeline.config import KeptField
 from pipeline.records import Row, pack_kept
 from pipeline.sinks.index import Index
-from pipeline.sinks.layout import TableLayout
+from pipeline.sinks.layout import Columns, TableLayout
 from pipeline.sinks.writing import RowFormat, Shard, ShardWriter, write_index
 from pipeline.tables.fates import Fates
 from pipeline.tables.known import ROWS, KnownVectors, VectorFile
@@ -167,7 +167,7 @@ class Carrier:
         self.counts["granted_rows"] += len(rows)
 
 
-def build_row(columns: dict[str, list], i: int, wish: Wish, layout: TableLayout) -> Row:
+def build_row(columns: Columns, i: int, wish: Wish, layout: TableLayout) -> Row:
     """The row of a document from the vector of an equal text."""
     document = wish.document
 
@@ -189,7 +189,7 @@ def build_row(columns: dict[str, list], i: int, wish: Wish, layout: TableLayout)
     )
 
 
-def convert_rows(columns: dict[str, list], sources: list[str], old: TableLayout, new: TableLayout) -> list[Row]:
+def convert_rows(columns: Columns, sources: list[str], old: TableLayout, new: TableLayout) -> list[Row]:
     """Rows of a table with other columns: a kept field that it did not have is null."""
     rows = []
     types = {field.name: field.type for field in old.kept}
@@ -213,5 +213,5 @@ def convert_rows(columns: dict[str, list], sources: list[str], old: TableLayout,
     return rows
 
 
-def _kept_value(columns: dict[str, list], i: int, field: KeptField, types: dict[str, str]) -> Optional[Any]:
+def _kept_value(columns: Columns, i: int, field: KeptField, types: dict[str, str]) -> Optional[Any]:
     return columns[field.name][i] if types.get(field.name) == field.type else None

@@ -13,7 +13,7 @@ from apache_beam.io.filesystems import FileSystems
 from pipeline.errors import TableError
 from pipeline.runtime import load_tensorflow
 from pipeline.sinks import SINKS
-from pipeline.sinks.layout import TableLayout
+from pipeline.sinks.layout import Columns, TableLayout
 from pipeline.tables.journal import read_segment
 from pipeline.tables.known import VectorFile
 
@@ -32,7 +32,8 @@ class VectorReader(Protocol):
       layout: of the rows.
     """
 
-    layout: TableLayout
+    @property
+    def layout(self) -> TableLayout: ...
 
     def read(self, file: VectorFile, wanted: np.ndarray) -> Iterator[Stored]:
         """Yields rows of a file in order: all of them, or those among `wanted` at least.
@@ -48,7 +49,7 @@ class VectorReader(Protocol):
     def select(self, stored: Stored, positions: np.ndarray) -> Any:
         """Some rows as they are stored; only for files with rows."""
 
-    def columns(self, stored: Stored, positions: np.ndarray) -> dict[str, list]:
+    def columns(self, stored: Stored, positions: np.ndarray) -> Columns:
         """Some rows, column by column; `embedding` is stored bytes."""
 
 
@@ -83,7 +84,7 @@ class FileReader:
     def select(self, stored: Stored, positions: np.ndarray) -> Any:
         return SINKS[self.file_format].select(stored.rows, positions)
 
-    def columns(self, stored: Stored, positions: np.ndarray) -> dict[str, list]:
+    def columns(self, stored: Stored, positions: np.ndarray) -> Columns:
         return SINKS[self.file_format].decode(self.select(stored, positions), self.layout)
 
 
@@ -106,8 +107,8 @@ class SegmentReader:
     def select(self, stored: Stored, positions: np.ndarray) -> Any:
         raise NotImplementedError("the journal has no rows to copy, only vectors")
 
-    def columns(self, stored: Stored, positions: np.ndarray) -> dict[str, list]:
-        columns: dict[str, list] = stored.rows.columns(positions.tolist())
+    def columns(self, stored: Stored, positions: np.ndarray) -> Columns:
+        columns: Columns = stored.rows.columns(positions.tolist())
         return columns
 
 

@@ -67,8 +67,8 @@ def plan_wishes(notes: Iterable[Note], letters: Letters, fresh: Sequence[Shard],
     files = number_files(fresh, n_known)
     wants, equal, dead = [np.empty(0, WANT)], [np.empty(0, _EQUAL)], []
     for number, path in enumerate(paths):
-        known_block: list[tuple] = []
-        equal_block: list[tuple] = []
+        known_block: list[tuple[int, int, int]] = []
+        equal_block: list[tuple[bytes, int, int]] = []
         for offset, wish in read_wishes(path):
             if wish.rows is None:
                 equal_block.append((bytes.fromhex(wish.content_hash), number, offset))
