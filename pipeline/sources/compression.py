@@ -10,7 +10,7 @@ import bz2
 import io
 import zlib
 from collections.abc import Callable
-from typing import Any, BinaryIO, Protocol
+from typing import Any, BinaryIO, Optional, Protocol
 
 import zstandard
 from apache_beam.io.filesystem import CompressionTypes
@@ -110,7 +110,7 @@ _DECODE_ERRORS = (zlib.error, zstandard.ZstdError, OSError, ValueError, EOFError
 class RawFile(io.RawIOBase):
     """A file of any Beam file system as a raw stream; whatever goes wrong below becomes UnreadableFile."""
 
-    _file: Any = None  # Python closes, at the end, what could not even be opened
+    _file: Optional[BinaryIO] = None  # Python closes, at the end, what could not even be opened
 
     def __init__(self, path: str, start: int = 0) -> None:
         self.path = path
@@ -126,6 +126,7 @@ class RawFile(io.RawIOBase):
         return True
 
     def readinto(self, buffer: Any) -> int:
+        assert self._file is not None
         try:
             data = self._file.read(len(buffer))
         except Exception as error:  # as in open_file

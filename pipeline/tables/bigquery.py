@@ -169,7 +169,7 @@ class BigqueryCommit(Committer):
         """
         publication = self.plan.publication
         folder = attempts_folder(publication.table, publication.name)
-        path = str(join(folder, "changes.json"))
+        path = join(folder, "changes.json")
         if not FileSystems.exists(path):  # else a repeated attempt at the same commit
             completion = complete_changes(self.plan, results)
             manifest, letters = describe_run(completion)

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from contextlib import ExitStack
-from typing import Any, Optional
+from typing import Any, BinaryIO, Optional
 
 import numpy as np
 
@@ -119,7 +119,7 @@ class Carrier:
         file: VectorFile,
         keeps: np.ndarray,
         wants: np.ndarray,
-        wishes: Sequence[Any],
+        wishes: Sequence[BinaryIO],
         fates: Fates,
         copies: bool,
     ) -> None:
@@ -153,7 +153,7 @@ class Carrier:
             self._writer.write(convert_rows(columns, sources, reader.layout, self.form.layout))
             self.counts["converted_rows"] += len(positions)
 
-    def _grant(self, reader: VectorReader, stored: Stored, wants: np.ndarray, wishes: Sequence[Any]) -> None:
+    def _grant(self, reader: VectorReader, stored: Stored, wants: np.ndarray, wishes: Sequence[BinaryIO]) -> None:
         numbers, which = np.unique(wants["row"], return_inverse=True)
         columns = reader.columns(stored, np.searchsorted(stored.numbers, numbers))
         rows = []

@@ -21,6 +21,7 @@ from pipeline.errors import ConfigError
 from pipeline.records import digest_id, pack_kept
 from pipeline.sinks.index import ENTRY, Index, SourceNumbers, digest_kept, whole_digest
 from pipeline.sinks.layout import Columns, TableLayout
+from pipeline.sinks.table_format import StoredRows
 from pipeline.sinks.writing import LETTERS, ROWS, RowFormat, Shard
 from pipeline.tables.commit import Completion, check_any_rows, complete_rows, pass_gate
 from pipeline.tables.known import VectorFile, open_known
@@ -142,7 +143,7 @@ class DatabaseStore:
         return {}
 
     def locate_dead_letters(self, live: Manifest, name: str) -> str:
-        return str(join(self.work, DEAD_LETTERS, name))
+        return join(self.work, DEAD_LETTERS, name)
 
     def choose_form(self, config: EmbedConfig, layout: TableLayout) -> RowFormat:
         return RowFormat("parquet", replace(layout, sourced=True))
@@ -174,7 +175,7 @@ class DatabaseReader:
                 raise damaged("the table", f"rows of content {missing[0][0]} have vanished during the run")
             yield Stored(numbers, [found[key] for key in keys])
 
-    def select(self, stored: Stored, positions: np.ndarray) -> Any:
+    def select(self, stored: Stored, positions: np.ndarray) -> StoredRows:
         raise NotImplementedError("rows of a database stay where they are")
 
     def columns(self, stored: Stored, positions: np.ndarray) -> Columns:

@@ -91,7 +91,7 @@ class FolderStore:
         return theirs == (form.name, form.compression, form.layout)
 
     def locate_dead_letters(self, live: Manifest, name: str) -> str:
-        return str(join(snapshot_folder(self.work, live.snapshot), name))
+        return join(snapshot_folder(self.work, live.snapshot), name)
 
     def choose_form(self, config: EmbedConfig, layout: TableLayout) -> RowFormat:
         return RowFormat(config.write.output_format, layout, config.write.compression)

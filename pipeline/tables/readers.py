@@ -14,6 +14,7 @@ from pipeline.errors import TableError
 from pipeline.runtime import load_tensorflow
 from pipeline.sinks import SINKS
 from pipeline.sinks.layout import Columns, TableLayout
+from pipeline.sinks.table_format import StoredRows
 from pipeline.tables.journal import read_segment
 from pipeline.tables.known import VectorFile
 
@@ -22,7 +23,7 @@ class Stored(NamedTuple):
     """Some rows as they are stored, and their numbers `[n]`, ascending."""
 
     numbers: np.ndarray
-    rows: Any
+    rows: Any  # of the reader's own kind
 
 
 class VectorReader(Protocol):
@@ -46,7 +47,7 @@ class VectorReader(Protocol):
           TableError: if it is damaged.
         """
 
-    def select(self, stored: Stored, positions: np.ndarray) -> Any:
+    def select(self, stored: Stored, positions: np.ndarray) -> StoredRows:
         """Some rows as they are stored; only for files with rows."""
 
     def columns(self, stored: Stored, positions: np.ndarray) -> Columns:
@@ -81,7 +82,7 @@ class FileReader:
         if first != file.first + file.rows:
             raise damaged(file.path, f"it has {first - file.first} rows instead of {file.rows}")
 
-    def select(self, stored: Stored, positions: np.ndarray) -> Any:
+    def select(self, stored: Stored, positions: np.ndarray) -> StoredRows:
         return SINKS[self.file_format].select(stored.rows, positions)
 
     def columns(self, stored: Stored, positions: np.ndarray) -> Columns:
@@ -104,7 +105,7 @@ class SegmentReader:
             raise TableError(f"{file.path} has vanished or is damaged; run the same command again")
         yield Stored(np.arange(file.first, file.first + file.rows), segment)
 
-    def select(self, stored: Stored, positions: np.ndarray) -> Any:
+    def select(self, stored: Stored, positions: np.ndarray) -> StoredRows:
         raise NotImplementedError("the journal has no rows to copy, only vectors")
 
     def columns(self, stored: Stored, positions: np.ndarray) -> Columns:
