@@ -18,11 +18,11 @@ class BatchClock:
 
     def __init__(self) -> None:
         self.first_batch_at = 0.0  # time.monotonic() is the same clock in all processes of a machine
-        self.first_items = 0
-        self.items = 0
+        self.first_items: float = 0
+        self.items: float = 0
         self.encoder_seconds = 0.0
 
-    def tick(self, n_items: int, encoder_seconds: float = 0.0) -> None:
+    def tick(self, n_items: float, encoder_seconds: float = 0.0) -> None:
         """Notes a finished batch and how long the encoder took for it."""
         self.items += n_items
         if self.first_batch_at:
@@ -41,18 +41,18 @@ class BatchClock:
         }
 
 
-def time_batches(handler: type) -> BatchClock:
-    """Lets a Beam model handler report every batch that it has finished, whatever kind of handler it is."""
+def time_batches(handler: Any) -> BatchClock:
+    """Lets a class of Beam model handlers report every batch that it has finished, whatever kind of handler it is."""
     clock = BatchClock()
-    run_inference: Any = handler.run_inference  # type: ignore[attr-defined]
+    run_inference = handler.run_inference
 
-    def timed(self: Any, batch: Any, *rest: Any, **named: Any) -> list:
+    def timed(self: Any, batch: Any, *rest: Any, **named: Any) -> list[Any]:
         begun = time.monotonic()
         outputs = list(run_inference(self, batch, *rest, **named))
         clock.tick(len(batch), time.monotonic() - begun)
         return outputs
 
-    handler.run_inference = timed  # type: ignore[attr-defined]
+    handler.run_inference = timed
     return clock
 
 

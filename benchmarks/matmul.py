@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Callable
 from typing import Any
@@ -25,7 +26,7 @@ def measure_matmul(precision: str) -> dict[str, float]:
         left, right = tf.cast(a, precision), tf.cast(b, precision)
         ways: dict[str, Callable[[], Any]] = {"TensorFlow": _graph_matmul(tf, left, right)}
         if precision == "float32":
-            ways["NumPy"] = lambda a=a, b=b: a @ b
+            ways["NumPy"] = functools.partial(np.matmul, a, b)
         for name, multiply in ways.items():
             rate = 2 * rows * inputs * outputs / _best_seconds(multiply)
             rates[name] = max(rates.get(name, 0.0), rate)

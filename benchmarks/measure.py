@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
-Run = dict[str, float]  # what one process of one side did
+Run = dict[str, Any]  # what one process of one side did: JSON, all but always numbers
 Side = tuple[str, dict[str, Any]]  # MODULE:FUNCTION and its arguments
 
 

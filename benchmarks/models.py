@@ -9,7 +9,7 @@ from benchmarks.measure import BenchmarkError, run_side
 SIZES = {"tiny": (2, 64, 4), "small": (4, 256, 4), "base": (12, 768, 12)}  # layers, width, heads
 
 
-def write_models(size: str, folder: str) -> dict:
+def write_models(size: str, folder: str) -> dict[str, float]:
     """Writes a seeded encoder of a size and its preprocessor, with the built-in vocabulary. Runs in a child."""
     from pipeline.encoders.default import default_vocabulary
     from pipeline.encoders.export import export_encoder, initial_weights

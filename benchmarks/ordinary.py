@@ -44,7 +44,7 @@ class TextEncoderHandler(ModelHandler[str, PredictionResult, TextModel]):
 
 
 def to_example(result: PredictionResult) -> tf.train.Example:
-    text = tf.train.BytesList(value=[result.example.encode()])
+    text = tf.train.BytesList(value=[str(result.example).encode()])
     vector = tf.train.FloatList(value=result.inference)
     features = {"text": tf.train.Feature(bytes_list=text), "embedding": tf.train.Feature(float_list=vector)}
     return tf.train.Example(features=tf.train.Features(feature=features))

@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from benchmarks.child import BatchClock
-from benchmarks.measure import BenchmarkError, Ratio, Report, alternate, run_side, steady_rate
+from benchmarks.measure import BenchmarkError, Ratio, Report, Side, alternate, run_side, steady_rate
 from benchmarks.models import find_models
 from benchmarks.texts import make_sentences, write_lines
 
@@ -36,7 +36,7 @@ def capture_batches(texts: str, encoder: str, preprocessor: str, packed: str) ->
         n_padded += batch.rows * batch.length
         arrays[f"{i} n"] = np.array(len(batch))
         arrays |= {f"{i} {name}": array for name, array in pack_batch(batch).items()}
-    np.savez(packed, **arrays)
+    np.savez(packed, allow_pickle=False, **arrays)
     return {"batches": len(batches), "padded_tokens": n_padded}
 
 
@@ -45,13 +45,14 @@ def _make_batches(texts: str, encoder: str, preprocessor: str) -> Iterator[Any]:
     from pipeline.config import EmbedConfig
     from pipeline.plan import plan_embedding
     from pipeline.preprocess.batching import Batcher
-    from pipeline.records import Document
+    from pipeline.records import Chunk, Document
 
     plan = plan_embedding(EmbedConfig.from_flat({"encoder": encoder, "preprocessor": preprocessor}))
     batcher = Batcher(plan.buckets)
     with open(texts, encoding="utf-8") as file:
         documents = [Document(str(i), line.rstrip("\n")) for i, line in enumerate(file)]
     for chunk in plan.split.load().split(documents):
+        assert isinstance(chunk, Chunk)
         if batch := batcher.add(chunk, chunk.n_tokens):
             yield batch
     yield from batcher.drain()
@@ -64,7 +65,15 @@ def encode_in_loop(encoder: str, packed: str) -> dict[str, float]:
     from pipeline.config import EncoderConfig
     from pipeline.encoders.load import load_encoder
     from pipeline.encoders.spec import describe_encoder
-    from pipeline.records import Batch
+    from pipeline.records import Batch, Chunk, Document
+
+    class PaddedBatch(Batch):
+        """A batch that carries its arrays; its chunks only count."""
+
+        def __init__(self, inputs: dict[str, np.ndarray], n: int) -> None:
+            rows, length = inputs["input_mask"].shape
+            super().__init__([Chunk(Document("", ""), "", 0, 1, b"", 0, 0, 0)] * n, length, rows)
+            self.packed = inputs
 
     loaded = load_encoder(describe_encoder(EncoderConfig(encoder=encoder))[0])
     batches = []
@@ -72,10 +81,7 @@ def encode_in_loop(encoder: str, packed: str) -> dict[str, float]:
         for i in range(sum(name.endswith(" n") for name in arrays.files)):
             names = ("input_word_ids", "input_mask", "input_type_ids")
             inputs = {name: arrays[f"{i} {name}"] for name in names}
-            rows, length = inputs["input_mask"].shape
-            batch = Batch([None] * int(arrays[f"{i} n"]), length, rows)
-            batch.packed = inputs  # type: ignore[attr-defined]
-            batches.append(batch)
+            batches.append(PaddedBatch(inputs, int(arrays[f"{i} n"])))
     _skip_packing()
     clock = BatchClock()
     for batch in batches:
@@ -90,8 +96,8 @@ def _skip_packing() -> None:
 
     pack_batch = packing.pack_batch
     for name, module in list(sys.modules.items()):
-        if name.startswith("pipeline.") and getattr(module, "pack_batch", None) is pack_batch:
-            module.pack_batch = lambda batch: batch.packed  # type: ignore[attr-defined]
+        if name.startswith("pipeline.") and vars(module).get("pack_batch") is pack_batch:
+            vars(module)["pack_batch"] = lambda batch: batch.packed
 
 
 def run(options: argparse.Namespace) -> Report:
@@ -102,7 +108,7 @@ def run(options: argparse.Namespace) -> Report:
     models = {"encoder": encoder, "preprocessor": preprocessor}
     captured = run_side(("benchmarks.overhead:capture_batches", {"texts": texts, "packed": packed, **models}), folder)
     flags = {"input": texts, "output": table, **models}
-    sides = {
+    sides: dict[str, Side] = {
         "bare loop": ("benchmarks.overhead:encode_in_loop", {"encoder": encoder, "packed": packed}),
         "embeam": ("benchmarks.child:embed", {"arguments": [f"--{name}={value}" for name, value in flags.items()]}),
     }

@@ -116,7 +116,7 @@ def run(options: argparse.Namespace) -> Report:
         done = run_side(side, options.folder)
         if done["items"] != sum(files):
             raise BenchmarkError(f"{done['items']:,} texts were encoded instead of {sum(files):,}")
-        shown = " and ".join(f"{seconds:.1f}" for seconds in done["cpu_seconds"])  # type: ignore[attr-defined]
+        shown = " and ".join(f"{seconds:.1f}" for seconds in done["cpu_seconds"])
         took = f"{done['whole_seconds']:.1f} s, processor seconds of workers {shown}"
         print(f"  {workers} workers, {len(files):,} files: {took}", file=sys.stderr, flush=True)
         return done
@@ -128,7 +128,7 @@ def run(options: argparse.Namespace) -> Report:
             workers = 1 if name == ONE else 2
             short, long = embed([n // WARM_UP], workers), embed([n], workers)
             runs[name].append(subtract(short, long))
-            start_up = min(short["cpu_seconds"])  # type: ignore[type-var]
+            start_up = min(short["cpu_seconds"])
     shapes = {
         "one file": [n],
         f"{TINY_FILES:,} files": [n // TINY_FILES + (i < n % TINY_FILES) for i in range(TINY_FILES)],
@@ -136,7 +136,7 @@ def run(options: argparse.Namespace) -> Report:
     }
     facts: dict[str, Any] = {"encoder": encoder, "threads of TensorFlow in a worker": 1}
     for shape, files in shapes.items():
-        done: Any = embed(files, 2)
+        done = embed(files, 2)
         least, most = (choose(done["cpu_seconds"]) - start_up for choose in (min, max))
         facts[f"processor seconds of two workers after start-up, {shape}"] = (
             f"{least:.1f} and {most:.1f}, {least / most:.0%}"

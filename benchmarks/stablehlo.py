@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+from typing import Any
 
 LENGTHS = (32, 128, 512)
 TOKENS = 32768  # rows x length of a batch
@@ -36,7 +37,7 @@ def export_programs(encoder: str, precision: str, tokens: int, output: str) -> N
     for length in LENGTHS:
         rows = max(1, tokens // length)
 
-        def run(*arguments):  # type: ignore[no-untyped-def]
+        def run(*arguments: Any) -> Any:
             given = iter(arguments[3:])
             packed = tf.nest.map_structure(lambda tensor: None if tensor is None else next(given), weights)
             return define_graph(packed, a, choice, mode)(*arguments[:3])
@@ -45,8 +46,8 @@ def export_programs(encoder: str, precision: str, tokens: int, output: str) -> N
         specs = [tf.TensorSpec([rows, length], tf.int32)] * 3 + [tf.TensorSpec(t.shape, t.dtype) for t in flat]
         text = program.experimental_get_compiler_ir(*specs)(stage="stablehlo_serialized")
         name = f"length-{length}.mlir"
-        with open(os.path.join(output, name), "wb") as file:
-            file.write(text)
+        with open(os.path.join(output, name), "wb") as program_file:
+            program_file.write(text)
         programs[name] = {"rows": rows, "length": length, "flops_of_a_text": text_flops(a, length)}
         print(f"{name}: {rows} rows, {len(text):,} bytes", flush=True)
     signature = {

@@ -13,7 +13,7 @@ import os
 import shutil
 
 from benchmarks.child import time_batches
-from benchmarks.measure import BenchmarkError, Ratio, Report, alternate, run_side, steady_rate, whole_rate
+from benchmarks.measure import BenchmarkError, Ratio, Report, Side, alternate, run_side, steady_rate, whole_rate
 from benchmarks.models import find_models
 from benchmarks.texts import make_sentences, write_lines
 
@@ -65,7 +65,7 @@ def run(options: argparse.Namespace) -> Report:
     arguments = [f"--{name}={value}" for name, value in flags.items()] + [f"--max_tokens={STOCK_TOKENS}"]
     records = os.path.join(stock, "embeddings")
     settings = {"source": texts, "output": records, "preprocessor": preprocessor, "encoder": encoder}
-    sides = {
+    sides: dict[str, Side] = {
         "stock Beam": ("benchmarks.stock:embed_stock", settings),
         "embeam": ("benchmarks.child:embed", {"arguments": arguments}),
     }

@@ -5,10 +5,31 @@ loads neither TensorFlow nor Beam.
 """
 
 from importlib import import_module
-from typing import Any
+from typing import TYPE_CHECKING
 
 __version__ = "0.1.0"
 
+__all__ = [
+    "BatchConfig",
+    "DeadLetter",
+    "Document",
+    "EmbeamError",
+    "EmbedConfig",
+    "EmbedDocuments",
+    "Embedder",
+    "EncoderConfig",
+    "PreprocessConfig",
+    "ReadConfig",
+    "Row",
+    "VectorConfig",
+    "WriteConfig",
+    "__version__",
+    "build_table",
+    "iter_table",
+    "load_embedder",
+    "open_table",
+    "read_table",
+]
 _HOMES = {
     "BatchConfig": "config",
     "EmbedConfig": "config",
@@ -29,10 +50,27 @@ _HOMES = {
     "open_table": "tables.manifest",
     "read_table": "tables.read",
 }
-__all__ = ["__version__", *sorted(_HOMES)]
 
+if TYPE_CHECKING:  # a type checker would take every name for one that `__getattr__` gives
+    from pipeline.config import (
+        BatchConfig,
+        EmbedConfig,
+        EncoderConfig,
+        PreprocessConfig,
+        ReadConfig,
+        VectorConfig,
+        WriteConfig,
+    )
+    from pipeline.embed import EmbedDocuments
+    from pipeline.errors import EmbeamError
+    from pipeline.job import build_table
+    from pipeline.records import DeadLetter, Document, Row
+    from pipeline.tables.embedder import Embedder, load_embedder
+    from pipeline.tables.manifest import open_table
+    from pipeline.tables.read import iter_table, read_table
+else:
 
-def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
-        raise AttributeError(f"module 'pipeline' has no attribute {name!r}")
-    return getattr(import_module(f"pipeline.{_HOMES[name]}"), name)
+    def __getattr__(name: str) -> object:
+        if name not in _HOMES:
+            raise AttributeError(f"module 'pipeline' has no attribute {name!r}")
+        return getattr(import_module(f"pipeline.{_HOMES[name]}"), name)

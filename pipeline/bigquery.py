@@ -14,9 +14,13 @@ import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pipeline.errors import ConfigError
+
+if TYPE_CHECKING:
+    from google.cloud.bigquery import Client
+    from google.cloud.bigquery_storage_v1 import BigQueryReadClient
 
 SCHEME = "bq://"
 API_VARIABLE = "BIGQUERY_EMULATOR_HOST"
@@ -82,8 +86,8 @@ class BigQueryName(NamedTuple):
         return f"projects/{self.project}/datasets/{self.dataset}/tables/{self.table}"
 
 
-def client(project: str = "") -> Any:
-    """A `google.cloud.bigquery.Client`.
+def client(project: str = "") -> Client:
+    """A client of BigQuery.
 
     Args:
       project: that jobs run in and are billed to; by default the environment's, as Google's clients find it.
@@ -115,13 +119,13 @@ def billing_project(name: BigQueryName) -> str:
         return name.project
 
 
-def read_client() -> Any:
+def read_client() -> BigQueryReadClient:
     """The process's `BigQueryReadClient`, which all its threads share."""
     return _make_read_client(os.environ.get(READ_API_VARIABLE, ""))
 
 
 @functools.lru_cache(maxsize=1)
-def _make_read_client(emulator: str) -> Any:
+def _make_read_client(emulator: str) -> BigQueryReadClient:
     from google.auth.exceptions import DefaultCredentialsError
     from google.cloud.bigquery_storage_v1 import BigQueryReadClient
 

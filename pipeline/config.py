@@ -21,15 +21,16 @@ ACCELERATORS = ("nvidia-l4", "nvidia-tesla-t4", "nvidia-tesla-a100", "nvidia-a10
 POOLINGS = ("mean", "max", "cls")
 
 
-def setting(help: str, default: Any = None, choices: tuple = (), metavar: str = "") -> Any:
+def setting(help: str, default: Any = None, choices: tuple[str, ...] = (), metavar: str = "") -> Any:
     return field(default=default, metadata={"help": help, "choices": choices, "metavar": metavar})
 
 
+@dataclass(frozen=True)
 class _Checked:
     """Checks choices when a configuration is built; subclasses add what else must hold."""
 
     def __post_init__(self) -> None:
-        for f in fields(self):  # type: ignore[arg-type]
+        for f in fields(self):
             value, choices = getattr(self, f.name), f.metadata["choices"]
             if choices and value not in choices:
                 raise ConfigError(f"--{f.name}={value} is not one of {', '.join(choices)}")
@@ -384,7 +385,7 @@ STAGE_CONFIGS: tuple[type, ...] = (
 _KINDS = {bool: "true or false", int: "a whole number", float: "a number", str: "text", tuple: "a list"}
 
 
-def _convert(f: dataclasses.Field, value: Any) -> Any:
+def _convert(f: dataclasses.Field[Any], value: Any) -> Any:
     default = f.default
     if isinstance(value, dict) or (isinstance(value, list | tuple) and not isinstance(default, tuple)):
         raise ConfigError(f"--{f.name}={value} is not {_KINDS[type(default)]}; write one value")

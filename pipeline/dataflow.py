@@ -116,7 +116,8 @@ def validate_options(options: PipelineOptions, runner: Any) -> None:
 def explain_job(error: BaseException, options: PipelineOptions) -> str:
     """What Dataflow says of a job that it refused or that has ended badly; "" for other errors."""
     if isinstance(error, GoogleAPICallError):
-        return f"Dataflow refused the job: {error.code.value} {error.message.rpartition(': ')[2]}"
+        code = "" if error.code is None else f"{int(error.code)} "
+        return f"Dataflow refused the job: {code}{error.message.rpartition(': ')[2]}"
     if not isinstance(error, DataflowRuntimeException):
         return ""
     ended = error.result

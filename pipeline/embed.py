@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import apache_beam as beam
 
@@ -22,7 +22,7 @@ from pipeline.tables.joining import JoinByContent, JoinById, JoinRule
 from pipeline.tables.journal import Journal
 from pipeline.tables.lock import Lease
 from pipeline.tables.recall import Recall
-from pipeline.tables.store import CommitPlan
+from pipeline.tables.store import CommitPlan, Committer
 from pipeline.vectors.finishing import Finish
 from pipeline.workers import resource_hints, share_memory
 
@@ -125,7 +125,7 @@ class Job:
     attempts: str
     journal: str
     commit_plan: CommitPlan
-    committer: Any
+    committer: Committer
     distributed: bool
     lease: Lease | None
     progress: Progress

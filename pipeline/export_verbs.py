@@ -26,6 +26,8 @@ from pipeline.saved_model import absolute_path, describe_saved_model, read_flag,
 if TYPE_CHECKING:
     import numpy as np
 
+    from pipeline.flags import Verbs
+
 SIZES = {"layers": "layers", "hidden_size": "width", "heads": "heads", "positions": "positions"}  # flag to field
 DESCRIPTION = (*SIZES, "seed", "vocab_file", "cased")  # flags that say what a new encoder is like
 POSITIONS, SEED = 512, 0
@@ -39,7 +41,7 @@ class Content(NamedTuple):
     lower_case: bool
 
 
-def add_export_verbs(verbs: Any) -> None:
+def add_export_verbs(verbs: Verbs) -> None:
     """Adds both verbs to the command's."""
     stray = "every setting is a flag, as in --output={}"
     encoder = verbs.add_parser(
@@ -48,7 +50,7 @@ def add_export_verbs(verbs: Any) -> None:
         description="Writes a talking-heads gated-GELU BERT as a SavedModel with the interface of TF Hub: the built-in "
         "one, or a new, untrained one of the sizes that are given, or the weights of another.",
     )
-    sizes = {"type": at_least_one, "metavar": "N"}
+    sizes: dict[str, Any] = {"type": at_least_one, "metavar": "N"}
     encoder.add_argument("--layers", help="number of layers", **sizes)
     encoder.add_argument("--hidden_size", help="size of a token's vector, a multiple of --heads", **sizes)
     encoder.add_argument("--heads", help="attention heads in each layer", **sizes)

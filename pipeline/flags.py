@@ -8,10 +8,15 @@ import sys
 import tomllib
 from collections.abc import Iterable, Sequence
 from dataclasses import fields
-from typing import Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from pipeline.config import STAGE_CONFIGS
 from pipeline.errors import ConfigError
+
+if TYPE_CHECKING:
+    from apache_beam.options.pipeline_options import PipelineOptions
+
+    Verbs = argparse._SubParsersAction["Parser"]
 
 _PREFIX = "flag_"  # marks our flags in argparse's result, apart from verbs and Beam's
 
@@ -22,7 +27,7 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, **settings: Any) -> None:
         super().__init__(**(settings | {"allow_abbrev": False}))
 
-    def error(self, message: str) -> Any:
+    def error(self, message: str) -> NoReturn:
         raise ConfigError(message)
 
     def flags(self) -> list[str]:
@@ -88,7 +93,7 @@ def check_beam_flags(rest: Sequence[str], own: Sequence[str]) -> list[str]:
     parser = Parser(prog="embeam", add_help=False, conflict_handler="resolve")  # classes of options share flags
     for options in _subclasses(PipelineOptions):
         if "_add_argparse_args" in vars(options):
-            options._add_argparse_args(parser)  # type: ignore[attr-defined]
+            options._add_argparse_args(parser)  # type: ignore[arg-type]  # Beam's own parser can do more than is asked
     unknown = parser.parse_known_args(list(rest))[1]
     refuse(
         unknown,
@@ -150,6 +155,5 @@ def engine_flags(engine: dict[str, Any]) -> list[str]:
     return flags
 
 
-def _subclasses(kind: type) -> list[type]:
-    children: list[type] = kind.__subclasses__()
-    return [found for child in children for found in (child, *_subclasses(child))]
+def _subclasses(kind: type[PipelineOptions]) -> list[type[PipelineOptions]]:
+    return [found for child in kind.__subclasses__() for found in (child, *_subclasses(child))]

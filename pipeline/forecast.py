@@ -12,7 +12,7 @@ import os
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from io import BytesIO
 from typing import TYPE_CHECKING, Any, NamedTuple, Optional
@@ -140,6 +140,7 @@ def forecast_table(config: EmbedConfig) -> Forecast:
     form = settled.store.choose_form(config, settled.plan.layout(settled.kept))
     with tempfile.TemporaryDirectory(prefix="embeam-plan-") as scratch:
         takeover = prepare_takeover(settled.store, live, settled.plan, form, scratch)
+        assert isinstance(takeover.rule, RecallRule)
         seen = look_up_all(settled, takeover.rule, scratch)
         measured = measure_texts(settled.plan, form, seen.sample.documents)
         return combine(settled, live, form, takeover.reusable, seen, measured)
@@ -192,9 +193,9 @@ class Seen(NamedTuple):
       marks: the notes on live rows.
     """
 
-    read: Counter
-    counts: Counter
-    dead: Counter
+    read: Counter[str]
+    counts: Counter[str]
+    dead: Counter[str]
     letters: Accounts
     recalled: np.ndarray
     equal: list[tuple[str, str, str]]
@@ -501,7 +502,7 @@ def find_changes(live: Manifest | None, plan: EmbedPlan) -> list[str]:
 
 
 def find_stops(
-    settled: Settled, live: Manifest | None, seen: Seen, dead: Counter, deleted: int, rows: int, row_bytes: float
+    settled: Settled, live: Manifest | None, seen: Seen, dead: Counter[str], deleted: int, rows: int, row_bytes: float
 ) -> Iterator[str]:
     """The messages that a run would stop with."""
     from pipeline.settle import check_model
@@ -511,14 +512,18 @@ def find_stops(
     if live is not None and config.read.limit:
         yield f"--limit={config.read.limit} is for trials and --output={config.write.output} already holds a table"
     refuses = reindex.on_model_change == "stop" or reindex.keeps_deleted
-    counts = {"read": {"records": float(seen.read["records"])}, "write_dead_letters": {**dead}}
+    counts: dict[str, dict[str, float]] = {
+        "read": {"records": float(seen.read["records"])},
+        "write_dead_letters": {**dead},
+    }
     n_live = seen.known.count_live_ids()
-    for check in (
+    checks: tuple[Callable[[], None], ...] = (
         lambda: check_model(live, settled.plan, config) if refuses else None,
         lambda: check_free_space(settled.store.work, rows, round(row_bytes)),
         lambda: check_counts(counts, config.write.max_dead_fraction),
         lambda: check_deletes(deleted, n_live, reindex.max_delete_fraction),
-    ):
+    )
+    for check in checks:
         try:
             check()
         except EmbeamError as error:

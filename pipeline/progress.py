@@ -19,8 +19,8 @@ from pipeline.records import DeadLetter
 
 TESTED_FROM_DOCUMENTS = 1000
 _WRITE_SECONDS = 1.0
-_counts: dict[str, Counter] = {}  # run -> this process's counts
-_reasons: dict[str, Counter] = {}
+_counts: dict[str, Counter[str]] = {}  # run -> this process's counts
+_reasons: dict[str, Counter[str]] = {}
 _written: dict[str, float] = {}
 _lock = threading.Lock()
 
@@ -74,7 +74,7 @@ class Progress:
             last = f"; the last: {letter.origin.path} {letter.origin.unit} {letter.origin.position}: {letter.message}"
             check_dead_fraction(reasons, seen, self.max_dead_fraction, last)
 
-    def _write(self, total: Counter) -> None:
+    def _write(self, total: Counter[str]) -> None:
         path = Path(self.folder, f"{os.getpid()}.json")
         path.with_suffix(".new").write_text(json.dumps(total))
         path.with_suffix(".new").replace(path)
@@ -98,9 +98,9 @@ def check_dead_fraction(dead: Mapping[str, int], documents: int, max_fraction: f
         )
 
 
-def read_progress(folder: str) -> Counter:
+def read_progress(folder: str) -> Counter[str]:
     """Sums the counts of all processes of a run."""
-    total: Counter = Counter()
+    total: Counter[str] = Counter()
     for path in Path(folder).glob("*.json"):
         try:
             total.update(json.loads(path.read_text()))

@@ -9,9 +9,10 @@ Annotations are not postponed here and optional fields are `Optional[X]`: RowCod
 import hashlib
 import json
 import pickle
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple, Optional
 
+import numpy as np
 from apache_beam import coders
 
 
@@ -97,19 +98,19 @@ class Chunk(NamedTuple):
         return len(self.ids) // 4
 
 
-class Batch(list):
+class Batch(list[Chunk]):
     """Chunks that are encoded together, padded to `length` tokens and to `rows` rows."""
 
-    def __init__(self, chunks: Any = (), length: int = 0, rows: int = 0) -> None:
+    def __init__(self, chunks: Iterable[Chunk] = (), length: int = 0, rows: int = 0) -> None:
         super().__init__(chunks)
         self.length = length
         self.rows = rows or len(self)
 
-    def __reduce__(self):  # a list subclass would otherwise lose its attributes on the way through pickle
+    def __reduce__(self) -> tuple[type["Batch"], tuple[list[Chunk], int, int]]:  # else pickle loses the attributes
         return Batch, (list(self), self.length, self.rows)
 
 
-class Pack(list):
+class Pack(list[Any]):
     """A few hundred elements that go from one worker to another as one."""
 
 
@@ -124,8 +125,8 @@ class Encoded(NamedTuple):
     """
 
     batch: Batch
-    vectors: list
-    errors: list
+    vectors: list[Optional[np.ndarray]]
+    errors: list[str]
     seconds: float
 
 
@@ -198,8 +199,8 @@ class Tally(NamedTuple):
     counts: bytes  # JSON object of numbers
 
     @classmethod
-    def of(cls, stage: str, counts: dict[str, float]) -> "Tally":
-        return cls(stage, json.dumps(counts).encode())
+    def of(cls, stage: str, counts: Mapping[str, float]) -> "Tally":
+        return cls(stage, json.dumps(dict(counts)).encode())
 
 
 def digest_id(document_id: str) -> bytes:

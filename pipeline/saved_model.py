@@ -44,7 +44,7 @@ class SavedModelSpec:
     methods: frozenset[str]
     assets: tuple[str, ...]
     ops: frozenset[str]
-    variables: dict[str, Shape] = field(default_factory=dict)
+    variables: dict[str, tuple[int, ...]] = field(default_factory=dict)
 
 
 def describe_saved_model(folder: str, handle: str = "") -> SavedModelSpec:
@@ -100,7 +100,7 @@ def describe_saved_model(folder: str, handle: str = "") -> SavedModelSpec:
     )
 
 
-def list_variables(folder: str) -> dict[str, tuple[str, Shape]]:
+def list_variables(folder: str) -> dict[str, tuple[str, tuple[int, ...]]]:
     """Lists a SavedModel's variables: those of its `variables` attribute, or all where it has none.
 
     Checkpoint keys are anonymous (`variables/7/...`); the names stand in the checkpoint's own object graph.

@@ -6,7 +6,7 @@ import argparse
 import json
 import sys
 from collections import Counter, defaultdict
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from pipeline.config import EmbedConfig
 from pipeline.errors import ConfigError, EmbeamError
@@ -14,6 +14,7 @@ from pipeline.flags import add_config_flags, at_least_zero, given_settings, read
 from pipeline.saved_model import absolute_path
 
 if TYPE_CHECKING:
+    from pipeline.flags import Verbs
     from pipeline.forecast import Forecast
     from pipeline.tables.verify import Finding, Verification
 
@@ -21,7 +22,7 @@ SHOWN_FINDINGS = 20  # of each kind
 EXIT_FOUND = 1
 
 
-def add_table_verbs(verbs: Any) -> None:
+def add_table_verbs(verbs: Verbs) -> None:
     """Adds the verbs to the command's."""
     plan = verbs.add_parser(
         "plan",
@@ -173,7 +174,7 @@ def run_verify(known: argparse.Namespace) -> None:
 
 
 def format_verification(
-    table: str, verification: Verification, found: Counter, shown: dict[str, list[Finding]], has_input: bool
+    table: str, verification: Verification, found: Counter[str], shown: dict[str, list[Finding]], has_input: bool
 ) -> str:
     """What `embeam verify` prints.
 

@@ -41,7 +41,7 @@ def worker_pool(port: int, environment: Mapping[str, str] = {}) -> Service:
 
 
 @contextmanager
-def run_services(services: Sequence[Service], log_dir: Path) -> Iterator[dict[str, subprocess.Popen]]:
+def run_services(services: Sequence[Service], log_dir: Path) -> Iterator[dict[str, subprocess.Popen[bytes]]]:
     """Starts all at once and waits until they listen; on the way out, however that comes, they and theirs are killed.
 
     Yields:
@@ -61,7 +61,7 @@ def run_services(services: Sequence[Service], log_dir: Path) -> Iterator[dict[st
 
 
 @contextmanager
-def run_service(service: Service, log: Path) -> Iterator[subprocess.Popen]:
+def run_service(service: Service, log: Path) -> Iterator[subprocess.Popen[bytes]]:
     """Runs a service in a session of its own, so that it can be killed together with its children."""
     paths = [ROOT, *filter(None, [os.environ.get("PYTHONPATH")])]  # the workers import our package
     folders = [os.path.dirname(sys.executable), os.environ.get("PATH", os.defpath)]  # the pool starts plain `python`
@@ -81,7 +81,7 @@ def run_service(service: Service, log: Path) -> Iterator[subprocess.Popen]:
             stop_session(process)
 
 
-def stop_session(process: subprocess.Popen) -> None:
+def stop_session(process: subprocess.Popen[bytes]) -> None:
     """Ends a process and all that it started: asks first, then kills what is left."""
     signal_session(process, signal.SIGTERM)
     try:
@@ -92,7 +92,7 @@ def stop_session(process: subprocess.Popen) -> None:
     process.wait()
 
 
-def signal_session(process: subprocess.Popen, number: signal.Signals) -> None:
+def signal_session(process: subprocess.Popen[bytes], number: signal.Signals) -> None:
     try:
         os.killpg(process.pid, number)
     except ProcessLookupError:
@@ -133,7 +133,7 @@ def ended_by_signals() -> Iterator[None]:
         sys.exit(128 + signal.SIGINT)
 
 
-def wait_for_port(process: subprocess.Popen, port: int, log: Path) -> None:
+def wait_for_port(process: subprocess.Popen[bytes], port: int, log: Path) -> None:
     """Returns once somebody listens on the port.
 
     Raises:

@@ -26,7 +26,7 @@ class WorkerPool(beam_fn_api_pb2_grpc.BeamFnExternalWorkerPoolServicer):
     """What runners talk to."""
 
     def __init__(self) -> None:
-        self._workers: dict[str, subprocess.Popen] = {}
+        self._workers: dict[str, subprocess.Popen[bytes]] = {}
         self._lock = threading.Lock()
 
     def StartWorker(self, request: Any, context: Any) -> Any:
@@ -63,7 +63,7 @@ class WorkerPool(beam_fn_api_pb2_grpc.BeamFnExternalWorkerPoolServicer):
             end_process(worker)
 
 
-def end_process(process: subprocess.Popen) -> None:
+def end_process(process: subprocess.Popen[bytes]) -> None:
     """Asks a process to end, and kills it if it does not."""
     process.terminate()
     try:

@@ -82,6 +82,7 @@ def make_forward(variables: Mapping[str, tf.Variable], a: Architecture) -> Calla
 
     def forward(ids: tf.Tensor, mask: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
         w = fast.arrange_weights(lambda name: tf.convert_to_tensor(variables[name]), a, both, mode)
+        assert w.pooler is not None
         x, rows = fast.run_layers(ids, mask, tf.zeros_like(ids), w, a, mode, first_only=False)  # [N, D]
         pooled = fast.pool_first(tf.gather(x, rows.first), w.pooler, mode)
         return pooled, pool_tokens(fast.spread(x, rows), mask, "mean")

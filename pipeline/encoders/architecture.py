@@ -91,10 +91,10 @@ def weight_shapes(a: Architecture) -> dict[str, tuple[int, ...]]:
     d, heads, k, f = a.width, a.heads, a.head_size, a.feedforward
     family = FAMILIES[a.family]
 
-    def norm(name: str) -> dict:
+    def norm(name: str) -> dict[str, tuple[int, ...]]:
         return {f"{name}/gamma": (d,), f"{name}/beta": (d,)}
 
-    def dense(name: str, kernel: tuple, bias: tuple) -> dict:
+    def dense(name: str, kernel: tuple[int, ...], bias: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
         return {f"{name}/kernel": kernel, f"{name}/bias": bias}
 
     mixing = {f"self_attention/{place}_softmax_weight": (heads, heads) for place in ("pre", "post")}
@@ -170,7 +170,7 @@ def canonical_names(names: Iterable[str]) -> dict[str, str]:
     return canonical
 
 
-def recognise_architecture(variables: Mapping[str, tuple]) -> Architecture | str:
+def recognise_architecture(variables: Mapping[str, tuple[int, ...]]) -> Architecture | str:
     """The architecture of a SavedModel's encoder, or why its variables are not exactly those of a known family."""
     names = canonical_names(variables)
     try:

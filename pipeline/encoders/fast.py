@@ -180,7 +180,9 @@ def build_graph(weights: Weights, a: Architecture, choice: VectorChoice, mode: M
 
 def define_graph(weights: Weights, a: Architecture, choice: VectorChoice, mode: Mode) -> Callable[..., tf.Tensor]:
     """The Python function that `build_graph` makes a graph of."""
-    tf = load_tensorflow()
+    load_tensorflow()
+    import tensorflow as tf
+
     first_only = _is_pooled(choice) or choice.pooling == "cls"
 
     def run(input_word_ids: tf.Tensor, input_mask: tf.Tensor, input_type_ids: tf.Tensor) -> tf.Tensor:

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import apache_beam as beam
+import numpy as np
 from apache_beam.ml.inference.base import ModelHandler, RunInference
 
 from pipeline.encoders.base import Encoder
@@ -41,7 +42,7 @@ class LoadedEncoder:
         vectors, errors = self._encode_parts(batch)
         return Encoded(batch, vectors, errors, time.perf_counter() - begun)
 
-    def _encode_parts(self, batch: Batch) -> tuple[list, list[str]]:
+    def _encode_parts(self, batch: Batch) -> tuple[list[np.ndarray | None], list[str]]:
         if batch.rows > 1 and batch.rows * batch.length > self.most_tokens:
             return self._encode_halves(batch)
         import tensorflow as tf
@@ -58,7 +59,7 @@ class LoadedEncoder:
                 return [None], [first_line(error)]
         return self._encode_halves(batch)
 
-    def _encode_halves(self, batch: Batch) -> tuple[list, list[str]]:
+    def _encode_halves(self, batch: Batch) -> tuple[list[np.ndarray | None], list[str]]:
         middle = (len(batch) + 1) // 2
         rows = max(middle, batch.rows // 2)
         vectors, errors = self._encode_parts(Batch(batch[:middle], batch.length, rows))
@@ -94,6 +95,7 @@ class EncoderHandler(ModelHandler[Batch, Encoded, LoadedEncoder]):
     def run_inference(
         self, batch: Sequence[Any], model: LoadedEncoder, inference_args: dict[str, Any] | None = None
     ) -> list[Encoded]:
+        assert isinstance(batch, Batch)
         return [model.encode(batch)]
 
     def get_metrics_namespace(self) -> str:

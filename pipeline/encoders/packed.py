@@ -33,7 +33,7 @@ def pack_weights(weights: Mapping[str, np.ndarray], path: str, levels: int = LEV
         scale = np.abs(weight).max(_unit_axes(name, weight.ndim), keepdims=True) / np.float32(levels)
         arrays[name + _SCALE] = scale
         arrays[name] = np.rint(weight / np.where(scale, scale, np.float32(1))).astype(np.int8)
-    np.savez_compressed(path, **arrays)  # type: ignore[arg-type]
+    np.savez_compressed(path, allow_pickle=False, **arrays)
 
 
 def unpack_weights(path: str) -> dict[str, np.ndarray]:

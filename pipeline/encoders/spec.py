@@ -131,7 +131,8 @@ def choose_graph(spec: EncoderSpec, config: EncoderConfig, weights_hash: str, de
     Raises:
       EncoderError: if the precision that is asked for would spoil the vectors.
     """
-    assert spec.architecture is not None
+    architecture = spec.architecture
+    assert architecture is not None
     if config.encoder_graph == "published":
         return replace(spec, parity=None)
     native = device.half_precision
@@ -144,7 +145,7 @@ def choose_graph(spec: EncoderSpec, config: EncoderConfig, weights_hash: str, de
             "--precision=%s: the device multiplies it no faster than float32; the vectors are rounded alike",
             precision,
         )
-    parity = prove_parity(spec.folder, spec.architecture, weights_hash, precision)
+    parity = prove_parity(spec.folder, architecture, weights_hash, precision)
     if parity.holds:
         return replace(spec, precision=precision, native=precision == native, parity=parity)
     if config.precision == "auto":

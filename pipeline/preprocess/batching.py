@@ -100,12 +100,12 @@ class CollectBatches(beam.DoFn):
 
     def start_bundle(self) -> None:
         self._batcher = Batcher(self.buckets)
-        self._counts: Counter = Counter()
+        self._counts: Counter[str] = Counter()
         self._document = ""
         self._documents = 0
 
     def process(self, chunk: Chunk) -> list[Batch]:
-        batches = []
+        batches: list[Batch] = []
         if self.max_waiting and chunk.document.id != self._document:
             self._document = chunk.document.id
             self._documents += 1
@@ -145,7 +145,7 @@ class BatchByTokens(beam.PTransform):
     counts_tokens: bool = True
     max_waiting: int = 0
 
-    def expand(self, chunks: beam.PCollection) -> tuple:
+    def expand(self, chunks: beam.PCollection) -> tuple[beam.PCollection, beam.PCollection]:
         outputs = chunks | "CollectBatches" >> beam.ParDo(
             CollectBatches(self.buckets, self.counts_tokens, self.max_waiting)
         ).with_outputs("tallies", main="batches")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import time
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Optional, Protocol, Union
@@ -238,7 +238,7 @@ class SplitDocuments(beam.DoFn):
     def start_bundle(self) -> None:
         self._buffer: list[Document] = []
         self._characters = 0
-        self._counts: Counter = Counter()
+        self._counts: defaultdict[str, float] = defaultdict(int)
 
     def process(self, document: Document) -> Iterable[Any]:
         if not (is_encodable(document.text) and is_encodable(document.pair or "")):
@@ -298,7 +298,7 @@ class Preprocess(beam.PTransform):
 
     rule: SplitRule
 
-    def expand(self, documents: beam.PCollection) -> tuple:
+    def expand(self, documents: beam.PCollection) -> tuple[beam.PCollection, beam.PCollection, beam.PCollection]:
         outputs = documents | "SplitDocuments" >> beam.ParDo(SplitDocuments(self.rule)).with_outputs(
             "dead_letters", "tallies", main="chunks"
         )

@@ -212,7 +212,7 @@ def _preprocessor(vocabulary: Sequence[str], path: str, lower_case: bool) -> tup
     def tokenize(sentences: tf.Tensor, training: bool = False, mask: None = None) -> tf.RaggedTensor:
         return tokenizer.tokenize(sentences)  # [B, (words), (pieces)]
 
-    def bert_pack_inputs(inputs: list, seq_length: Any = DEFAULT_LENGTH) -> dict[str, tf.Tensor]:
+    def bert_pack_inputs(inputs: list[Any], seq_length: Any = DEFAULT_LENGTH) -> dict[str, tf.Tensor]:
         return pack_segments(inputs, seq_length)
 
     def preprocess(sentences: tf.Tensor, training: bool = False, mask: None = None) -> dict[str, tf.Tensor]:
@@ -239,7 +239,7 @@ def _preprocessor(vocabulary: Sequence[str], path: str, lower_case: bool) -> tup
         for n_segments in (1, 2):
             packed.get_concrete_function([segment] * n_segments, tf.TensorSpec([], tf.int32, name="seq_length"))
 
-    no_weights: dict[str, list] = {"variables": [], "trainable_variables": [], "regularization_losses": []}
+    no_weights: dict[str, list[tf.Variable]] = {"variables": [], "trainable_variables": [], "regularization_losses": []}
     special_tokens = tf.function(get_special_tokens_dict, input_signature=[])
     preprocessor = saveable(
         __call__=called,

@@ -47,7 +47,7 @@ class ProgressReporter:
             self._stream.flush()
 
 
-def format_progress(counts: Counter, total_bytes: int, seconds: float) -> str:
+def format_progress(counts: Counter[str], total_bytes: int, seconds: float) -> str:
     """One line: bar, documents, rows a second and the time left, judged by the share of bytes read."""
     share = min(1.0, counts["bytes"] / total_bytes) if total_bytes else 0.0
     bar = "#" * round(share * 20)

@@ -12,6 +12,8 @@ from pipeline.config import KeptField
 from pipeline.records import Row
 from pipeline.vectors.storing import restore_vectors
 
+Columns = dict[str, list[Any]]  # some rows as column name to values
+
 
 @dataclass(frozen=True)
 class TableLayout:
@@ -61,7 +63,7 @@ class TableLayout:
             columns["text"] = "string"
         return columns
 
-    def values(self, rows: list[Row]) -> dict[str, list]:
+    def values(self, rows: list[Row]) -> Columns:
         """The values of `columns()` for some rows, column by column."""
         plain = {"id", "chunk", "n_chunks", "scale", "n_tokens", "n_truncated", "content_hash", "source", "text"}
         kept = [json.loads(row.kept) for row in rows] if self.kept else []

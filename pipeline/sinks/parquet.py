@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import BinaryIO
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.records import Row
-from pipeline.sinks.layout import TableLayout
+from pipeline.sinks.layout import Columns, TableLayout
+from pipeline.sinks.table_format import ByteWriter
+from pipeline.sources.compression import ByteReader
 from pipeline.vectors.storing import STORED_DTYPES
 
 SUFFIX = ".parquet"
@@ -23,7 +24,7 @@ _GROUP_ROWS = 256
 class ParquetWriter:
     """Writes rows to one file, in row groups of at least a few hundred."""
 
-    def __init__(self, stream: BinaryIO, layout: TableLayout) -> None:
+    def __init__(self, stream: ByteWriter, layout: TableLayout) -> None:
         self._layout = layout
         self._schema = build_arrow_schema(layout)
         self._writer = pq.ParquetWriter(stream, self._schema, write_page_checksum=True)
@@ -67,7 +68,7 @@ def build_arrow_schema(layout: TableLayout) -> pa.Schema:
     return pa.schema([*fields, pa.field("embedding", embedding)])
 
 
-def read_stored(stream: BinaryIO, layout: TableLayout) -> Iterator[pa.RecordBatch]:
+def read_stored(stream: ByteReader, layout: TableLayout) -> Iterator[pa.RecordBatch]:
     """Yields the rows of a file as Arrow batches, about a thousand at a time.
 
     Raises:
@@ -82,7 +83,7 @@ def select_stored(batch: pa.RecordBatch, positions: np.ndarray) -> pa.RecordBatc
     return batch.take(pa.array(positions))
 
 
-def decode_stored(batch: pa.RecordBatch, layout: TableLayout) -> dict[str, list]:
+def decode_stored(batch: pa.RecordBatch, layout: TableLayout) -> Columns:
     read = {name: batch.column(name).to_pylist() for name in layout.columns()}
     read["embedding"] = [scalar.values.to_numpy(zero_copy_only=False).tobytes() for scalar in batch.column("embedding")]
     return read

@@ -10,14 +10,16 @@ import functools
 import itertools
 import struct
 from collections.abc import Iterator
-from typing import Any, BinaryIO
+from typing import Any
 
 import google_crc32c
 import numpy as np
 import pyarrow as pa
 
 from pipeline.records import Row
-from pipeline.sinks.layout import TableLayout
+from pipeline.sinks.layout import Columns, TableLayout
+from pipeline.sinks.table_format import ByteWriter
+from pipeline.sources.compression import ByteReader
 from pipeline.sources.tfrecord import iterate_frames, mask_crc
 
 SUFFIX = ".tfrecord"
@@ -31,7 +33,7 @@ _CHECKSUM = struct.Struct("<I")
 class TfrecordWriter:
     """Writes rows to one file."""
 
-    def __init__(self, stream: BinaryIO, layout: TableLayout) -> None:
+    def __init__(self, stream: ByteWriter, layout: TableLayout) -> None:
         from tfx_bsl.coders.example_coder import RecordBatchToExamplesEncoder
 
         self._stream = stream
@@ -55,7 +57,7 @@ def frame_record(record: bytes) -> bytes:
     return header + record + _CHECKSUM.pack(mask_crc(google_crc32c.value(record)))
 
 
-def read_stored(stream: BinaryIO, layout: TableLayout) -> Iterator[list[bytes]]:
+def read_stored(stream: ByteReader, layout: TableLayout) -> Iterator[list[bytes]]:
     """Yields the records of a file as they are stored, about a thousand at a time.
 
     Raises:
@@ -77,7 +79,7 @@ def select_stored(records: list[bytes], positions: np.ndarray) -> list[bytes]:
     return [records[i] for i in positions.tolist()]
 
 
-def decode_stored(records: list[bytes], layout: TableLayout) -> dict[str, list]:
+def decode_stored(records: list[bytes], layout: TableLayout) -> Columns:
     return _read_batch(_decoder(layout).DecodeBatch(records), layout)
 
 
@@ -127,7 +129,7 @@ def build_record_batch(rows: list[Row], layout: TableLayout) -> pa.RecordBatch:
     return pa.RecordBatch.from_arrays([columns[name] for name in names], names)
 
 
-def _one_value_lists(values: list, kind: str) -> pa.Array:
+def _one_value_lists(values: list[Any], kind: str) -> pa.Array:
     if kind == "string":
         values = [None if value is None else value.encode() for value in values]
     elif kind == "bool":
@@ -141,7 +143,7 @@ def _lists(values: pa.Array) -> pa.Array:
     return pa.LargeListArray.from_arrays(pa.array(np.arange(len(values) + 1), pa.int64()), values)
 
 
-def _read_batch(batch: pa.RecordBatch, layout: TableLayout) -> dict[str, list]:
+def _read_batch(batch: pa.RecordBatch, layout: TableLayout) -> Columns:
     read = {}
     for name, kind in layout.columns().items():
         values = [lists[0] if lists else None for lists in batch.column(name).to_pylist()]

@@ -8,10 +8,10 @@ import json
 import os
 import time
 import uuid
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, BinaryIO, NamedTuple, Optional, Protocol
+from typing import Any, BinaryIO, NamedTuple, Optional
 
 import apache_beam as beam
 import numpy as np
@@ -26,6 +26,7 @@ from pipeline.sinks import SINKS
 from pipeline.sinks.index import SUFFIX as INDEX_SUFFIX
 from pipeline.sinks.index import Index, SourceNumbers, index_rows, pack_records
 from pipeline.sinks.layout import TableLayout
+from pipeline.sinks.table_format import ByteWriter, RowWriter, StoredRows
 
 # What a shard holds. Beam may hand records on as another type with the same fields, so it cannot be told from theirs.
 ROWS, LETTERS = "embeddings", "dead_letters"
@@ -43,17 +44,9 @@ class Shard(NamedTuple):
     n_bytes: int
     sha256: str
     first: str  # sorts shards
-    index: str = ""  # path of the file with the index of its rows
+    index_path: str = ""  # of the file with the index of its rows
     index_size: tuple[int, str] = (0, "")  # that file's bytes and sha256
     linked: bool = False  # the file belongs to the snapshot before and stays there
-
-
-class RecordWriter(Protocol):
-    """Writes one file of some format; `close` ends the content and leaves the stream open."""
-
-    def write(self, records: list) -> None: ...
-
-    def close(self) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -69,9 +62,8 @@ class RowFormat:
     def suffix(self) -> str:
         return SINKS[self.name].suffix + (".gz" if self.compression == "gzip" else "")
 
-    def open(self, stream: BinaryIO) -> RecordWriter:
-        writer: RecordWriter = SINKS[self.name].writer(stream, self.layout)
-        return writer
+    def open(self, stream: ByteWriter) -> RowWriter:
+        return SINKS[self.name].writer(stream, self.layout)
 
     def order(self, row: Row) -> str:
         return row.id
@@ -86,7 +78,7 @@ class DeadLetterFormat:
     kind = LETTERS
     suffix = ".jsonl"
 
-    def open(self, stream: BinaryIO) -> RecordWriter:
+    def open(self, stream: ByteWriter) -> DeadLetterWriter:
         return DeadLetterWriter(stream, self.text)
 
     def order(self, letter: DeadLetter) -> str:
@@ -94,7 +86,7 @@ class DeadLetterFormat:
 
 
 class DeadLetterWriter:
-    def __init__(self, stream: BinaryIO, text: str) -> None:
+    def __init__(self, stream: ByteWriter, text: str) -> None:
         self._stream = stream
         self._text = text
 
@@ -186,19 +178,20 @@ class ShardWriter:
         self._stream: Optional[HashingStream] = None
         self._shards: list[Shard] = []
 
-    def write(self, records: list) -> None:
+    def write(self, records: list[Any]) -> None:
         self._begin(self._form.order(records[0]))
         self._writer.write(records)
         if self._form.kind == ROWS:
             self._entries.append(index_rows(records, self._sources))
         self._end(len(records))
 
-    def write_stored(self, stored: Any, index: Index) -> None:
+    def write_stored(self, stored: StoredRows, index: Index) -> None:
         """Writes rows as their format stores them, with their index."""
         if not len(index.entries):
             return
         self._begin(index.entries["id"][0].hex())
-        self._writer.write_stored(stored)  # type: ignore[attr-defined]
+        assert not isinstance(self._writer, DeadLetterWriter)
+        self._writer.write_stored(stored)
         entries = index.entries.copy()
         numbers = np.array([self._sources.number(path) for path in index.sources], "<u4")
         entries["source"] = numbers[entries["source"]]
@@ -220,7 +213,7 @@ class ShardWriter:
         self._sources = SourceNumbers()
         self._stream = HashingStream(FileSystems.create(self._path, compression_type="uncompressed"))
         self._gzip = gzip.GzipFile("", "wb", 6, self._stream, mtime=0) if self._form.compression == "gzip" else None
-        self._writer = self._form.open(self._gzip or self._stream)
+        self._writer: RowWriter | DeadLetterWriter = self._form.open(self._gzip or self._stream)
 
     def _end(self, n_rows: int) -> None:
         assert self._stream is not None
@@ -266,7 +259,7 @@ class WriteRecords(beam.DoFn):
         self._writer = ShardWriter(self.folder, self.form, self.shard_bytes)
         self._buffer: list[Any] = []
         self._bytes = 0
-        self._counts: Counter = Counter()
+        self._counts: defaultdict[str, float] = defaultdict(int)
 
     def process(self, record: Any) -> None:
         self._buffer.append(record)
@@ -299,7 +292,8 @@ class WriteRecords(beam.DoFn):
         self._counts["records"] += len(records)
         if self.form.kind == LETTERS:
             metrics.DEAD_LETTERS.inc(len(records))
-            self._counts.update(letter.reason for letter in records)
+            for letter in records:
+                self._counts[letter.reason] += 1
         elif self.progress:
             self.progress.add(rows=len(records))
 
@@ -313,7 +307,7 @@ class WriteTo(beam.PTransform):
     shard_bytes: int
     progress: Optional[Progress] = None
 
-    def expand(self, records: beam.PCollection) -> tuple:
+    def expand(self, records: beam.PCollection) -> tuple[beam.PCollection, beam.PCollection]:
         write = WriteRecords(self.folder, self.form, self.shard_bytes, self.progress)
         outputs = records | "WriteRecords" >> beam.ParDo(write).with_outputs("tallies", main="shards")
         return outputs.shards, outputs.tallies

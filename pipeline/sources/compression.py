@@ -10,7 +10,7 @@ import bz2
 import io
 import zlib
 from collections.abc import Callable
-from typing import Any, BinaryIO, Protocol
+from typing import Any, BinaryIO, Optional, Protocol
 
 import zstandard
 from apache_beam.io.filesystem import CompressionTypes
@@ -42,12 +42,23 @@ class TruncatedFile(FileError):
     reason = "truncated_file"
 
 
+class ByteReader(Protocol):
+    """A stream that is read."""
+
+    def read(self, size: int = -1, /) -> bytes: ...
+
+
 class Decoder(Protocol):
     """Decodes one gzip member, bzip2 stream or zstd frame, as `bz2.BZ2Decompressor` does."""
 
-    eof: bool
-    needs_input: bool
-    unused_data: bytes
+    @property
+    def eof(self) -> bool: ...
+
+    @property
+    def needs_input(self) -> bool: ...
+
+    @property
+    def unused_data(self) -> bytes: ...
 
     def decompress(self, data: bytes, max_length: int) -> bytes: ...
 
@@ -99,7 +110,7 @@ _DECODE_ERRORS = (zlib.error, zstandard.ZstdError, OSError, ValueError, EOFError
 class RawFile(io.RawIOBase):
     """A file of any Beam file system as a raw stream; whatever goes wrong below becomes UnreadableFile."""
 
-    _file: Any = None  # Python closes, at the end, what could not even be opened
+    _file: Optional[BinaryIO] = None  # Python closes, at the end, what could not even be opened
 
     def __init__(self, path: str, start: int = 0) -> None:
         self.path = path
@@ -115,6 +126,7 @@ class RawFile(io.RawIOBase):
         return True
 
     def readinto(self, buffer: Any) -> int:
+        assert self._file is not None
         try:
             data = self._file.read(len(buffer))
         except Exception as error:  # as in open_file
@@ -192,6 +204,7 @@ class InputStream(io.BufferedReader):
 
     @property
     def position(self) -> int:
+        assert isinstance(self.raw, (RawFile, DecodedFile))
         return self.raw.position
 
 

@@ -16,8 +16,6 @@ RETRIED_STAGES = ("preprocess", "encode")  # what fails to be read is tried agai
 class DeadLetterSource(JsonlSource):
     """The JSON lines that `DeadLetterWriter` writes."""
 
-    restores = True
-
     def read_records(self, file_range: FileRange, config: ReadConfig) -> Iterator[Record]:
         seen: set[str] = set()
         for record in super().read_records(file_range, config):

@@ -12,7 +12,7 @@ import hashlib
 import struct
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any, Optional
+from typing import Any, BinaryIO, Optional
 
 import apache_beam as beam
 import numpy as np
@@ -165,7 +165,7 @@ def load_losers(path: str) -> np.ndarray:
     return np.concatenate(blocks) if blocks else np.empty(0, LOSER)
 
 
-def create_scratch(path: str) -> Any:
+def create_scratch(path: str) -> BinaryIO:
     return FileSystems.create(path, compression_type=CompressionTypes.UNCOMPRESSED)
 
 

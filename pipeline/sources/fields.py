@@ -135,7 +135,7 @@ def as_text(value: Any, name: str, expected: str = "a string") -> str:
         if not value.isascii():
             value.encode()
         return value
-    except UnicodeError as error:
+    except (UnicodeDecodeError, UnicodeEncodeError) as error:
         raise BadRecord("invalid_utf8", f"field {name!r} is not valid UTF-8: {error.reason}") from None
 
 

@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.config import ReadConfig
-from pipeline.sources.compression import DamagedFile, FileError, open_file
+from pipeline.sources.compression import ByteReader, DamagedFile, FileError, open_file
 from pipeline.sources.source import TO_THE_END, FileRange, InputFile, Record, Source, explain_missing, needed_fields
 
 _BATCH_ROWS = 1024
@@ -72,7 +72,7 @@ def group_row_groups(file: InputFile, sizes: list[int], split_bytes: int) -> lis
     return [*ranges, FileRange(file, start, len(sizes), file.size - sum(r.n_bytes for r in ranges))]
 
 
-def open_parquet(stream: Any, file: InputFile) -> pq.ParquetFile:
+def open_parquet(stream: ByteReader, file: InputFile) -> pq.ParquetFile:
     """Reads the footer.
 
     Raises:

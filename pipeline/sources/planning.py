@@ -306,7 +306,7 @@ def _fixed_part(pattern: str) -> str:
     return re.split(r"[*?\[]", pattern, maxsplit=1)[0]
 
 
-def _infer_field(name: str, values: dict[str, list]) -> str:
+def _infer_field(name: str, values: dict[str, list[Any]]) -> str:
     kind = infer_type(values.get(name, []))
     if not kind:
         raise ConfigError(f"--keep_fields={name} holds lists, objects or dates; keep string, int, float or bool fields")

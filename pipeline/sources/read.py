@@ -44,15 +44,14 @@ def read_range(file_range: FileRange, config: ReadConfig, kept_fields: Sequence[
     try:
         for record in source.read_records(file_range, config):
             n_read = min(record.n_read, file_range.n_bytes)
-            if source.restores and not record.reason:
-                yield Item(source.restore(record), n_read)
-            else:
-                yield Item(build_document(record, file, source, config, kept_fields), n_read)
+            restored = None if record.reason else source.restore(record)
+            yield Item(restored or build_document(record, file, source, config, kept_fields), n_read)
             position = file_range.start + n_read if has_bytes else record.position + 1
     except FileError as error:
         # Nothing says where the next record would have begun: it is reported right behind the last one.
         bad = Record(position, file_range.n_bytes, reason=error.reason, message=str(error))
         letter = build_document(bad, file, source, config, kept_fields)
+        assert isinstance(letter, DeadLetter)
         yield Item(letter._replace(id=None), file_range.n_bytes)
 
 
@@ -103,12 +102,12 @@ class ReadSplit(beam.DoFn):
             for outcome, n_read in read_range(file_range, self._config, self._kept_fields):
                 counts["records"] += 1
                 counts["bytes"] = bytes_before + n_read
-                is_document = isinstance(outcome, Document)
-                if is_document and cursor and cursor.drops(outcome.origin.position):
-                    outcome = reject_duplicate(outcome)
+                if isinstance(outcome, Document):
+                    n_left -= 1
+                    if cursor and cursor.drops(outcome.origin.position):
+                        outcome = reject_duplicate(outcome)
                 counts[_count_name(outcome)] += 1
                 yield outcome
-                n_left -= is_document
                 if not n_left:
                     return
             counts["bytes"] = bytes_before + file_range.n_bytes

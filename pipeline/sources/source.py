@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from itertools import pairwise
-from typing import Any, NamedTuple, Optional, Protocol
+from typing import Any, NamedTuple, Optional, Protocol, Union
 
 from pipeline.config import ReadConfig
+from pipeline.records import DeadLetter, Document
 
 PREVIEW_BYTES = 1000
 TO_THE_END = -1
@@ -24,7 +25,7 @@ class InputFile(NamedTuple):
       compression: a key of `compression.DECODERS`, or empty.
     """
 
-    index: int
+    index: int  # type: ignore[assignment]  # in place of tuple.index, which nobody calls
     path: str
     name: str
     size: int
@@ -79,14 +80,14 @@ class Source(Protocol):
     reads_compressed: bool = True  # whether the file may be gzip, bzip2 or zstd as a whole
     values_are_strings: bool = False  # kept fields are converted from strings
     has_byte_positions: bool = False  # uncompressed files are addressed by byte offset instead of record number
-    restores: bool = False  # records are documents and dead letters already, see `restore`
 
     def split_file(self, file: InputFile, config: ReadConfig) -> list[FileRange]:
         """Cuts a file into ranges of about `split_bytes`; together they hold every record once."""
         return [FileRange.whole(file)]
 
-    def restore(self, record: Record) -> Any:
-        """The document or dead letter that a record is, where the source restores them."""
+    def restore(self, record: Record) -> Union[Document, DeadLetter, None]:
+        """The document or dead letter that a record is already; None where it has to become one."""
+        return None
 
     def read_records(self, file_range: FileRange, config: ReadConfig) -> Iterator[Record]:
         """Yields the records of a range in order.

@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Iterator
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, NamedTuple
 
 import google_crc32c
 
 from pipeline.config import ReadConfig
-from pipeline.sources.compression import FileError, TruncatedFile, open_stream
+from pipeline.sources.compression import ByteReader, FileError, TruncatedFile, open_stream
 from pipeline.sources.source import FileRange, Record, Source, describe_too_large, needed_fields
 
 _HEADER = struct.Struct("<QI")
@@ -65,7 +65,7 @@ class TfrecordSource(Source):
                         yield Record(number, n_read, values)
 
 
-def iterate_frames(stream: BinaryIO, limit: int) -> Iterator[Frame]:
+def iterate_frames(stream: ByteReader, limit: int) -> Iterator[Frame]:
     """Yields the framed records of a stream, without holding any of more than `limit` bytes.
 
     Raises:
@@ -107,7 +107,7 @@ def read_example(example: Any, names: list[str]) -> dict[str, Any]:
     return values
 
 
-def _skip_bytes(stream: BinaryIO, n_bytes: int) -> None:
+def _skip_bytes(stream: ByteReader, n_bytes: int) -> None:
     while n_bytes:
         skipped = len(stream.read(min(n_bytes, _SKIP_BYTES)))
         if not skipped:

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import os
 
+from apache_beam.io.filesystems import FileSystems
+
 from pipeline.tables.lock import can_lock
 from pipeline.tables.manifest import (
     ATTEMPTS,
@@ -17,7 +19,7 @@ from pipeline.tables.manifest import (
     read_pointer,
     snapshot_folder,
 )
-from pipeline.tables.storage import FileSystems, delete_file, delete_folder, join, list_files, list_folders
+from pipeline.tables.storage import delete_file, delete_folder, join, list_files, list_folders
 
 
 def sweep_dead_attempts(table: str) -> None:

@@ -13,7 +13,7 @@ import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import apache_beam as beam
 import numpy as np
@@ -25,11 +25,10 @@ from pipeline.config import EmbedConfig
 from pipeline.errors import ConfigError, GateError, TableError, first_line
 from pipeline.failures import PUBLISHING
 from pipeline.sinks.index import Index
-from pipeline.sinks.layout import TableLayout
+from pipeline.sinks.layout import Columns, TableLayout
 from pipeline.sinks.parquet import decode_stored, read_stored
 from pipeline.sinks.writing import ROWS, Shard
 from pipeline.sources.bigquery import open_table_session, read_stream
-from pipeline.tables.commit import Results
 from pipeline.tables.database import (
     DESCRIPTIONS,
     KEPT_DESCRIPTION,
@@ -49,7 +48,10 @@ from pipeline.tables.journal import delete_journals
 from pipeline.tables.manifest import Manifest, attempts_folder
 from pipeline.tables.readers import VectorReader
 from pipeline.tables.storage import create_file, delete_folder, is_local, join, read_text
-from pipeline.tables.store import CommitPlan, Live
+from pipeline.tables.store import CommitPlan, Committer, Live, Results
+
+if TYPE_CHECKING:
+    from google.cloud.bigquery import Client
 
 _TYPES = {"string": "STRING", "int": "INTEGER", "float": "FLOAT", "bool": "BOOLEAN", "timestamp": "TIMESTAMP"}
 _SQL_TYPES = {"string": "STRING", "int": "INT64", "float": "FLOAT64", "bool": "BOOL", "timestamp": "TIMESTAMP"}
@@ -98,7 +100,7 @@ class BigqueryStore(DatabaseStore):
     def committer(self, plan: CommitPlan) -> BigqueryCommit:
         return BigqueryCommit(plan, self.name)
 
-    def read_columns(self, live: Manifest) -> Iterator[dict[str, list]]:
+    def read_columns(self, live: Manifest) -> Iterator[Columns]:
         names = list(live.layout.columns())
         for batch in self._read([*names, "embedding"]):
             columns = {name: batch.column(name).to_pylist() for name in names}
@@ -141,14 +143,14 @@ class Changes(NamedTuple):
     """
 
     rows: list[str]
-    letters: list[list]
+    letters: list[list[Any]]
     removed: str
     n_staged: int
     manifest: str
 
 
 @dataclass(frozen=True)
-class BigqueryCommit:
+class BigqueryCommit(Committer):
     """Publishes a run: `commit` completes it and makes the staging table, `finish` loads and merges."""
 
     plan: CommitPlan
@@ -167,7 +169,7 @@ class BigqueryCommit:
         """
         publication = self.plan.publication
         folder = attempts_folder(publication.table, publication.name)
-        path = str(join(folder, "changes.json"))
+        path = join(folder, "changes.json")
         if not FileSystems.exists(path):  # else a repeated attempt at the same commit
             completion = complete_changes(self.plan, results)
             manifest, letters = describe_run(completion)
@@ -186,7 +188,7 @@ class BigqueryCommit:
             self._make_staging()
         return path
 
-    def finish(self, pipeline: Any, committed: beam.PCollection) -> beam.PCollection:
+    def finish(self, pipeline: beam.Pipeline, committed: beam.PCollection) -> beam.PCollection:
         """Loads the changes and merges them: PCollection[str] with the run's name."""
         layout = self.plan.form.layout
         folder = attempts_folder(self.plan.publication.table, self.plan.publication.name)
@@ -266,7 +268,7 @@ class BigqueryCommit:
         table.expires = datetime.datetime.now(datetime.UTC) + datetime.timedelta(hours=_STAGING_HOURS)
         connection.create_table(table)
 
-    def _make_tables(self, connection: Any) -> None:
+    def _make_tables(self, connection: Client) -> None:
         from google.cloud import bigquery
 
         fields = schema_fields(self.plan.form.layout)
@@ -284,7 +286,7 @@ class BigqueryCommit:
                     f"ALTER TABLE {self.name.sql} ADD COLUMN IF NOT EXISTS `{name}` {_SQL_TYPES[kind]}"
                 ).result()
 
-    def _is_published(self, connection: Any) -> bool:
+    def _is_published(self, connection: Client) -> bool:
         from google.cloud import bigquery
 
         query = f"SELECT COUNT(*) AS n FROM {runs_of(self.name).sql} WHERE run_id = @run"
@@ -342,7 +344,7 @@ class MergeStaging(beam.DoFn):
     def __init__(self, commit: BigqueryCommit) -> None:
         self.commit = commit
 
-    def process(self, _: Any, path: str, loads: list, copies: list) -> list[str]:
+    def process(self, _: Any, path: str, loads: list[Any], copies: list[Any]) -> list[str]:
         return [self.commit.merge(path)]
 
 
@@ -367,7 +369,7 @@ def runs_of(name: BigQueryName) -> BigQueryName:
     return name._replace(table=name.table + RUNS_SUFFIX)
 
 
-def find_table(connection: Any, name: BigQueryName) -> bool:
+def find_table(connection: Client, name: BigQueryName) -> bool:
     from google.api_core.exceptions import NotFound
 
     try:
@@ -377,12 +379,13 @@ def find_table(connection: Any, name: BigQueryName) -> bool:
     return True
 
 
-def run_script(connection: Any, script: str) -> None:
+def run_script(connection: Client, script: str) -> None:
     """Runs statements in one session without repeating them: whether they took effect is asked afterwards."""
     from google.api_core.exceptions import GoogleAPIError
 
     try:
-        connection.query(script, retry=None, job_retry=None).result(retry=None, job_retry=None)
+        job = connection.query(script, retry=None, job_retry=None)  # type: ignore[arg-type]  # None is allowed
+        job.result(retry=None, job_retry=None)
     except GoogleAPIError as error:
         if "another run was faster" not in str(error):
             raise

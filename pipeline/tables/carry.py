@@ -9,14 +9,14 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from contextlib import ExitStack
-from typing import Any, Optional
+from typing import Any, BinaryIO, Optional
 
 import numpy as np
 
 from pipeline.config import KeptField
 from pipeline.records import Row, pack_kept
 from pipeline.sinks.index import Index
-from pipeline.sinks.layout import TableLayout
+from pipeline.sinks.layout import Columns, TableLayout
 from pipeline.sinks.writing import RowFormat, Shard, ShardWriter, write_index
 from pipeline.tables.fates import Fates
 from pipeline.tables.known import ROWS, KnownVectors, VectorFile
@@ -119,7 +119,7 @@ class Carrier:
         file: VectorFile,
         keeps: np.ndarray,
         wants: np.ndarray,
-        wishes: Sequence[Any],
+        wishes: Sequence[BinaryIO],
         fates: Fates,
         copies: bool,
     ) -> None:
@@ -153,7 +153,7 @@ class Carrier:
             self._writer.write(convert_rows(columns, sources, reader.layout, self.form.layout))
             self.counts["converted_rows"] += len(positions)
 
-    def _grant(self, reader: VectorReader, stored: Stored, wants: np.ndarray, wishes: Sequence[Any]) -> None:
+    def _grant(self, reader: VectorReader, stored: Stored, wants: np.ndarray, wishes: Sequence[BinaryIO]) -> None:
         numbers, which = np.unique(wants["row"], return_inverse=True)
         columns = reader.columns(stored, np.searchsorted(stored.numbers, numbers))
         rows = []
@@ -167,7 +167,7 @@ class Carrier:
         self.counts["granted_rows"] += len(rows)
 
 
-def build_row(columns: dict[str, list], i: int, wish: Wish, layout: TableLayout) -> Row:
+def build_row(columns: Columns, i: int, wish: Wish, layout: TableLayout) -> Row:
     """The row of a document from the vector of an equal text."""
     document = wish.document
 
@@ -189,7 +189,7 @@ def build_row(columns: dict[str, list], i: int, wish: Wish, layout: TableLayout)
     )
 
 
-def convert_rows(columns: dict[str, list], sources: list[str], old: TableLayout, new: TableLayout) -> list[Row]:
+def convert_rows(columns: Columns, sources: list[str], old: TableLayout, new: TableLayout) -> list[Row]:
     """Rows of a table with other columns: a kept field that it did not have is null."""
     rows = []
     types = {field.name: field.type for field in old.kept}
@@ -213,5 +213,5 @@ def convert_rows(columns: dict[str, list], sources: list[str], old: TableLayout,
     return rows
 
 
-def _kept_value(columns: dict[str, list], i: int, field: KeptField, types: dict[str, str]) -> Optional[Any]:
+def _kept_value(columns: Columns, i: int, field: KeptField, types: dict[str, str]) -> Optional[Any]:
     return columns[field.name][i] if types.get(field.name) == field.type else None

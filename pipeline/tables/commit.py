@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import apache_beam as beam
 import numpy as np
@@ -32,27 +32,9 @@ from pipeline.tables.lock import Lease
 from pipeline.tables.manifest import attempts_folder
 from pipeline.tables.publish import build_manifest, count_dead, reject_snapshot, sum_tallies
 from pipeline.tables.readers import FileReader, SegmentReader, VectorReader
-from pipeline.tables.recall import Note
-from pipeline.tables.store import CommitPlan
+from pipeline.tables.recall import RecallRule
+from pipeline.tables.store import CommitPlan, Committer, Results
 from pipeline.tables.wishes import FRESH, Letters, Wishes, number_files, plan_wishes
-
-
-class Results(NamedTuple):
-    """All that a run has produced when its commit begins.
-
-    Attributes:
-      shards: files of rows and dead letters.
-      tallies: what its stages have counted.
-      probes: rows that were encoded once more.
-      notes: what was recalled, from the local back end.
-      samples: rows that were taken over, for comparison with probes, from the distributed back end.
-    """
-
-    shards: Sequence[Shard]
-    tallies: Sequence[Tally]
-    probes: Sequence[Row]
-    notes: Sequence[Note] = ()
-    samples: Sequence[Row] = ()
 
 
 def check_counts(counts: dict[str, dict[str, float]], max_dead_fraction: float) -> None:
@@ -201,12 +183,13 @@ def complete_rows(plan: CommitPlan, results: Results, whole: bool) -> Completion
     Raises:
       RunError: if more of the table's documents are gone than is allowed, or too much cannot be embedded.
     """
-    publication, takeover = plan.publication, plan.takeover
+    publication, takeover, rule = plan.publication, plan.takeover, plan.takeover.rule
+    assert isinstance(rule, RecallRule)
     check_counts(sum_tallies(results.tallies), publication.max_dead_fraction)
-    known = KnownVectors(takeover.rule.folder)
+    known = KnownVectors(rule.folder)
     fresh = [shard for shard in results.shards if shard.kind == "embeddings"]
     letters = read_letters(shard for shard in results.shards if shard.kind == "dead_letters")
-    fresh_ids = np.concatenate([np.empty(0, "S16"), *(read_index(shard.index).entries["id"] for shard in fresh)])
+    fresh_ids = np.concatenate([np.empty(0, "S16"), *(read_index(shard.index_path).entries["id"] for shard in fresh)])
     reindex = publication.reindex
     wishes = plan_wishes(results.notes, letters, fresh, len(known.entries))
     dead_ids = np.array([digest_id(letter.id or "") for letter in wishes.dead], "S16")
@@ -226,7 +209,7 @@ def complete_rows(plan: CommitPlan, results: Results, whole: bool) -> Completion
     folder = attempts_folder(publication.table, publication.name)
     carrier = Carrier(known, readers, plan.form, folder, plan.shard_bytes)
     carried = np.isin(fates.fate, CARRIED) if whole else np.zeros(known.n_live, bool)
-    shards = carrier.carry(carried, fates, wishes, takeover.live, whole and takeover.rule.rows_stay)
+    shards = carrier.carry(carried, fates, wishes, takeover.live, whole and rule.rows_stay)
     letter_writer = ShardWriter(folder, plan.letter_format, plan.shard_bytes)
     if wishes.dead:
         letter_writer.write(wishes.dead)
@@ -262,11 +245,11 @@ def expect_documents(
 
 
 class CommitResults(beam.DoFn):
-    def __init__(self, commit: Any, lease: Lease | None = None) -> None:
+    def __init__(self, commit: Committer, lease: Lease | None = None) -> None:
         self.commit = commit
         self.lease = lease
 
-    def process(self, _: Any, **results: list) -> list[str]:
+    def process(self, _: Any, **results: list[Any]) -> list[str]:
         name = self.commit.commit(Results(**results))
         if self.lease:
             self.lease.release()
@@ -283,16 +266,15 @@ class Commit(beam.PTransform):
       lease: what is given back when all is done, where nobody may be waiting for it.
     """
 
-    commit: Any
+    commit: Committer
     results: dict[str, beam.PCollection]
     lease: Lease | None = None
 
-    def expand(self, pipeline: Any) -> beam.PCollection:
+    def expand(self, pipeline: beam.Pipeline) -> beam.PCollection:
         sides = {name: beam.pvalue.AsList(collection) for name, collection in self.results.items()}
         committed = (
             pipeline
             | "Begin" >> beam.Create([None], reshuffle=False)
             | "CommitResults" >> beam.ParDo(CommitResults(self.commit, self.lease), **sides).with_output_types(str)
         )
-        # What has more to do than one worker can, such as loading rows, adds its own steps.
-        return self.commit.finish(pipeline, committed) if hasattr(self.commit, "finish") else committed
+        return self.commit.finish(pipeline, committed)

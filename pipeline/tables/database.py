@@ -20,15 +20,16 @@ from pipeline.config import EmbedConfig, VectorChoice
 from pipeline.errors import ConfigError
 from pipeline.records import digest_id, pack_kept
 from pipeline.sinks.index import ENTRY, Index, SourceNumbers, digest_kept, whole_digest
-from pipeline.sinks.layout import TableLayout
+from pipeline.sinks.layout import Columns, TableLayout
+from pipeline.sinks.table_format import StoredRows
 from pipeline.sinks.writing import LETTERS, ROWS, RowFormat, Shard
-from pipeline.tables.commit import Completion, Results, check_any_rows, complete_rows, pass_gate
+from pipeline.tables.commit import Completion, check_any_rows, complete_rows, pass_gate
 from pipeline.tables.known import VectorFile, open_known
 from pipeline.tables.manifest import Manifest
 from pipeline.tables.publish import build_manifest
 from pipeline.tables.readers import Stored, damaged
 from pipeline.tables.storage import delete_folder, join, make_folder
-from pipeline.tables.store import CommitPlan
+from pipeline.tables.store import CommitPlan, Results
 
 RUNS_SUFFIX = "_runs"
 DEAD_LETTERS = "dead_letters"
@@ -120,7 +121,7 @@ def list_removed(completion: Completion) -> Iterator[str]:
     number = next(wanted, None)
     if number is None:
         return
-    with open(os.path.join(completion.plan.takeover.rule.folder, _IDS), encoding="utf-8") as ids:
+    with open(os.path.join(completion.known.folder, _IDS), encoding="utf-8") as ids:
         for i, line in enumerate(ids):
             if i == number:
                 yield json.loads(line)
@@ -142,7 +143,7 @@ class DatabaseStore:
         return {}
 
     def locate_dead_letters(self, live: Manifest, name: str) -> str:
-        return str(join(self.work, DEAD_LETTERS, name))
+        return join(self.work, DEAD_LETTERS, name)
 
     def choose_form(self, config: EmbedConfig, layout: TableLayout) -> RowFormat:
         return RowFormat("parquet", replace(layout, sourced=True))
@@ -174,10 +175,10 @@ class DatabaseReader:
                 raise damaged("the table", f"rows of content {missing[0][0]} have vanished during the run")
             yield Stored(numbers, [found[key] for key in keys])
 
-    def select(self, stored: Stored, positions: np.ndarray) -> Any:
+    def select(self, stored: Stored, positions: np.ndarray) -> StoredRows:
         raise NotImplementedError("rows of a database stay where they are")
 
-    def columns(self, stored: Stored, positions: np.ndarray) -> dict[str, list]:
+    def columns(self, stored: Stored, positions: np.ndarray) -> Columns:
         rows = [stored.rows[i] for i in positions.tolist()]
         return {name: [row[name] for row in rows] for name in rows[0]}
 

@@ -10,7 +10,7 @@ import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -19,7 +19,7 @@ from pipeline.errors import ConfigError, GateError, TableError, first_line
 from pipeline.failures import PUBLISHING
 from pipeline.saved_model import absolute_path
 from pipeline.sinks.index import Index
-from pipeline.tables.commit import Results
+from pipeline.sinks.layout import Columns
 from pipeline.tables.database import (
     DESCRIPTIONS,
     KEPT_DESCRIPTION,
@@ -40,7 +40,10 @@ from pipeline.tables.journal import delete_journals
 from pipeline.tables.manifest import Manifest, attempts_folder
 from pipeline.tables.readers import VectorReader
 from pipeline.tables.storage import delete_folder, join, write_atomically
-from pipeline.tables.store import CommitPlan, Live
+from pipeline.tables.store import CommitPlan, Committer, Live, Results
+
+if TYPE_CHECKING:
+    from duckdb import DuckDBPyConnection
 
 SCHEME = "duckdb://"
 INDEXES = "indexes.json"  # in the work folder: vector indexes that are dropped for the length of a commit
@@ -89,7 +92,7 @@ class DuckdbStore(DatabaseStore):
     def committer(self, plan: CommitPlan) -> DuckdbCommit:
         return DuckdbCommit(plan, self.path, self.table)
 
-    def read_columns(self, live: Manifest) -> Iterator[dict[str, list]]:
+    def read_columns(self, live: Manifest) -> Iterator[Columns]:
         with connect(self.path, read_only=True) as connection:
             names = [*live.layout.columns(), "embedding"]
             query = connection.execute(f"SELECT {', '.join(map(quote, names))} FROM {quote(self.table)}")
@@ -121,7 +124,7 @@ class DuckdbReader(DatabaseReader):
 
 
 @dataclass(frozen=True)
-class DuckdbCommit:
+class DuckdbCommit(Committer):
     """Publishes a run in one transaction."""
 
     plan: CommitPlan
@@ -158,7 +161,7 @@ class DuckdbCommit:
             os.remove(join(work, INDEXES))
         return publication.name
 
-    def _write(self, connection: Any, manifest: Manifest, rows: list[str], removed: str) -> None:
+    def _write(self, connection: DuckDBPyConnection, manifest: Manifest, rows: list[str], removed: str) -> None:
         table, runs = quote(self.table), quote(self.table + RUNS_SUFFIX)
         live = read_last_run(connection, self.table)
         if live.version != self.plan.publication.version:
@@ -185,14 +188,14 @@ class DuckdbCommit:
                 "? AS fingerprint, ? AS run_id, ?::TIMESTAMPTZ AS embedded_at FROM read_parquet(?)",
                 [manifest.fingerprint, manifest.snapshot, manifest.created_at, rows],
             )
-        (n_rows,) = connection.execute(f"SELECT count(*) FROM {table}").fetchone()
+        n_rows = count_rows(connection, f"SELECT count(*) FROM {table}")
         if n_rows != manifest.rows:
             raise GateError(f"{self.table} would have {n_rows:,} rows instead of {manifest.rows:,}; run again")
         connection.execute(
             f"INSERT INTO {runs} VALUES (?, ?, ?)", [manifest.snapshot, manifest.created_at, manifest.to_json()]
         )
 
-    def _drop_indexes(self, connection: Any, work: str) -> dict[str, str]:
+    def _drop_indexes(self, connection: DuckDBPyConnection, work: str) -> dict[str, str]:
         """Drops vector indexes, whose persistence survives no crash; returns their names and metrics.
 
         They are noted in a file first, so that the next run builds them again if this one dies.
@@ -215,7 +218,7 @@ class DuckdbCommit:
 
 
 @contextmanager
-def connect(path: str, read_only: bool = False) -> Iterator[Any]:
+def connect(path: str, read_only: bool = False) -> Iterator[DuckDBPyConnection]:
     """Opens a database.
 
     Raises:
@@ -241,12 +244,18 @@ def quote(name: str) -> str:
     return '"' + name.replace('"', '""') + '"'
 
 
-def has_table(connection: Any, table: str) -> bool:
+def count_rows(connection: DuckDBPyConnection, query: str, *parameters: str) -> int:
+    """The one number that a query gives."""
+    ((n,),) = connection.execute(query, parameters).fetchall()
+    return int(n)
+
+
+def has_table(connection: DuckDBPyConnection, table: str) -> bool:
     query = "SELECT count(*) FROM duckdb_tables() WHERE table_name = ? AND schema_name = 'main' AND NOT internal"
-    return bool(connection.execute(query, [table]).fetchone()[0])
+    return count_rows(connection, query, table) > 0
 
 
-def read_last_run(connection: Any, table: str) -> Live:
+def read_last_run(connection: DuckDBPyConnection, table: str) -> Live:
     """The manifest of the last run, and its name as the version."""
     if not has_table(connection, table + RUNS_SUFFIX):
         return Live(None, "")
@@ -256,7 +265,7 @@ def read_last_run(connection: Any, table: str) -> Live:
     return Live(Manifest.from_json(row[1]), row[0]) if row else Live(None, "")
 
 
-def add_columns(connection: Any, table: str, columns: dict[str, str]) -> None:
+def add_columns(connection: DuckDBPyConnection, table: str, columns: dict[str, str]) -> None:
     """Makes a table's columns those that are wanted."""
     there = [row[0] for row in connection.execute(f"DESCRIBE {quote(table)}").fetchall()]
     for name in columns:
@@ -270,19 +279,19 @@ def add_columns(connection: Any, table: str, columns: dict[str, str]) -> None:
         connection.execute(f"COMMENT ON COLUMN {quote(table)}.{quote(name)} IS '{description}'")
 
 
-def iterate_rows(query: Any) -> Iterator[dict[str, Any]]:
+def iterate_rows(query: DuckDBPyConnection) -> Iterator[dict[str, Any]]:
     names = [column[0] for column in query.description]
     while rows := query.fetchmany(10_000):
         for row in rows:
             yield dict(zip(names, row, strict=True))
 
 
-def has_vector_index(connection: Any, table: str) -> bool:
+def has_vector_index(connection: DuckDBPyConnection, table: str) -> bool:
     query = "SELECT count(*) FROM duckdb_indexes() WHERE table_name = ? AND sql ILIKE '%USING HNSW%'"
-    return bool(connection.execute(query, [table]).fetchone()[0])
+    return count_rows(connection, query, table) > 0
 
 
-def load_vss(connection: Any) -> None:
+def load_vss(connection: DuckDBPyConnection) -> None:
     """Loads the extension with the vector index.
 
     Raises:
@@ -306,7 +315,7 @@ def load_vss(connection: Any) -> None:
     connection.execute("SET hnsw_enable_experimental_persistence = true")
 
 
-def build_indexes_again(connection: Any, table: str, indexes: dict[str, str]) -> None:
+def build_indexes_again(connection: DuckDBPyConnection, table: str, indexes: dict[str, str]) -> None:
     if indexes:
         load_vss(connection)
     for name, metric in indexes.items():

@@ -60,6 +60,7 @@ class Embedder:
             size = chunk.n_tokens if self.plan.vectors.counts_tokens else len(chunk.ids)
             if batch := batcher.add(chunk, size):
                 batches.append(batch)
+        assert self.plan.encoder.dimension is not None  # planning has measured it
         vectors = np.zeros((len(texts), self.plan.encoder.dimension), np.float32)
         averager = ChunkAverager()
         for batch in [*batches, *batcher.drain()]:

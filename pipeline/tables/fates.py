@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections import defaultdict
 from collections.abc import Iterable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from apache_beam.io.filesystems import FileSystems
@@ -24,7 +24,9 @@ CARRIED = (STAYS, STALE, KEPT)
 
 def read_letters(shards: Iterable[Shard]) -> Letters:
     """Reads the dead letters that a run has written."""
-    ids, blind, by_content = [], set(), defaultdict(list)
+    ids: list[bytes] = []
+    blind: set[str] = set()
+    by_content: dict[str, list[dict[str, Any]]] = defaultdict(list)
     for shard in shards:
         with FileSystems.open(shard.path, compression_type="uncompressed") as stream:
             for line in stream:
@@ -91,8 +93,8 @@ def decide_fates(
     unseen = fate == UNSEEN
     fate[unseen] = KEPT if keeps_deleted else GONE
     fate[(unseen & np.isin(source, blind)) | (is_dead & (fate != STAYS))] = STALE
-    names = {STALE: "stale", KEPT: "kept", GONE: "deleted", STAYS: "unchanged"}
-    counts = {name: len(np.unique(ids[fate == value])) for value, name in names.items()}
+    counted = {STALE: "stale", KEPT: "kept", GONE: "deleted", STAYS: "unchanged"}
+    counts = {name: len(np.unique(ids[fate == value])) for value, name in counted.items()}
     # A text that goes on under another id has moved: it does not speak for an input that has lost its documents.
     moved = np.isin(known.entries["content"][:n], np.unique(known.entries["content"][recalled[recalled < n]]))
     counts["moved"] = counts["deleted"] - len(np.unique(ids[(fate == GONE) & ~moved]))

@@ -14,9 +14,9 @@ from pipeline.config import EmbedConfig
 from pipeline.failures import PUBLISHING
 from pipeline.saved_model import absolute_path
 from pipeline.sinks.index import Index, read_index
-from pipeline.sinks.layout import TableLayout
+from pipeline.sinks.layout import Columns, TableLayout
 from pipeline.sinks.writing import RowFormat, Shard
-from pipeline.tables.commit import Results, check_any_rows, complete, pass_gate
+from pipeline.tables.commit import check_any_rows, complete, pass_gate
 from pipeline.tables.joining import KnownFile
 from pipeline.tables.journal import delete_journals
 from pipeline.tables.known import ROWS, VectorFile
@@ -34,7 +34,7 @@ from pipeline.tables.publish import build_manifest, check_folder, make_live, pla
 from pipeline.tables.readers import FileReader, VectorReader, damaged
 from pipeline.tables.retention import expire_snapshots
 from pipeline.tables.storage import create_file, delete_folder, join, measure_files, read_checksum, read_text
-from pipeline.tables.store import CommitPlan, Live
+from pipeline.tables.store import CommitPlan, Committer, Live, Results
 
 # In the attempt's folder: the files of the new snapshot, so that a repeated commit takes the same.
 AGREED = "commit.json"
@@ -91,12 +91,12 @@ class FolderStore:
         return theirs == (form.name, form.compression, form.layout)
 
     def locate_dead_letters(self, live: Manifest, name: str) -> str:
-        return str(join(snapshot_folder(self.work, live.snapshot), name))
+        return join(snapshot_folder(self.work, live.snapshot), name)
 
     def choose_form(self, config: EmbedConfig, layout: TableLayout) -> RowFormat:
         return RowFormat(config.write.output_format, layout, config.write.compression)
 
-    def read_columns(self, live: Manifest) -> Iterator[dict[str, list]]:
+    def read_columns(self, live: Manifest) -> Iterator[Columns]:
         reader, none = FileReader(live.file_format, live.layout, live.compression), np.zeros(0, int)
         for file in live.files:
             path = join(snapshot_folder(self.work, live.snapshot), file.name)
@@ -129,7 +129,7 @@ def has_checksum(path: str, sha256: str) -> bool:
 
 
 @dataclass(frozen=True)
-class FolderCommit:
+class FolderCommit(Committer):
     """Publishes a new snapshot in a table's folder."""
 
     plan: CommitPlan

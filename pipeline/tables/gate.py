@@ -10,7 +10,7 @@ import numpy as np
 from pipeline.errors import GateError
 from pipeline.records import Row
 from pipeline.sinks.index import read_index, whole_digest
-from pipeline.sinks.layout import TableLayout
+from pipeline.sinks.layout import Columns, TableLayout
 from pipeline.sinks.writing import Shard
 from pipeline.tables.known import KnownVectors, VectorFile
 from pipeline.tables.readers import VectorReader
@@ -51,7 +51,7 @@ def check_rows(shards: Sequence[Shard], staying: np.ndarray, expected: Expected)
     start = len(staying)
     keys[:start] = staying[["id", "chunk"]]
     for shard in shards:
-        entries = read_index(shard.index).entries
+        entries = read_index(shard.index_path).entries
         if len(entries) != shard.rows:
             raise GateError(f"{shard.path} has {shard.rows:,} rows and an index of {len(entries):,}")
         keys[start : start + shard.rows] = entries[["id", "chunk"]]
@@ -100,7 +100,7 @@ def check_vectors(files: Iterable[VectorFile], reader: VectorReader) -> None:
         raise GateError(f"all {n_rows:,} vectors that were looked at are the same, for {len(contents):,} texts")
 
 
-def restore_row(columns: dict[str, list], i: int, layout: TableLayout) -> np.ndarray:
+def restore_row(columns: Columns, i: int, layout: TableLayout) -> np.ndarray:
     """One vector as float32 `[D]`, or `[n_tokens, D]` for token matrices."""
     scales = [columns["scale"][i]] if "scale" in columns else None
     data = columns["embedding"][i]
@@ -152,7 +152,7 @@ def compare_samples(probes: Sequence[Row], samples: Sequence[Row], layout: Table
     again = {(row.content_hash, row.chunk): row for row in probes}
     pairs = [(again[key], row) for row in samples if (key := (row.content_hash, row.chunk)) in again]
     for probe, row in pairs:
-        columns = {"embedding": [row.vector], "scale": [row.scale], "n_tokens": [row.n_tokens]}
+        columns: Columns = {"embedding": [row.vector], "scale": [row.scale], "n_tokens": [row.n_tokens]}
         compare_row(probe, columns, layout, row.source or "the journal")
     return len(pairs)
 
@@ -164,20 +164,20 @@ def _find_fresh(probes: Sequence[Row], fresh: Sequence[tuple[VectorFile, Shard]]
         return places
     wanted = np.array([bytes.fromhex(row.content_hash) for row in probes], "S16")
     for file, shard in fresh:
-        entries = read_index(shard.index).entries
+        entries = read_index(shard.index_path).entries
         for i in np.flatnonzero(np.isin(entries["content"], wanted)).tolist():
             key = whole_digest(entries["content"][i]).hex(), int(entries["chunk"][i])
             places[key] = file.first + i
     return places
 
 
-def compare_row(probe: Row, columns: dict[str, list], layout: TableLayout, path: str) -> None:
+def compare_row(probe: Row, columns: Columns, layout: TableLayout, path: str) -> None:
     """Compares a row that was encoded once more with the first one in some columns.
 
     Raises:
       GateError: if they differ by more than the encoder's rounding.
     """
-    again = {"embedding": [probe.vector], "scale": [probe.scale], "n_tokens": [probe.n_tokens]}
+    again: Columns = {"embedding": [probe.vector], "scale": [probe.scale], "n_tokens": [probe.n_tokens]}
     ours = restore_row(columns, 0, layout)
     theirs = restore_row(again, 0, layout)
     if ours.shape != theirs.shape:

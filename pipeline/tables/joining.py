@@ -20,7 +20,7 @@ from apache_beam.transforms.window import GlobalWindows
 from pipeline.preprocess.chunking import hash_content
 from pipeline.records import DeadLetter, Document, Row, Tally, digest_id, pack_followers
 from pipeline.sinks.index import read_index, whole_digest
-from pipeline.sinks.layout import TableLayout
+from pipeline.sinks.layout import Columns, TableLayout
 from pipeline.tables.carry import convert_rows
 from pipeline.tables.journal import list_folder, read_segment
 from pipeline.tables.known import VectorFile
@@ -32,7 +32,7 @@ class KnownFile(NamedTuple):
     """A file of the live table, and that of its index."""
 
     file: VectorFile
-    index: str
+    index_path: str
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ class Joined(NamedTuple):
 def read_known(known: KnownFile, rule: JoinRule) -> Iterator[Row]:
     """Rows of a file of the live table."""
     assert rule.reader is not None
-    index = read_index(known.index)
+    index = read_index(known.index_path)
     for stored in rule.reader.read(known.file, np.arange(known.file.rows)):
         entries = index.entries[stored.numbers - known.file.first]
         columns = rule.reader.columns(stored, np.arange(len(entries))) | {"n_chunks": entries["n_chunks"].tolist()}
@@ -90,7 +90,7 @@ def read_journal(path: str) -> Iterator[Row]:
         yield _bare_row(columns, i, whole_digest(content).hex())
 
 
-def _bare_row(columns: dict[str, list], i: int, content_hash: str) -> Row:
+def _bare_row(columns: Columns, i: int, content_hash: str) -> Row:
     names = ("chunk", "scale", "n_tokens", "n_truncated", "n_chunks")
     values = {name: columns[name][i] for name in names}
     return Row(id="", vector=columns["embedding"][i], content_hash=content_hash, kept=b"", text=None, **values)
@@ -130,7 +130,7 @@ class MeetByContent(beam.DoFn):
         self.rule = rule
 
     def start_bundle(self) -> None:
-        self._counts: Counter = Counter()
+        self._counts: Counter[str] = Counter()
         self._probes = ProbePicker()
 
     def process(self, group: tuple[str, dict[str, Iterable[Any]]]) -> Iterator[Any]:
@@ -217,7 +217,7 @@ class ListLive(beam.DoFn):
         self.rule = rule
 
     def process(self, number: int) -> Iterator[tuple[bytes, LiveEntry]]:
-        index = read_index(self.rule.files[number].index)
+        index = read_index(self.rule.files[number].index_path)
         for i, entry in enumerate(index.entries):
             yield whole_digest(entry["id"]), LiveEntry(number, i, index.sources[entry["source"]])
 
@@ -230,7 +230,7 @@ class MeetById(beam.DoFn):
         self.reusable = reusable
 
     def start_bundle(self) -> None:
-        self._counts: Counter = Counter()
+        self._counts: Counter[str] = Counter()
 
     def process(self, group: tuple[bytes, dict[str, Iterable[Any]]], blind: Sequence[str]) -> Iterator[Any]:
         live, fresh = list(group[1]["live"]), list(group[1]["fresh"])

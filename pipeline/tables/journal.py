@@ -22,6 +22,7 @@ import numpy as np
 
 from pipeline.records import Row
 from pipeline.sinks.index import read_bytes
+from pipeline.sinks.layout import Columns
 from pipeline.tables.storage import create_file, delete_folder, join, list_files, make_folder
 
 JOURNAL = "journal"
@@ -51,7 +52,7 @@ class Segment(NamedTuple):
     data: bytes
     starts: np.ndarray
 
-    def columns(self, positions: Sequence[int]) -> dict[str, list]:
+    def columns(self, positions: Sequence[int]) -> Columns:
         """Some rows as a table's files give them: column name to values, `embedding` as stored bytes."""
         some = self.records[list(positions)]
         return {

@@ -42,6 +42,7 @@ class KnownVectors:
     """The opened index.
 
     Attributes:
+      folder: of the index.
       files: where the vectors are; the live table's come first.
       n_live: rows of the live table.
       entries: `[n]` of ENTRY, those of the journal without an id.
@@ -51,6 +52,7 @@ class KnownVectors:
     def __init__(self, folder: str) -> None:
         with open(os.path.join(folder, "known.json"), encoding="utf-8") as file:
             facts = json.load(file)
+        self.folder = folder
         self.files = [VectorFile(**values) for values in facts["files"]]
         self.n_live: int = facts["n_live"]
         self.sources: list[str] = facts["sources"]

@@ -63,7 +63,7 @@ class TableLock:
         heartbeat_seconds: float = HEARTBEAT_SECONDS,
         expiry_seconds: float = EXPIRY_SECONDS,
     ) -> None:
-        self._lock: Any = None
+        self._lock: Optional[_GcsLock | _LocalLock] = None
         if is_gcs(table):
             self._lock = _GcsLock(table, run, heartbeat_seconds, expiry_seconds)
         elif is_local(table):

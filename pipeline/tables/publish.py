@@ -159,11 +159,12 @@ def place_files(manifest: Manifest, shards: Sequence[Shard], folder: str) -> Non
     ordered = sorted(shards, key=lambda shard: (shard.first, shard.path))
     rows = [shard for shard in ordered if shard.kind == "embeddings"]
     letters = [shard for shard in ordered if shard.kind == "dead_letters"]
-    moves, links = [], []
+    moves: list[tuple[str, str]] = []
+    links: list[tuple[str, str]] = []
     for shard, file in zip([*rows, *letters], [*manifest.files, *manifest.dead_letter_files], strict=True):
         (links if shard.linked else moves).append((shard.path, FileSystems.join(folder, file.name)))
     moves += [
-        (shard.index, FileSystems.join(folder, file.name))
+        (shard.index_path, FileSystems.join(folder, file.name))
         for shard, file in zip(rows, manifest.index_files, strict=True)
     ]
     for source, target in links:
@@ -195,7 +196,7 @@ def reject_snapshot(plan: Publication, manifest: Manifest, shards: Sequence[Shar
 
 def sum_tallies(tallies: Iterable[Tally]) -> dict[str, dict[str, float]]:
     """Sums tallies by stage."""
-    total: dict[str, Counter] = defaultdict(Counter)
+    total: dict[str, Counter[str]] = defaultdict(Counter)
     for tally in tallies:
         total[tally.stage].update(json.loads(tally.counts))
     return {stage: dict(sorted(counts.items())) for stage, counts in sorted(total.items())}

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from pipeline.errors import TableError
+from pipeline.sinks.layout import Columns
 from pipeline.tables.manifest import Manifest
 from pipeline.tables.store import Store, open_store
 
@@ -45,8 +46,9 @@ def read_table(table: str) -> tuple[list[str], np.ndarray]:
     if manifest.layout.tokens:
         raise TableError(f"{table} holds one matrix per row, of different sizes; read it with iter_table")
     ids: list[str] = []
-    vectors = [np.zeros((0, manifest.layout.dimension), np.float32)]
+    vectors: list[np.ndarray] = [np.zeros((0, manifest.layout.dimension), np.float32)]
     for columns, matrix in iter_columns(table):
+        assert matrix is not None
         ids.extend(columns["id"])
         vectors.append(matrix)
     return ids, np.concatenate(vectors)
@@ -72,7 +74,7 @@ def iter_table(table: str) -> Iterator[dict[str, Any]]:
             yield row
 
 
-def iter_columns(table: str) -> Iterator[tuple[dict[str, list], np.ndarray | None]]:
+def iter_columns(table: str) -> Iterator[tuple[Columns, np.ndarray | None]]:
     """Streams a table about a thousand rows at a time: its columns, and the vectors as float32 `[B, D]`.
 
     The matrix is None for token matrices, which are only given as stored bytes in `embedding`.

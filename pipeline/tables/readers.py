@@ -13,7 +13,8 @@ from apache_beam.io.filesystems import FileSystems
 from pipeline.errors import TableError
 from pipeline.runtime import load_tensorflow
 from pipeline.sinks import SINKS
-from pipeline.sinks.layout import TableLayout
+from pipeline.sinks.layout import Columns, TableLayout
+from pipeline.sinks.table_format import StoredRows
 from pipeline.tables.journal import read_segment
 from pipeline.tables.known import VectorFile
 
@@ -22,7 +23,7 @@ class Stored(NamedTuple):
     """Some rows as they are stored, and their numbers `[n]`, ascending."""
 
     numbers: np.ndarray
-    rows: Any
+    rows: Any  # of the reader's own kind
 
 
 class VectorReader(Protocol):
@@ -32,7 +33,8 @@ class VectorReader(Protocol):
       layout: of the rows.
     """
 
-    layout: TableLayout
+    @property
+    def layout(self) -> TableLayout: ...
 
     def read(self, file: VectorFile, wanted: np.ndarray) -> Iterator[Stored]:
         """Yields rows of a file in order: all of them, or those among `wanted` at least.
@@ -45,10 +47,10 @@ class VectorReader(Protocol):
           TableError: if it is damaged.
         """
 
-    def select(self, stored: Stored, positions: np.ndarray) -> Any:
+    def select(self, stored: Stored, positions: np.ndarray) -> StoredRows:
         """Some rows as they are stored; only for files with rows."""
 
-    def columns(self, stored: Stored, positions: np.ndarray) -> dict[str, list]:
+    def columns(self, stored: Stored, positions: np.ndarray) -> Columns:
         """Some rows, column by column; `embedding` is stored bytes."""
 
 
@@ -80,10 +82,10 @@ class FileReader:
         if first != file.first + file.rows:
             raise damaged(file.path, f"it has {first - file.first} rows instead of {file.rows}")
 
-    def select(self, stored: Stored, positions: np.ndarray) -> Any:
+    def select(self, stored: Stored, positions: np.ndarray) -> StoredRows:
         return SINKS[self.file_format].select(stored.rows, positions)
 
-    def columns(self, stored: Stored, positions: np.ndarray) -> dict[str, list]:
+    def columns(self, stored: Stored, positions: np.ndarray) -> Columns:
         return SINKS[self.file_format].decode(self.select(stored, positions), self.layout)
 
 
@@ -103,11 +105,11 @@ class SegmentReader:
             raise TableError(f"{file.path} has vanished or is damaged; run the same command again")
         yield Stored(np.arange(file.first, file.first + file.rows), segment)
 
-    def select(self, stored: Stored, positions: np.ndarray) -> Any:
+    def select(self, stored: Stored, positions: np.ndarray) -> StoredRows:
         raise NotImplementedError("the journal has no rows to copy, only vectors")
 
-    def columns(self, stored: Stored, positions: np.ndarray) -> dict[str, list]:
-        columns: dict[str, list] = stored.rows.columns(positions.tolist())
+    def columns(self, stored: Stored, positions: np.ndarray) -> Columns:
+        columns: Columns = stored.rows.columns(positions.tolist())
         return columns
 
 

@@ -7,11 +7,10 @@ import os
 import shutil
 import uuid
 from contextlib import suppress
-from typing import Any
 
 from apache_beam.io.filesystems import FileSystems
 
-join: Any = FileSystems.join
+join = FileSystems.join
 _READ_BYTES = 1 << 20
 
 

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-import importlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, Optional, Protocol
+from typing import NamedTuple, Optional, Protocol
+
+import apache_beam as beam
 
 from pipeline.config import EmbedConfig
+from pipeline.records import Row, Tally
 from pipeline.sinks.index import Index
-from pipeline.sinks.layout import TableLayout
-from pipeline.sinks.writing import DeadLetterFormat, RowFormat
+from pipeline.sinks.layout import Columns, TableLayout
+from pipeline.sinks.writing import DeadLetterFormat, RowFormat, Shard
 from pipeline.tables.joining import JoinRule
 from pipeline.tables.manifest import Manifest
 from pipeline.tables.publish import Publication
 from pipeline.tables.readers import VectorReader
-from pipeline.tables.recall import RecallRule
+from pipeline.tables.recall import Note, RecallRule
 
 
 @dataclass(frozen=True)
@@ -52,6 +54,51 @@ class CommitPlan:
     form: RowFormat
     shard_bytes: int
     letter_format: DeadLetterFormat
+
+
+class Results(NamedTuple):
+    """All that a run has produced when its commit begins.
+
+    Attributes:
+      shards: files of rows and dead letters.
+      tallies: what its stages have counted.
+      probes: rows that were encoded once more.
+      notes: what was recalled, from the local back end.
+      samples: rows that were taken over, for comparison with probes, from the distributed back end.
+    """
+
+    shards: Sequence[Shard]
+    tallies: Sequence[Tally]
+    probes: Sequence[Row]
+    notes: Sequence[Note] = ()
+    samples: Sequence[Row] = ()
+
+
+class Committer(Protocol):
+    """Publishes a run; picklable."""
+
+    def commit(self, results: Results) -> str:
+        """Checks, completes and publishes what a run has produced; may be repeated.
+
+        Returns:
+          The name of what was published, or whatever `finish` makes it from.
+
+        Raises:
+          RunError: if there is too little to publish, or the gate stops it.
+          TableError: if somebody else has changed the table, or it cannot be written to.
+        """
+
+    def finish(self, pipeline: beam.Pipeline, committed: beam.PCollection) -> beam.PCollection:
+        """Adds the steps of a commit that has more to do than one worker can, such as loading rows.
+
+        Args:
+          pipeline: of the run.
+          committed: PCollection[str] of what `commit` has returned.
+
+        Returns:
+          PCollection[str] of the name of what was published.
+        """
+        return committed
 
 
 class Live(NamedTuple):
@@ -126,22 +173,40 @@ class Store(Protocol):
     def choose_form(self, config: EmbedConfig, layout: TableLayout) -> RowFormat:
         """How a run writes its rows to files."""
 
-    def read_columns(self, live: Manifest) -> Iterator[dict[str, list]]:
+    def read_columns(self, live: Manifest) -> Iterator[Columns]:
         """Streams the live rows about a thousand at a time: column name to values, `embedding` as stored bytes.
 
         Raises:
           TableError: if the table is damaged.
         """
 
-    def committer(self, plan: CommitPlan) -> Any:
-        """The picklable object whose `commit(results)` publishes."""
+    def committer(self, plan: CommitPlan) -> Committer:
+        """What publishes the run."""
 
 
-# scheme -> module and class, imported when first used; the first that fits counts
-STORES = {
-    "duckdb://": ("pipeline.tables.duckdb", "DuckdbStore"),
-    "bq://": ("pipeline.tables.bigquery", "BigqueryStore"),
-    "": ("pipeline.tables.folder", "FolderStore"),
+def open_duckdb(output: str, work_dir: str) -> Store:
+    from pipeline.tables.duckdb import DuckdbStore
+
+    return DuckdbStore(output, work_dir)
+
+
+def open_bigquery(output: str, work_dir: str) -> Store:
+    from pipeline.tables.bigquery import BigqueryStore
+
+    return BigqueryStore(output, work_dir)
+
+
+def open_folder(output: str, work_dir: str) -> Store:
+    from pipeline.tables.folder import FolderStore
+
+    return FolderStore(output, work_dir)
+
+
+# By scheme; the first that fits counts. A kind of table is imported when one is opened.
+STORES: dict[str, Callable[[str, str], Store]] = {
+    "duckdb://": open_duckdb,
+    "bq://": open_bigquery,
+    "": open_folder,
 }
 
 
@@ -155,6 +220,5 @@ def open_store(output: str, work_dir: str = "") -> Store:
     Raises:
       ConfigError: if it names none.
     """
-    module, name = next(place for scheme, place in STORES.items() if output.startswith(scheme))
-    store: Store = getattr(importlib.import_module(module), name)(output, work_dir)
-    return store
+    opens = next(opens for scheme, opens in STORES.items() if output.startswith(scheme))
+    return opens(output, work_dir)

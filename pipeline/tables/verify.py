@@ -12,7 +12,7 @@ import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from apache_beam.io.filesystems import FileSystems
@@ -29,9 +29,12 @@ from pipeline.sources.read import ReadSplit
 from pipeline.tables.gate import compare_row, restore_row
 from pipeline.tables.known import ROWS, KnownVectors, VectorFile, build_known
 from pipeline.tables.manifest import MANIFEST, TableFile, open_table
-from pipeline.tables.readers import FileReader
+from pipeline.tables.readers import FileReader, Stored
 from pipeline.tables.storage import join, list_files, list_folders, read_checksum
 from pipeline.vectors.storing import STORED_DTYPES, quantize_vectors
+
+if TYPE_CHECKING:
+    from pipeline.tables.embedder import Embedder
 
 BLOCK = 1024
 NONE = np.zeros(0, np.int64)
@@ -129,7 +132,7 @@ class Verification:
       counts: what was looked at, and what dead letters account for.
     """
 
-    def __init__(self, table: str, report: Callable[[Finding], Any]) -> None:
+    def __init__(self, table: str, report: Callable[[Finding], object]) -> None:
         self.table = table
         self.manifest, self.folder = open_table(table)
         self.counts: Counter[str] = Counter()
@@ -271,7 +274,7 @@ class Verification:
             names = ", ".join(field for field in fields if differs[field][i])
             self._find("wrong_index", f"{file.name} row {positions[i]}", f"its index has another {names}")
 
-    def _decode(self, file: TableFile, stored: Any) -> Iterator[tuple[int, dict[str, Any]]]:
+    def _decode(self, file: TableFile, stored: Stored) -> Iterator[tuple[int, dict[str, Any]]]:
         """The rows of a block, one by one if it cannot be decoded as a whole."""
         try:
             blocks = [(int(stored.numbers[0]), self._reader.columns(stored, np.arange(len(stored.numbers))))]
@@ -286,7 +289,7 @@ class Verification:
             for i in range(len(columns["id"])):
                 yield first + i, {name: values[i] for name, values in columns.items()}
 
-    def _check_row(self, name: str, row: dict[str, Any]) -> tuple | None:
+    def _check_row(self, name: str, row: dict[str, Any]) -> tuple[bytes, bytes, int, int, int, int] | None:
         """Checks one row by itself; returns its ENTRY, without a source, or None if it has no identity."""
         layout = self._layout
         absent = [column for column in self._required if row[column] is None]
@@ -443,7 +446,7 @@ class Verification:
     def check_sample(
         self,
         known: KnownVectors,
-        embedder: Any,
+        embedder: Embedder,
         wanted: np.ndarray,
         texts: dict[int, tuple[str, str | None]] | None,
     ) -> None:
@@ -508,7 +511,7 @@ class Verification:
         except InputError as error:
             raise ConfigError(str(error)) from error
 
-    def _prepare_sample(self, input_globs: Sequence[str]) -> Any:
+    def _prepare_sample(self, input_globs: Sequence[str]) -> Embedder:
         if self._layout.tokens:
             raise ConfigError(f"--sample: {self.table} holds a matrix per text, which is not compared; leave it out")
         if not input_globs and (not self._layout.keep_text or self.manifest.settings["pair_field"]):

@@ -67,8 +67,8 @@ def plan_wishes(notes: Iterable[Note], letters: Letters, fresh: Sequence[Shard],
     files = number_files(fresh, n_known)
     wants, equal, dead = [np.empty(0, WANT)], [np.empty(0, _EQUAL)], []
     for number, path in enumerate(paths):
-        known_block: list[tuple] = []
-        equal_block: list[tuple] = []
+        known_block: list[tuple[int, int, int]] = []
+        equal_block: list[tuple[bytes, int, int]] = []
         for offset, wish in read_wishes(path):
             if wish.rows is None:
                 equal_block.append((bytes.fromhex(wish.content_hash), number, offset))
@@ -117,7 +117,7 @@ def find_equal(
     wanted = np.unique(waiting["content"])
     found = [np.empty(0, _PLACE)]
     for file, shard in zip(files, fresh, strict=True):
-        entries = read_index(shard.index).entries
+        entries = read_index(shard.index_path).entries
         hits = np.flatnonzero(np.isin(entries["content"], wanted))
         block = np.empty(len(hits), _PLACE)
         block["content"], block["chunk"] = entries["content"][hits], entries["chunk"][hits]

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Iterator
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Optional
 
@@ -13,7 +13,7 @@ from apache_beam.transforms.window import GlobalWindows
 
 from pipeline import metrics
 from pipeline.config import VectorConfig
-from pipeline.records import Chunk, DeadLetter, Encoded, Row, Tally, list_followers
+from pipeline.records import Chunk, DeadLetter, Encoded, Origin, Row, Tally, list_followers
 from pipeline.vectors.storing import quantize_vectors, shape_vectors
 
 
@@ -46,7 +46,7 @@ class ChunkAverager:
 
     def __init__(self) -> None:
         # Two documents with one key have the same text and therefore the same vectors: either may take a chunk.
-        self._parts: dict[tuple, list[dict[int, Result]]] = {}
+        self._parts: dict[tuple[str, Origin, str, bool], list[dict[int, Result]]] = {}
 
     def add(self, result: Result) -> Result | None:
         """Takes one chunk's result; returns the document's once its last chunk has come."""
@@ -103,6 +103,8 @@ def finish_chunks(results: list[Result], rule: VectorRule) -> Iterator[Row | Dea
             )
     if not good:
         return
+    stored: Sequence[np.ndarray] | np.ndarray
+    scales: Sequence[float] | np.ndarray
     if rule.tokens:  # one row holds a matrix, and one scale serves all of it
         shaped = [shape_vectors(vector, rule.vectors).reshape(1, -1) for _, vector in good]
         parts = [quantize_vectors(vector, rule.vectors.dtype) for vector in shaped]
@@ -156,16 +158,17 @@ class FinishVectors(beam.DoFn):
 
     def start_bundle(self) -> None:
         self._averager = ChunkAverager()
-        self._counts: Counter = Counter()
+        self._counts: defaultdict[str, float] = defaultdict(int)
 
     def process(self, encoded: Encoded) -> Iterator[Any]:
         self._counts["encode_seconds"] += encoded.seconds
         metrics.ENCODE_MILLISECONDS.update(round(encoded.seconds * 1000))
         self._counts["chunks"] += sum(not chunk.document.is_probe for chunk in encoded.batch)
-        results = zip(encoded.batch, encoded.vectors, encoded.errors, strict=True)
+        results: Iterable[Result] = zip(encoded.batch, encoded.vectors, encoded.errors, strict=True)
         if self.rule.average:
             results = filter(None, map(self._averager.add, results))
-        wanted, probes = [], []
+        wanted: list[Result] = []
+        probes: list[Result] = []
         for result in results:
             (probes if result[0].document.is_probe else wanted).append(result)
         for output in finish_chunks(wanted, self.rule):
@@ -194,7 +197,9 @@ class Finish(beam.PTransform):
 
     rule: VectorRule
 
-    def expand(self, encoded: beam.PCollection) -> tuple:
+    def expand(
+        self, encoded: beam.PCollection
+    ) -> tuple[beam.PCollection, beam.PCollection, beam.PCollection, beam.PCollection]:
         outputs = encoded | "FinishVectors" >> beam.ParDo(FinishVectors(self.rule)).with_outputs(
             "probes", "dead_letters", "tallies", main="rows"
         )

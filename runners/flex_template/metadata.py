@@ -52,7 +52,7 @@ def format_metadata() -> str:
     return json.dumps(make_metadata(), indent=2) + "\n"
 
 
-def _describe(kind: type, f: dataclasses.Field) -> dict[str, Any]:
+def _describe(kind: type, f: dataclasses.Field[Any]) -> dict[str, Any]:
     choices = f.metadata["choices"]
     parameter = {
         "name": f.name,
@@ -71,7 +71,7 @@ def _describe(kind: type, f: dataclasses.Field) -> dict[str, Any]:
     return parameter
 
 
-def _type(f: dataclasses.Field) -> str:
+def _type(f: dataclasses.Field[Any]) -> str:
     if f.metadata["choices"]:
         return "ENUM"
     if isinstance(f.default, bool):
@@ -79,7 +79,7 @@ def _type(f: dataclasses.Field) -> str:
     return "NUMBER" if isinstance(f.default, int | float) else "TEXT"
 
 
-def _pattern(kind: type, f: dataclasses.Field) -> str:
+def _pattern(kind: type, f: dataclasses.Field[Any]) -> str:
     if f.metadata["choices"]:
         return "|".join(f.metadata["choices"])
     if isinstance(f.default, bool):
@@ -91,7 +91,7 @@ def _pattern(kind: type, f: dataclasses.Field) -> str:
     return _TEXTS.get(f.name, "")
 
 
-def _takes(kind: type, f: dataclasses.Field, value: float) -> bool:
+def _takes(kind: type, f: dataclasses.Field[Any], value: float) -> bool:
     """Whether the configuration itself takes the value, with all others as they are by default."""
     try:
         kind(**{f.name: value})

@@ -49,7 +49,7 @@ class Cluster:
     """
 
     master: str
-    task_managers: Mapping[str, subprocess.Popen]
+    task_managers: Mapping[str, subprocess.Popen[bytes]]
 
     def ask(self, path: str) -> Any:
         """What the JobManager's REST API answers."""

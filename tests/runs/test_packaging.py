@@ -74,7 +74,7 @@ def list_files(folder: Path) -> Iterator[str]:
 def test_every_file_of_the_package_is_packed_and_installed(package, installed):
     files = set(list_files(ROOT / "pipeline"))
     builtin = {f"encoders/builtin/{name}" for name in ("vocabulary.txt", "weights.npz", "MODEL_CARD.md")}
-    assert builtin <= files
+    assert builtin | {"py.typed"} <= files
     with tarfile.open(package) as archive:
         paths = [Path(*Path(name).parts[1:]) for name in archive.getnames()]
     packed = {str(path.relative_to("pipeline")) for path in paths if path.is_relative_to("pipeline")}
