@@ -11,13 +11,11 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from pipeline import cli
 from pipeline.config import EmbedConfig
 from pipeline.encoders import export
 from pipeline.encoders.default import VOCABULARY_FILE
 from pipeline.plan import plan_embedding
 from pipeline.preprocess.export import saveable
-from pipeline.runtime import load_tensorflow
 from pipeline.saved_model import TOKEN_INPUTS, describe_saved_model, read_flag, read_variables
 from pipeline.tables.manifest import open_table
 from pipeline.tables.read import read_table
@@ -29,23 +27,9 @@ SIZES = ("--layers=2", "--hidden_size=24", "--heads=3", "--positions=32")
 VOCABULARY = Path(ENCODER, "assets", "vocab.txt")
 
 
-@pytest.fixture
-def call(capfd, tmp_path, monkeypatch):
-    """Runs the command line in this process, in a folder of its own: arguments -> exit code, stdout, stderr."""
+@pytest.fixture(autouse=True)
+def own_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    load_tensorflow()  # what it says when it looks for a GPU is not ours
-
-    def run(*arguments):
-        capfd.readouterr()
-        try:
-            cli.main([str(argument) for argument in arguments])
-            code = 0
-        except SystemExit as stop:
-            code = stop.code
-        out, err = capfd.readouterr()
-        return code, out, err
-
-    return run
 
 
 @pytest.fixture
