@@ -389,29 +389,42 @@ def test_the_journal_holds_back_neither_much_nor_for_half_a_minute(tmp_path, mon
     assert sorted(map(count_rows, list_segments(tmp_path))) == [1, 2, 3]
 
 
-@pytest.fixture
-def stopped(tmp_path) -> tuple[Path, Path]:
-    """A corpus and a table whose run was stopped behind the encoder, with 30 segments of one row each."""
-    table = tmp_path / "table"
-    encode(write_corpus(tmp_path / "c.jsonl", range(20), "old"), table)
-    corpus = write_corpus(tmp_path / "c.jsonl", range(5, 50), "old")  # 15 stay, 30 are new
+@pytest.fixture(scope="module")
+def stopped_run(tmp_path_factory) -> tuple[Path, Path, Contents]:
+    """As `stopped`, for the tests to copy, and what is in a table that the same corpus makes."""
+    folder = tmp_path_factory.mktemp("stopped")
+    table = folder / "table"
+    encode(write_corpus(folder / "c.jsonl", range(20), "old"), table)
+    corpus = write_corpus(folder / "c.jsonl", range(5, 50), "old")  # 15 stay, 30 are new
     with mock.patch.object(journal, "FLUSH_BYTES", 1), pytest.raises(RunError, match="max_delete_fraction"):
         run_embed(corpus, table, id_field="id", max_delete_fraction=0.1)
     assert [count_rows(path) for path in list_segments(table)] == [1] * 30
-    return corpus, table
+    encode(corpus, folder / "fresh")
+    return corpus, table, read_live(folder / "fresh")
 
 
-def check_rerun(corpus: Path, table: Path, n_encoded: int) -> None:
-    manifest = encode(corpus, table)
-    assert manifest.counts["encode"].get("rows", 0) == n_encoded
-    encode(corpus, table.parent / "fresh")
-    assert is_same(read_live(table), read_live(table.parent / "fresh"))
-    assert not (table / "journal").exists()
+@pytest.fixture
+def stopped(stopped_run, tmp_path) -> Path:
+    """A table whose run was stopped behind the encoder, with 30 segments of one row each."""
+    return Path(shutil.copytree(stopped_run[1], tmp_path / "table"))
 
 
-def test_torn_segments_cost_their_rows_and_nothing_else(stopped):
-    corpus, table = stopped
-    segments = list_segments(table)
+@pytest.fixture
+def check_rerun(stopped_run) -> Callable[[Path, int], None]:
+    """Checks that the same run, once more, encodes so many rows and makes the right table."""
+    corpus, _, fresh = stopped_run
+
+    def check(table: Path, n_encoded: int) -> None:
+        manifest = encode(corpus, table)
+        assert manifest.counts["encode"].get("rows", 0) == n_encoded
+        assert is_same(read_live(table), fresh)
+        assert not (table / "journal").exists()
+
+    return check
+
+
+def test_torn_segments_cost_their_rows_and_nothing_else(stopped, check_rerun):
+    segments = list_segments(stopped)
     sizes = [0, 7, 12, 16, 40, segments[5].stat().st_size - 1]
     for path, size in zip(segments, sizes, strict=False):
         path.write_bytes(path.read_bytes()[:size])
@@ -421,12 +434,11 @@ def test_torn_segments_cost_their_rows_and_nothing_else(stopped):
     segments[7].write_bytes(segments[7].read_bytes() + b"more")
     segments[8].unlink()
     (segments[9].parent / (segments[9].name + ".0a1b2c3d.new")).write_bytes(segments[9].read_bytes()[:50])
-    check_rerun(corpus, table, 9)
+    check_rerun(stopped, 9)
 
 
-def test_a_segment_that_is_there_twice_is_harmless(stopped):
-    corpus, table = stopped
-    segments = list_segments(table)
+def test_a_segment_that_is_there_twice_is_harmless(stopped, check_rerun):
+    segments = list_segments(stopped)
     data = segments[0].read_bytes()
     segments[0].write_bytes(data)  # a writer that was repeated
     (segments[0].parent / ("0" * 40 + ".seg")).write_bytes(data)
@@ -438,12 +450,12 @@ def test_a_segment_that_is_there_twice_is_harmless(stopped):
         content = bytes(segment.records["content"][0]).ljust(16, b"\0").hex()
         rows.append(Row(id="", vector=columns.pop("embedding"), content_hash=content, kept=b"", text=None, **columns))
     journal.write_segment(str(segments[0].parent), rows)
-    assert sorted(map(count_rows, list_segments(table)))[-1] == 12
-    check_rerun(corpus, table, 0)
+    assert sorted(map(count_rows, list_segments(stopped)))[-1] == 12
+    check_rerun(stopped, 0)
 
 
-def test_what_a_dead_run_left_is_swept_away(stopped):
-    corpus, table = stopped
+def test_what_a_dead_run_left_is_swept_away(stopped, check_rerun):
+    table = stopped
     name = "29990101T000000Z-abcdef"  # younger than the live one, complete, and never live
     live = Path(open_table(str(table))[1])
     shutil.copytree(live, table / "snapshots" / name)
@@ -455,6 +467,6 @@ def test_what_a_dead_run_left_is_swept_away(stopped):
     half.mkdir()
     (table / "attempts" / half.name).mkdir()
     (half / "embeddings-00000-of-00001.tfrecord").write_bytes(b"torn")
-    check_rerun(corpus, table, 0)
+    check_rerun(table, 0)
     assert list_snapshots(table) == sorted([live.name, (table / "CURRENT").read_text().strip()])
     assert not list_names(table / "attempts")
