@@ -11,6 +11,7 @@ import sys
 import threading
 import traceback
 from collections.abc import Sequence
+from contextlib import suppress
 
 from pipeline import __version__
 from pipeline.config import EmbedConfig
@@ -44,8 +45,9 @@ def run() -> None:
         code = stop.code if isinstance(stop.code, int) else EXIT_FAILED
     if STOPPING.is_set():  # the run has failed since its workers are gone
         threading.Event().wait()
-    sys.stdout.flush()
-    sys.stderr.flush()
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(BrokenPipeError):  # its reader has seen enough
+            stream.flush()
     os._exit(code)
 
 

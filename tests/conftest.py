@@ -1,5 +1,6 @@
-"""What holds for all tests: how TensorFlow is imported, and that an encoder is loaded once in a process."""
+"""What holds for all tests: how TensorFlow is imported, that an encoder is loaded once in a process, and `call`."""
 
+import functools
 import os
 
 import pytest
@@ -14,9 +15,16 @@ load_tensorflow()  # as the product does, with the same kernels, whichever test 
 
 from pipeline.encoders import load  # noqa: E402
 from tests.support.encoders import load_once  # noqa: E402
+from tests.support.processes import Call, call_cli  # noqa: E402
 
 
 @pytest.fixture(autouse=True)
 def loaded_encoders(monkeypatch: pytest.MonkeyPatch) -> None:
     """Runs find the encoders that earlier runs of the same process have loaded."""
     monkeypatch.setattr(load, "_load_and_measure", load_once)
+
+
+@pytest.fixture
+def call(capfd: pytest.CaptureFixture[str]) -> Call:
+    """Runs the command line in this process: arguments -> exit code, stdout and stderr."""
+    return functools.partial(call_cli, capfd)

@@ -1,51 +1,38 @@
 """`embeam export-encoder` and `embeam export-preprocessor`: what they write works, and what cannot be is one line."""
 
+import inspect
 import os
 import shutil
 import signal
 import sys
-import time
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
 import tensorflow as tf
 
-from pipeline import cli
 from pipeline.config import EmbedConfig
 from pipeline.encoders import export
-from pipeline.encoders.default import VOCABULARY_FILE
+from pipeline.encoders.default import VOCABULARY_FILE, default_vocabulary, default_weights
 from pipeline.plan import plan_embedding
+from pipeline.preprocess import export as preprocess_export
 from pipeline.preprocess.export import saveable
-from pipeline.runtime import load_tensorflow
 from pipeline.saved_model import TOKEN_INPUTS, describe_saved_model, read_flag, read_variables
 from pipeline.tables.manifest import open_table
 from pipeline.tables.read import read_table
+from tests.support.exports import SPECIAL
 from tests.support.paths import ENCODER, PREPROCESSOR
-from tests.support.processes import assert_one_line, start_cli
+from tests.support.processes import assert_one_line, start_cli, wait_for
 from tests.support.tables import hash_folder
 
 SIZES = ("--layers=2", "--hidden_size=24", "--heads=3", "--positions=32")
 VOCABULARY = Path(ENCODER, "assets", "vocab.txt")
 
 
-@pytest.fixture
-def call(capfd, tmp_path, monkeypatch):
-    """Runs the command line in this process, in a folder of its own: arguments -> exit code, stdout, stderr."""
+@pytest.fixture(autouse=True)
+def own_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    load_tensorflow()  # what it says when it looks for a GPU is not ours
-
-    def run(*arguments):
-        capfd.readouterr()
-        try:
-            cli.main([str(argument) for argument in arguments])
-            code = 0
-        except SystemExit as stop:
-            code = stop.code
-        out, err = capfd.readouterr()
-        return code, out, err
-
-    return run
 
 
 @pytest.fixture
@@ -70,9 +57,102 @@ def fingerprint(encoder):
     return plan_embedding(EmbedConfig.from_flat({"encoder": str(encoder)})).fingerprint
 
 
+# What is given to the exporters, which have tests of their own.
+
+
+class Given(NamedTuple):
+    """An exporter's arguments, and what the verb says."""
+
+    arguments: dict[str, Any]
+    out: str
+
+
+@pytest.fixture
+def given(call, monkeypatch):
+    """Runs a verb up to the writing: its arguments -> what the exporter is given, and stdout."""
+
+    def run(verb, *arguments):
+        seen = []
+        module = {"export-encoder": export, "export-preprocessor": preprocess_export}[verb]
+        name = verb.replace("-", "_")
+        signature = inspect.signature(getattr(module, name))
+        with monkeypatch.context() as patched:
+            patched.setattr(module, name, lambda *values, **named: seen.append(signature.bind(*values, **named)))
+            code, out, err = call(verb, *arguments)
+        assert (code, err) == (0, "")
+        (bound,) = seen
+        bound.apply_defaults()
+        return Given(bound.arguments, out)
+
+    return run
+
+
+def assert_weights(given, expected):
+    assert given.arguments["weights"].keys() == expected.keys()
+    assert all(np.array_equal(given.arguments["weights"][name], expected[name]) for name in expected)
+
+
+@pytest.mark.parametrize("seed", [None, 0, 1])
+def test_seeded_weights_are_written(given, tmp_path, seed):
+    flags = [] if seed is None else [f"--seed={seed}"]
+    found = given("export-encoder", *SIZES, f"--vocab_file={VOCABULARY}", "--output=new/e", *flags)
+    expected = export.initial_weights(2, 24, 3, 1000, positions=32, seed=seed or 0)
+    assert_weights(found, expected)
+    assert found.arguments["vocabulary"] == VOCABULARY.read_text().splitlines() and found.arguments["lower_case"]
+    assert found.arguments["folder"] == str(tmp_path / "new" / "e")
+    parameters = sum(weight.size for weight in expected.values())
+    assert found.out.splitlines() == [
+        f"new/e holds an encoder of {parameters:,} parameters, untrained: 2 layers, width 24, 3 heads, "
+        "1,000 uncased pieces, up to 32 tokens",
+        "next: embeam embed --input='corpus/*' --encoder=new/e --output=table",
+    ]
+
+
+@pytest.mark.parametrize("verb", [("export-encoder", *SIZES), ("export-preprocessor",)], ids=lambda verb: verb[0])
+def test_a_cased_vocabulary_is_read_as_it_is(given, tmp_path, verb):
+    (tmp_path / "v.txt").write_bytes(b"\xef\xbb\xbf[PAD]\r\n[UNK]\r\n[CLS]\r\n[SEP]\r\n[MASK]\r\ncafe\r\nCaf\xc3\xa9")
+    found = given(*verb, "--vocab_file=v.txt", "--cased", "--output=new")
+    assert found.arguments["vocabulary"] == [*SPECIAL, "cafe", "Café"] and not found.arguments["lower_case"]
+    assert "7 cased" in found.out
+
+
+def test_the_built_in_encoder_is_written_without_sizes(given):
+    found = given("export-encoder", "--output=new")
+    assert_weights(found, default_weights())
+    assert found.arguments["vocabulary"] == default_vocabulary() and found.arguments["lower_case"]
+    assert "16,000 uncased pieces, up to 512 tokens" in found.out and "untrained" not in found.out
+    found = given("export-preprocessor", "--output=new")
+    assert found.arguments["vocabulary"] == default_vocabulary() and found.arguments["lower_case"]
+    assert "16,000 uncased pieces" in found.out and "--preprocessor=new" in found.out
+
+
+@pytest.mark.parametrize("swapped", [False, True], ids=["its own vocabulary", "another vocabulary"])
+def test_the_weights_of_another_encoder_are_written(given, tmp_path, swapped):
+    pieces, flags = VOCABULARY.read_text().splitlines(), ["--heads=4"]
+    if swapped:
+        pieces[-2:] = pieces[:-3:-1]
+        (tmp_path / "v.txt").write_text("\n".join(pieces))
+        flags = ["--vocab_file=v.txt"]
+    found = given("export-encoder", f"--from_encoder={ENCODER}", *flags, "--output=new")
+    assert_weights(found, read_weights(ENCODER))
+    assert found.arguments["vocabulary"] == pieces and found.arguments["lower_case"]
+    assert "2 layers, width 64, 4 heads, 1,000 uncased pieces, up to 512 tokens" in found.out
+    assert "untrained" not in found.out
+
+
 # What is written.
 
 
+def test_an_encoder_that_is_written_makes_a_table(call, tmp_path):
+    (tmp_path / "a.txt").write_text("a dog\na cat\na horse\n")
+    flags = ("--layers=1", "--hidden_size=8", "--heads=2", "--positions=32", f"--vocab_file={VOCABULARY}")
+    code, out, err = call("export-encoder", *flags, "--output=new/encoder")
+    assert (code, err) == (0, "") and "--encoder=new/encoder" in out
+    assert call("embed", "--input=a.txt", "--encoder=new/encoder", "--output=table").code == 0
+    assert read_table("table")[1].shape == (3, 8)
+
+
+@pytest.mark.exhaustive
 def test_what_both_verbs_write_makes_a_table(call, tmp_path):
     (tmp_path / "a.txt").write_text("a dog\na cat\na horse\n")
     code, out, err = call("export-encoder", *SIZES, f"--vocab_file={VOCABULARY}", "--output=new/encoder")
@@ -96,6 +176,7 @@ def test_what_both_verbs_write_makes_a_table(call, tmp_path):
     assert np.array_equal(vectors, others[order])
 
 
+@pytest.mark.exhaustive
 def test_without_sizes_the_built_in_encoder_is_written(call, tmp_path):
     (tmp_path / "a.txt").write_text("a dog\na cat\na horse\n")
     code, out, err = call("export-encoder", "--output=encoder")
@@ -107,6 +188,7 @@ def test_without_sizes_the_built_in_encoder_is_written(call, tmp_path):
     assert open_table("built_in")[0].fingerprint == open_table("written")[0].fingerprint
 
 
+@pytest.mark.exhaustive
 def test_the_seed_makes_the_weights(call):
     for name, *seed in (("a",), ("b", "--seed=0"), ("c", "--seed=1")):
         assert call("export-encoder", *SIZES, f"--vocab_file={VOCABULARY}", f"--output={name}", *seed)[0] == 0
@@ -116,6 +198,7 @@ def test_the_seed_makes_the_weights(call):
     assert fingerprint("a") == fingerprint("b") != fingerprint("c")
 
 
+@pytest.mark.exhaustive
 def test_cased_vocabularies(call, tmp_path):
     (tmp_path / "v.txt").write_bytes(b"\xef\xbb\xbf[PAD]\r\n[UNK]\r\n[CLS]\r\n[SEP]\r\n[MASK]\r\ncafe\r\nCaf\xc3\xa9")
     assert "7 cased" in call("export-encoder", *SIZES, "--vocab_file=v.txt", "--cased", "--output=e")[1]
@@ -125,6 +208,7 @@ def test_cased_vocabularies(call, tmp_path):
     assert plan_embedding(EmbedConfig.from_flat({"encoder": "e", "preprocessor": "p"})).fingerprint == fingerprint("e")
 
 
+@pytest.mark.exhaustive
 def test_the_weights_of_another_encoder(call):
     code, out, err = call("export-encoder", f"--from_encoder={ENCODER}", "--heads=4", "--output=again")
     assert (code, err) == (0, "")
@@ -133,6 +217,7 @@ def test_the_weights_of_another_encoder(call):
     assert fingerprint("again") == fingerprint(ENCODER)
 
 
+@pytest.mark.exhaustive
 def test_the_weights_of_another_encoder_with_another_vocabulary(call, tmp_path):
     pieces = VOCABULARY.read_text().splitlines()
     (tmp_path / "v.txt").write_text("\n".join([*pieces[:-2], pieces[-1], pieces[-2]]))
@@ -240,7 +325,7 @@ def test_an_encoder_that_computes_something_else_is_not_written_as_ours(refused,
     )
 
 
-def test_an_encoder_without_its_vocabulary_needs_one(call, refused, tmp_path):
+def test_an_encoder_without_its_vocabulary_needs_one(given, refused, tmp_path):
     model = tf.saved_model.load(str(ENCODER))
     called = tf.function(lambda inputs: model(inputs))
     called.get_concrete_function({name: tf.TensorSpec([None, None], tf.int32, name) for name in TOKEN_INPUTS})
@@ -248,18 +333,18 @@ def test_an_encoder_without_its_vocabulary_needs_one(call, refused, tmp_path):
     tf.saved_model.save(bare, str(tmp_path / "bare"))
     arguments = ("export-encoder", "--from_encoder=bare", "--output=new")
     assert "carries no vocabulary; name its file with --vocab_file" in refused(*arguments)
-    assert call(*arguments, f"--vocab_file={VOCABULARY}")[0] == 0
-    assert fingerprint("new") == fingerprint(ENCODER)
+    assert_weights(given(*arguments, f"--vocab_file={VOCABULARY}"), read_weights(ENCODER))
 
 
+@pytest.mark.crash
+@pytest.mark.alone
+@pytest.mark.timeout(300)
 @pytest.mark.skipif(sys.platform != "linux", reason="watches the folder as it appears")
 def test_a_signal_leaves_nothing_behind(tmp_path):
     sizes = ("--layers=48", "--hidden_size=64", "--heads=4")  # a second or more of writing
     process = start_cli("export-encoder", *sizes, f"--vocab_file={VOCABULARY}", f"--output={tmp_path}/new")
-    deadline = time.monotonic() + 60
-    while not os.listdir(tmp_path) and time.monotonic() < deadline:
-        time.sleep(0.01)
+    wait_for(lambda: os.listdir(tmp_path), process)
     process.send_signal(signal.SIGTERM)
-    _, err = process.communicate(timeout=60)
+    _, err = process.communicate()
     assert process.returncode == 128 + signal.SIGTERM and "stopped" in assert_one_line(err)
     assert os.listdir(tmp_path) == []

@@ -19,14 +19,14 @@ import pytest
 from pipeline.sources.planning import plan_input
 from pipeline.tables.manifest import Manifest, open_table
 from tests.support.corpora import some_texts, write_jsonl
-from tests.support.emulators import PRISM
+from tests.support.emulators import PRISM, require
 from tests.support.official import expected_vector, official_pack, official_tokens
 from tests.support.paths import ENCODER, ROOT
-from tests.support.runs import make_config, run_pipeline
+from tests.support.runs import PROCESSES, THREADS, make_config, run_pipeline
 from tests.support.tables import Rows, assert_close, assert_same_rows, read_dead_letters, read_rows
 
-N_TEXTS = 240
-SETTINGS = {"split_bytes": 3000, "keep_fields": "year", "max_dead_fraction": 0.5}
+N_TEXTS = 90
+SETTINGS = {"split_bytes": 1500, "keep_fields": "year", "max_dead_fraction": 0.5}
 FLAGS = [f"--{name}={value}" for name, value in SETTINGS.items()]
 
 
@@ -37,10 +37,10 @@ def corpus(tmp_path_factory) -> Path:
     texts = some_texts(N_TEXTS, seed=31)
     records: list[dict[str, Any]] = [{"id": f"n{i}", "text": text, "year": i} for i, text in enumerate(texts)]
     again = [{"id": f"n{i}", "text": "somebody else's text", "year": -i} for i in range(0, N_TEXTS, 10)]
-    records = [*records[:200], *again[:4], *records[200:], *again[4:]]
+    records = [*records[:75], *again[:4], *records[75:], *again[4:]]
     for i in range(3):
-        write_jsonl(folder / f"part-{i}.jsonl", records[88 * i : 88 * (i + 1)])
-    assert len(records) == 3 * 88
+        write_jsonl(folder / f"part-{i}.jsonl", records[33 * i : 33 * (i + 1)])
+    assert len(records) == 3 * 33
     assert len(plan_input(make_config(folder, **SETTINGS).read).splits) >= 10
     return folder
 
@@ -60,9 +60,9 @@ def local(corpus, tmp_path_factory) -> Rows:
 def check_counts(manifest: Manifest, table: str) -> None:
     """What was counted does not depend on the engine either, and the later of two equal ids loses everywhere."""
     assert manifest.rows == N_TEXTS
-    assert manifest.dead_letters == {"duplicate_id": 24}
+    assert manifest.dead_letters == {"duplicate_id": 9}
     assert sum(file.rows for file in manifest.files) == N_TEXTS
-    assert manifest.counts["read"]["records"] == N_TEXTS + 24
+    assert manifest.counts["read"]["records"] == N_TEXTS + 9
     assert manifest.counts["read"]["documents"] == manifest.counts["preprocess"]["documents"] == N_TEXTS
     assert manifest.counts["write_embeddings"]["records"] == manifest.counts["encode"]["rows"] == N_TEXTS
     letters = read_dead_letters(table)
@@ -77,6 +77,8 @@ def assert_same_table(table: str, local: Rows) -> None:
     assert not list(Path(table, "attempts").iterdir())
 
 
+@pytest.mark.engine
+@pytest.mark.timeout(300)
 def test_two_processes_give_the_same_table(corpus, local, tmp_path, monkeypatch):
     readers: set[str] = set()
     ended = threading.Event()
@@ -93,9 +95,8 @@ def test_two_processes_give_the_same_table(corpus, local, tmp_path, monkeypatch)
     watcher.start()
     monkeypatch.setenv("PYTHONPATH", str(ROOT), prepend=os.pathsep)
     table = str(tmp_path / "table")
-    processes = ["--direct_running_mode=multi_processing", "--direct_num_workers=2"]
     try:
-        manifest = run_pipeline(corpus, processes, output=table, **SETTINGS)
+        manifest = run_pipeline(corpus, PROCESSES, output=table, **SETTINGS)
     finally:
         ended.set()
         watcher.join()
@@ -106,8 +107,7 @@ def test_two_processes_give_the_same_table(corpus, local, tmp_path, monkeypatch)
 
 def test_threads_give_the_same_table(corpus, local, tmp_path):
     table = str(tmp_path / "table")
-    threads = ["--direct_running_mode=multi_threading", "--direct_num_workers=3"]
-    manifest = run_pipeline(corpus, threads, output=table, **SETTINGS)
+    manifest = run_pipeline(corpus, THREADS, output=table, **SETTINGS)
     assert_same_table(table, local)
     assert len(manifest.files) >= 2
 
@@ -136,8 +136,12 @@ def find_services(log_dir: Path) -> list[int]:
     return found
 
 
+@pytest.mark.engine
+@pytest.mark.timeout(300)
 @pytest.mark.parametrize("engine", [[], [f"--prism={PRISM}"]], ids=["python", "prism"])
 def test_a_job_service_and_a_worker_pool_give_the_same_table(engine, corpus, local, tmp_path):
+    if engine:
+        require(PRISM)
     table = str(tmp_path / "table")
     command = [
         sys.executable,
@@ -148,7 +152,7 @@ def test_a_job_service_and_a_worker_pool_give_the_same_table(engine, corpus, loc
         *embed_command(corpus, table),
     ]
     environment = os.environ | {"EMBEAM_TEST": str(tmp_path / "logs")}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=110, check=False)
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     logs = "".join(path.read_text()[-3000:] for path in (tmp_path / "logs").glob("*.log"))
     assert done.returncode == 0, done.stderr[-3000:] + logs
     assert_same_table(table, local)
@@ -156,18 +160,21 @@ def test_a_job_service_and_a_worker_pool_give_the_same_table(engine, corpus, loc
     assert find_services(tmp_path / "logs") == []
 
 
+@pytest.mark.engine
+@pytest.mark.timeout(300)
 def test_the_encoder_has_workers_of_its_own(corpus, local, tmp_path):
     """Asked for a GPU, which nobody has here, it runs in a process beside the one for everything else."""
     table = str(tmp_path / "table")
     command = [sys.executable, "-m", "runners.portable", f"--log_dir={tmp_path / 'logs'}"]
     command += [*embed_command(corpus, table), "--accelerator=nvidia-l4"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=110, check=False)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     log = (tmp_path / "logs/worker_pool.log").read_text()
     assert done.returncode == 0, done.stderr[-3000:] + log[-3000:]
     assert_same_table(table, local)
     assert log.count("Starting sdk harness") + log.count("Starting worker with command") == 2, log[-3000:]
 
 
+@pytest.mark.engine
 def test_the_portable_services_end_with_what_started_them(tmp_path):
     command = [sys.executable, "-m", "runners.portable", f"--log_dir={tmp_path}"]
     environment = os.environ | {"EMBEAM_TEST": str(tmp_path)}
@@ -183,19 +190,18 @@ def test_the_portable_services_end_with_what_started_them(tmp_path):
         ]
         assert len(find_services(tmp_path)) == 3  # the command and both services
         process.send_signal(signal.SIGTERM)
-        assert process.wait(20) == 128 + signal.SIGTERM
+        assert process.wait() == 128 + signal.SIGTERM
     finally:
         process.kill()
         process.wait()
-    deadline = time.monotonic() + 5
-    while find_services(tmp_path) and time.monotonic() < deadline:
+    while find_services(tmp_path):  # one that is left would stay
         time.sleep(0.1)
-    assert find_services(tmp_path) == []
 
 
+@pytest.mark.engine
 def test_the_portable_services_pass_on_the_exit_code(tmp_path):
     command = [sys.executable, "-m", "runners.portable", sys.executable, "-c", "import sys; sys.exit(7)"]
-    assert subprocess.run(command, cwd=ROOT, timeout=60, check=False).returncode == 7
+    assert subprocess.run(command, cwd=ROOT, check=False).returncode == 7
 
 
 def test_tables_are_compared_number_by_number(local):

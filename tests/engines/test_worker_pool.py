@@ -7,10 +7,12 @@ import subprocess
 import sys
 
 import psutil
+import pytest
 
 from runners.services import find_free_port, run_services, worker_pool
 from tests.support.paths import ROOT
 
+pytestmark = [pytest.mark.engine, pytest.mark.timeout(300)]
 PROGRAM = """
 import sys
 import apache_beam as beam
@@ -32,7 +34,7 @@ def test_workers_know_the_options_and_may_print(tmp_path):
     told = tmp_path / "options.json"
     command = [sys.executable, "-m", "runners.portable", f"--log_dir={tmp_path}", sys.executable, "-c", PROGRAM]
     command += [str(told), "--s3_endpoint_url=http://localhost:1"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=100, check=False)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     assert json.loads(told.read_text())["s3_endpoint_url"] == "http://localhost:1"
 

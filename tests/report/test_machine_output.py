@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import logging
-import time
+import threading
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -20,7 +21,7 @@ from pipeline.tables.manifest import open_table
 from pipeline.tables.storage import make_folder
 from tests.support.corpora import as_records, some_texts, write_jsonl
 from tests.support.paths import ENCODER
-from tests.support.processes import start_cli
+from tests.support.processes import Call
 from tests.support.runs import make_config
 
 N_TEXTS = 30
@@ -34,16 +35,20 @@ def corpus(tmp_path) -> Path:
     return tmp_path
 
 
-def run_command(corpus: Path, *flags: str) -> tuple[int, list[str], list[str]]:
-    """Exit code, and the lines on stdout and stderr."""
-    own = [f"--input={corpus}/*.jsonl", f"--output={corpus}/table", "--id_field=id", f"--encoder={ENCODER}", *flags]
-    with start_cli("embed", *own) as process:
-        out, err = process.communicate(timeout=100)
-    return process.returncode, out.splitlines(), err.splitlines()
+@pytest.fixture
+def run_command(call: Call, corpus: Path) -> Callable[..., tuple[int, list[str], list[str]]]:
+    """Embeds the corpus with some more flags: exit code, and the lines on stdout and stderr."""
+    own = [f"--input={corpus}/*.jsonl", f"--output={corpus}/table", "--id_field=id", f"--encoder={ENCODER}"]
+
+    def run(*flags: str) -> tuple[int, list[str], list[str]]:
+        code, out, err = call("embed", *own, *flags)
+        return code, out.splitlines(), err.splitlines()
+
+    return run
 
 
-def test_the_last_line_says_how_a_run_went(corpus):
-    code, out, _ = run_command(corpus, "--summary_json")
+def test_the_last_line_says_how_a_run_went(corpus, run_command):
+    code, out, _ = run_command("--summary_json")
     summary, manifest = json.loads(out[-1]), open_table(str(corpus / "table"))[0]
     assert code == 0 and len(out) > 5
     assert (summary["status"], summary["table"]) == ("published", f"{corpus}/table")
@@ -51,7 +56,7 @@ def test_the_last_line_says_how_a_run_went(corpus):
     assert (summary["documents"], summary["rows"], summary["encoded_chunks"]) == (N_TEXTS + 1, N_TEXTS, N_TEXTS)
     assert (summary["dead_letters"], summary["dead_letter_reasons"]) == (1, {"malformed_json": 1})
     assert 0 <= summary["padding_share"] < 1 and summary["tokens"] > N_TEXTS
-    code, out, _ = run_command(corpus, "--summary_json")
+    code, out, _ = run_command("--summary_json")
     again = json.loads(out[-1])
     assert (again["previous"], again["rows"], again["encoded_chunks"]) == (manifest.snapshot, N_TEXTS, 0)
     assert set(again) == set(summary)
@@ -61,8 +66,8 @@ def test_the_last_line_says_how_a_run_went(corpus):
     ("flags", "code", "told"),
     [(["--max_dead_fraction=0"], 1, "--max_dead_fraction"), (["--max_tokens=1"], 2, "--max_tokens=1 leaves no room")],
 )
-def test_a_failed_run_says_why_in_both_forms(corpus, flags, code, told):
-    ended, out, err = run_command(corpus, "--summary_json", "--log_format=json", *flags)
+def test_a_failed_run_says_why_in_both_forms(run_command, flags, code, told):
+    ended, out, err = run_command("--summary_json", "--log_format=json", *flags)
     assert ended == code
     assert json.loads(out[-1])["status"] == "failed" and json.loads(out[-1])["exit_code"] == code
     entries = [json.loads(line) for line in err]
@@ -76,12 +81,16 @@ def test_progress_is_json_with_its_numbers(monkeypatch, capsys):
     handler.setFormatter(JsonFormatter())
     monkeypatch.setattr(logging.getLogger(), "handlers", [handler])
     logging.getLogger("embeam.progress").setLevel(logging.INFO)
-    monkeypatch.setattr(
-        "pipeline.report.progress.read_progress",
-        lambda folder: {"documents": 7, "bytes": 50, "rows": 5, "dead_letters": 0},
-    )
-    with ProgressReporter("", 100, line_seconds=0.05):
-        time.sleep(0.3)
+    looks = threading.Semaphore(0)
+
+    def look(folder: str) -> dict[str, int]:
+        looks.release()
+        return {"documents": 7, "bytes": 50, "rows": 5, "dead_letters": 0}
+
+    monkeypatch.setattr("pipeline.report.progress.read_progress", look)
+    with ProgressReporter("", 100, line_seconds=0.01):
+        for _ in range(2):  # what the first look has found is told before the second one
+            looks.acquire()
     logging.getLogger("embeam.progress").setLevel(logging.NOTSET)
     entry = json.loads(capsys.readouterr().err.splitlines()[0])
     assert entry["severity"] == "INFO" and entry["counts"]["documents"] == 7 and "50%" in entry["message"]

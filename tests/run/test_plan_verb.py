@@ -5,8 +5,7 @@ import json
 
 import pytest
 
-from pipeline.errors import ConfigError, RunError
-from pipeline.flags import Parser
+from pipeline.errors import RunError
 from pipeline.forecast import (
     ThinnedSample,
     forecast_run,
@@ -20,10 +19,10 @@ from pipeline.forecast import (
 from pipeline.records import Document
 from pipeline.settle import prepare_takeover, settle
 from pipeline.sources.planning import infer_kept_fields, plan_input
-from pipeline.table_verbs import add_table_verbs
 from pipeline.tables.lock import TableLock
 from pipeline.tables.manifest import open_table
 from tests.support.corpora import some_texts, write_jsonl
+from tests.support.processes import assert_one_line
 from tests.support.runs import embed_records, make_config
 from tests.support.tables import hash_folder
 
@@ -293,22 +292,6 @@ def test_a_large_input_is_judged_by_a_few_places(tmp_path, monkeypatch, kind):
 # The verb.
 
 
-@pytest.fixture
-def call(capsys):
-    """Runs the verb: arguments -> stdout."""
-
-    def run(*arguments):
-        parser = Parser(prog="embeam")
-        add_table_verbs(parser.add_subparsers(parser_class=Parser))
-        known, rest = parser.parse_known_args(["plan", *map(str, arguments)])
-        assert not rest
-        capsys.readouterr()
-        known.run(known)
-        return capsys.readouterr().out
-
-    return run
-
-
 def test_the_verb_takes_the_flags_of_embed(tmp_path, call):
     records = make_records()
     embed_records(tmp_path, records)
@@ -317,13 +300,13 @@ def test_the_verb_takes_the_flags_of_embed(tmp_path, call):
     flags = [f"--output={config.write.output}", f"--encoder={config.encoder.encoder}", "--id_field=id"]
     (tmp_path / "settings.toml").write_text('on_empty = "embed"\nrunner = "local"\ndirect_num_workers = 2\n')
     flags += [f"--input={config.read.input[0]}", f"--config={tmp_path / 'settings.toml'}"]
-    out = call(*flags)
+    out = call("plan", *flags).out
     assert "32 read: 2 new, 0 changed" in out and "30 deleted" in out and "a run stops" in out
     assert "2 texts" in out and "nothing was encoded or written" in out
-    values = json.loads(call(*flags, "--json"))
+    values = json.loads(call("plan", *flags, "--json").out)
     assert values == dataclasses.asdict(plan(tmp_path)) | {"seconds": values["seconds"]}
     assert (values["new"], values["deleted"], values["unchanged"]) == (2, 30, 30)
-    assert "everything is embedded again" in call(*flags, "--normalize")
-    with pytest.raises(ConfigError, match="--output is missing"):
-        call(*flags[1:])
+    assert "everything is embedded again" in call("plan", *flags, "--normalize").out
+    code, _, err = call("plan", *flags[1:])
+    assert code == 2 and "--output is missing" in assert_one_line(err)
     assert open_table(str(tmp_path / "table"))[0].rows == 60

@@ -27,7 +27,7 @@ def read_dag(path, home):
         "AIRFLOW__CORE__LOAD_EXAMPLES": "False",
         "AIRFLOW_CONN_GOOGLE_CLOUD_DEFAULT": "google-cloud-platform://",
     }
-    command = [str(PYTHON), str(ROOT / "tests" / "read_dag.py"), str(path)]
+    command = [str(PYTHON), str(ROOT / "tests" / "support" / "read_dag.py"), str(path)]
     result = subprocess.run(command, env=environment, cwd=home, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     return json.loads(result.stdout.splitlines()[-1])

@@ -6,10 +6,11 @@ import importlib.metadata
 import json
 import os
 import re
+import runpy
 import subprocess
 import sys
 import tomllib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import fields
 from pathlib import Path
 
@@ -26,7 +27,7 @@ from pipeline.flags import check_beam_flags
 from pipeline.tables.read import read_table
 from runners.flex_template.metadata import PATH, format_metadata, make_metadata
 from tests.support.paths import ENCODER, ROOT
-from tests.support.processes import assert_one_line
+from tests.support.processes import Ended, assert_one_line, call_program
 
 FOLDER = ROOT / "runners" / "flex_template"
 MAIN = FOLDER / "main.py"
@@ -370,24 +371,30 @@ def test_where_gcloud_fails_the_script_ends(launch, arguments, fails_at):
 # The program that the launcher runs
 
 
-def run_main(*arguments: str, cwd: Path) -> subprocess.CompletedProcess:
-    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "-1"}
-    command = [sys.executable, str(MAIN), *arguments]
-    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True)
+@pytest.fixture
+def run_main(capfd, monkeypatch, tmp_path) -> Callable[..., Ended]:
+    """Runs the program in this process: its arguments -> exit code, stdout and stderr."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(*arguments: str) -> Ended:
+        monkeypatch.setattr(sys, "argv", [str(MAIN), *arguments])
+        return call_program(capfd, lambda: runpy.run_path(str(MAIN), run_name="__main__"))
+
+    return run
 
 
-def test_main_embeds(tmp_path):
+def test_main_embeds(run_main, tmp_path):
     (tmp_path / "corpus.txt").write_text("Stars form in cold clouds.\nThe tide turned at noon.\n")
-    result = run_main("--input=corpus.txt", "--output=table", f"--encoder={ENCODER}", cwd=tmp_path)
-    assert result.returncode == 0, result.stderr
+    code, _, err = run_main("--input=corpus.txt", "--output=table", f"--encoder={ENCODER}")
+    assert code == 0, err
     ids, vectors = read_table(str(tmp_path / "table"))
     assert len(ids) == len(vectors) == 2
 
 
-def test_main_knows_the_flags_of_a_launcher(tmp_path):
+def test_main_knows_the_flags_of_a_launcher(run_main):
     """It gets as far as a check of ours that comes after every flag has been read."""
     labels = json.dumps({"goog-dataflow-provided-template-type": "flex"}, indent=3)
-    result = run_main(
+    code, _, err = run_main(
         "--runner=DataflowRunner",
         "--project=a-project",
         "--region=europe-west4",
@@ -406,7 +413,6 @@ def test_main_knows_the_flags_of_a_launcher(tmp_path):
         f"--labels={labels}",
         "--input=gs://a-bucket/corpus/*.txt",
         "--output=table",
-        cwd=tmp_path,
     )
-    assert result.returncode == 2
-    assert "--output=table is on this machine" in assert_one_line(result.stderr)
+    assert code == 2
+    assert "--output=table is on this machine" in assert_one_line(err)

@@ -11,7 +11,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -36,6 +35,7 @@ from pipeline.errors import ConfigError
 from pipeline.tables.lock import LOCK
 from pipeline.tables.read import read_table
 from tests.support.paths import ROOT
+from tests.support.processes import kill_group, wait_for
 from tests.support.runs import run_embed
 from tests.support.schedules import LAUNCH, NAMES, SCHEDULE, check_request, read_command, read_request
 
@@ -45,6 +45,7 @@ TEXTS = {"a": "Stars form in cold clouds.", "b": "The tide turned at noon.", "c"
 # systemd and cron
 
 UNITS = SCHEDULE / "systemd"
+UNIT_FILES = ("embeam.service", "embeam.timer")
 PROGRAM, CORPUS, TABLE = "/opt/embeam/.venv/bin/embeam", "/srv/corpus/*.jsonl", "/var/lib/embeam/table"
 KEYS = {
     "Unit": {"Description", "Wants", "After", "StartLimitIntervalSec", "StartLimitBurst", "OnFailure"},
@@ -95,24 +96,44 @@ def embed_environment() -> dict[str, str]:
     return {**os.environ, "CUDA_VISIBLE_DEVICES": "-1"}
 
 
+def find_program(name: str) -> str:
+    """Fails without a program that only some machines have."""
+    path = shutil.which(name)
+    if path is None:
+        pytest.fail(f"this test needs {name}, and there is none in $PATH: install it", pytrace=False)
+    return path
+
+
 def start(command: list[str]) -> subprocess.Popen:
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     return subprocess.Popen(command, env=embed_environment(), start_new_session=True, **pipes)  # type: ignore[call-overload]
 
 
-@pytest.mark.parametrize("file", ["embeam.service", "embeam.timer"])
-def test_the_units_hold_what_systemd_knows(file, names, tmp_path):
+def list_forms(file: str) -> list[str]:
+    """A unit as it is, and with what it has as a comment."""
     text = (UNITS / file).read_text()
-    for form in (text, text.replace("\n#OnFailure=", "\nOnFailure=")):
+    assert text.count("\n#OnFailure=") == (file == "embeam.service")
+    return [text, text.replace("\n#OnFailure=", "\nOnFailure=")]
+
+
+@pytest.mark.parametrize("file", UNIT_FILES)
+def test_the_units_hold_what_systemd_knows(file):
+    for form in list_forms(file):
         for section, settings in read_unit(form).items():
             assert set(settings) <= KEYS.get(section, set()), section
-        if systemd := shutil.which("systemd-analyze"):  # not on every machine, and it knows more than the table above
-            for name in ("embeam.service", "embeam.timer"):
-                other = (UNITS / name).read_text() if name != file else form
-                (tmp_path / name).write_text(fill(other, names) if name == "embeam.service" else other)
-            told = subprocess.run([systemd, "verify", tmp_path / file], capture_output=True, text=True)
-            assert told.returncode == 0 and file not in told.stderr, told.stderr
-    assert file == "embeam.timer" or text.count("\n#OnFailure=") == 1
+
+
+@pytest.mark.package
+@pytest.mark.parametrize("file", UNIT_FILES)
+def test_systemd_verifies_the_units(file, names, tmp_path):
+    """It knows more than the table above."""
+    systemd = find_program("systemd-analyze")
+    for form in list_forms(file):
+        for name in UNIT_FILES:
+            text = form if name == file else (UNITS / name).read_text()
+            (tmp_path / name).write_text(fill(text, names) if name == "embeam.service" else text)
+        told = subprocess.run([systemd, "verify", tmp_path / file], capture_output=True, text=True)
+        assert told.returncode == 0 and file not in told.stderr, told.stderr
 
 
 def test_the_service_asks_for_what_embeam_takes_and_may_write_where_it_writes():
@@ -144,13 +165,13 @@ def test_the_timer_starts_one_run_at_a_time_and_makes_up_for_nights_that_it_miss
     assert service["SuccessExitStatus"] == str(128 + signal.SIGTERM)
 
 
-def test_the_service_s_command_makes_the_table_and_keeps_it_true(names):
-    command = split_command(fill((UNITS / "embeam.service").read_text(), names))
+def test_the_service_s_command_makes_the_table_and_keeps_it_true(names, call):
+    _, *arguments = split_command(fill((UNITS / "embeam.service").read_text(), names))
     summaries, pointers = [], []
     for _ in range(2):
-        result = subprocess.run(command, env=embed_environment(), capture_output=True, text=True)
-        assert result.returncode == 0, result.stderr
-        summaries.append(json.loads(result.stdout.splitlines()[-1]))
+        code, out, err = call(*arguments)
+        assert code == 0, err
+        summaries.append(json.loads(out.splitlines()[-1]))
         pointers.append(Path(names[TABLE], "CURRENT").read_text())
     assert [(told["status"], told["rows"], told["encoded_chunks"]) for told in summaries] == [
         ("published", 3, 3),
@@ -165,22 +186,19 @@ def held(command: list[str], table: Path) -> Iterator[subprocess.Popen]:
     """A run that has the table and stands still until the end of the block."""
     process = start(command)
     try:
-        deadline = time.monotonic() + 60
-        while not ((table / LOCK).exists() and (table / LOCK).read_text()):
-            assert process.poll() is None, process.communicate()
-            assert time.monotonic() < deadline
-            time.sleep(0.01)
+        wait_for(lambda: (table / LOCK).exists() and (table / LOCK).read_text(), process)
         os.killpg(process.pid, signal.SIGSTOP)
         assert not (table / "CURRENT").exists()
         yield process
         os.killpg(process.pid, signal.SIGCONT)
-        process.wait(60)
+        process.wait()
     finally:
         if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.communicate()
+            kill_group(process)
 
 
+@pytest.mark.package
+@pytest.mark.timeout(300)
 def test_of_two_runs_at_once_the_second_is_refused_and_the_first_is_right(names, tmp_path):
     command, table = split_command(fill((UNITS / "embeam.service").read_text(), names)), Path(names[TABLE])
     with held(command, table) as first:
@@ -213,6 +231,8 @@ def read_cron(text: str) -> tuple[dict[str, str], list[str], str, str]:
     return variables, fields, user, command
 
 
+@pytest.mark.package
+@pytest.mark.timeout(300)
 def test_cron_mails_what_a_run_says_only_if_it_has_failed(names):
     variables, fields, user, command = read_cron(fill((UNITS / "embeam.cron").read_text(), names))
     assert all(re.fullmatch(r"\*|\d+", field) for field in fields) and user == "embeam" and variables["MAILTO"]
@@ -500,9 +520,9 @@ def test_the_names_to_change_are_the_same_everywhere():
     assert dict(re.findall(r'^(PROJECT|REGION|BUCKET) = "(.+)"$', dag, re.M)) == script
 
 
+@pytest.mark.package
 def test_terraform_finds_nothing_to_format():
-    """Terraform itself reads the file where it is installed; its parser in Python does so in the tests above."""
-    if terraform := shutil.which("terraform"):
-        told = subprocess.run([terraform, "fmt", "-check", "-diff", str(SCHEDULER)], capture_output=True, text=True)
-        assert told.returncode == 0, told.stdout + told.stderr
-    assert "\t" not in (SCHEDULER / "main.tf").read_text()
+    """Terraform itself reads the file; its parser in Python does so in the tests above."""
+    terraform = find_program("terraform")
+    told = subprocess.run([terraform, "fmt", "-check", "-diff", str(SCHEDULER)], capture_output=True, text=True)
+    assert told.returncode == 0, told.stdout + told.stderr

@@ -2,7 +2,7 @@
 
 The full form, some ten minutes on two cores:
 
-    EMBEAM_KILLS=20 EMBEAM_KILL_DOCUMENTS=20000 pytest tests/test_crashes.py -k kill
+    EMBEAM_KILLS=20 EMBEAM_KILL_DOCUMENTS=20000 pytest tests/runs/test_crashes.py -m crash
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -25,16 +26,16 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from pipeline.errors import RunError
+from pipeline.errors import RunError, TableError
 from pipeline.records import Row
 from pipeline.tables import journal
 from pipeline.tables.manifest import open_table
 from tests.support.paths import ENCODER
-from tests.support.processes import start_cli
+from tests.support.processes import kill_group, start_cli, start_python, wait_for
 from tests.support.runs import run_embed
-from tests.support.tables import TOLERANCE, list_snapshots
+from tests.support.tables import TOLERANCE, assert_unchanged, list_snapshots, remember
 
-N_KILLS = int(os.environ.get("EMBEAM_KILLS", "3"))
+N_KILLS = int(os.environ.get("EMBEAM_KILLS", "6"))
 N_DOCUMENTS = int(os.environ.get("EMBEAM_KILL_DOCUMENTS", "3000"))
 SLOW = "--batch_tokens=64"  # hundreds of documents a second, so that there is time to die in
 WORDS = [
@@ -136,22 +137,11 @@ class Reader(threading.Thread):
         assert not self.errors, self.errors[:3]
 
 
-def kill(process: Any) -> None:
-    """kill -9 for all processes of a run."""
-    try:
-        os.killpg(process.pid, signal.SIGKILL)
-    except ProcessLookupError:
-        pass
-    process.communicate()
-
-
-def wait_until(condition: Callable[[], bool], process: Any, seconds: float = 90) -> bool:
+def comes_to(condition: Callable[[], bool], process: Any) -> bool:
     """Polls fast; returns False if the run ended before."""
-    end = time.monotonic() + seconds
     while not condition():
         if process.poll() is not None:
             return False
-        assert time.monotonic() < end, "the run did not get so far"
         time.sleep(0.0003)
     return True
 
@@ -204,6 +194,50 @@ def encode(corpus: Path, table: Path, **settings: Any) -> Any:
     return run_embed(corpus, table, id_field="id", max_delete_fraction=0.5, **settings)
 
 
+# A run that stands still in its fifth batch, having said so; each row that is finished is in the journal at once.
+STANDS_STILL = """
+import sys, threading
+from pathlib import Path
+from pipeline import cli
+from pipeline.encoders.handler import LoadedEncoder
+from pipeline.tables import journal
+
+told, encode, seen = Path(sys.argv.pop(1)), LoadedEncoder.encode, []
+
+def encode_four(self, batch):
+    seen.append(batch)
+    if len(seen) == 5:
+        told.touch()
+        threading.Event().wait()
+    return encode(self, batch)
+
+LoadedEncoder.encode, journal.FLUSH_BYTES = encode_four, 1
+cli.run()
+"""
+
+
+@pytest.mark.timeout(300)
+def test_a_run_that_is_killed_has_had_its_table_alone_and_loses_nothing(tmp_path):
+    n, table = 60, tmp_path / "table"
+    encode(write_corpus(tmp_path / "old.jsonl", range(n), "old"), table)
+    corpus, before = write_corpus(tmp_path / "new.jsonl", range(n), "new"), remember(table)
+    process = start_python("-c", STANDS_STILL, tmp_path / "told", *embed_flags(corpus, table, SLOW))
+    try:
+        wait_for((tmp_path / "told").exists, process)
+        with pytest.raises(TableError, match=f"is in use: run .* process {process.pid}, has it since"):
+            encode(corpus, table)
+    finally:
+        kill_group(process)
+    assert_unchanged(table, before)
+    n_kept = sum(map(count_rows, list_segments(table)))
+    assert 4 <= n_kept < n
+    manifest = encode(corpus, table)
+    assert (manifest.counts["encode"]["rows"], manifest.counts["recall"]["recalled"]) == (n - n_kept, n_kept)
+    encode(corpus, tmp_path / "fresh")
+    assert is_same(read_live(table), read_live(tmp_path / "fresh"))
+    assert not list_names(table / "attempts") and not (table / "journal").exists()
+
+
 # Moments to die at: what to wait for, flags, and the seconds to wait on from there.
 MOMENTS: dict[str, tuple[Callable[[Path, set[str], set[str]], Callable[[], bool]], list[str], float]] = {
     "encoding": (lambda t, a, s: has_file(t / "attempts", a, "embeddings-*"), [SLOW], 4.0),
@@ -215,7 +249,9 @@ MOMENTS: dict[str, tuple[Callable[[Path, set[str], set[str]], Callable[[], bool]
 }
 
 
-@pytest.mark.timeout(max(120, 60 * N_KILLS))
+@pytest.mark.crash
+@pytest.mark.alone
+@pytest.mark.timeout(60 * N_KILLS + 300)
 def test_kills_at_any_moment_lose_nothing_and_readers_see_whole_tables(tmp_path):
     n = N_DOCUMENTS
     targets = {  # state -> corpus and settings; each is made from the one before, the last by another model
@@ -248,12 +284,12 @@ def test_kills_at_any_moment_lose_nothing_and_readers_see_whole_tables(tmp_path)
             reached = condition(table, list_names(table / "attempts"), list_names(table / "snapshots"))
             process = start_cli(*embed_flags(corpus, table, *flags, *more))
             try:
-                found = wait_until(reached, process)
+                found = comes_to(reached, process)
                 if found:
                     time.sleep(rng.uniform(0, seconds))
                 ended = process.poll()
             finally:
-                kill(process)
+                kill_group(process)
             ends.append((moment, found, ended))
             assert ended in (None, 0), f"a run after kills failed: {ends}"
             if (live := read_live(table)) and is_same(live, states[order[goal]]):
@@ -261,7 +297,7 @@ def test_kills_at_any_moment_lose_nothing_and_readers_see_whole_tables(tmp_path)
         assert sum(ended is None for _, _, ended in ends) >= max(1, N_KILLS * 2 // 3), f"too few died: {ends}"
         corpus, settings = targets[order[goal]]
         process = start_cli(*embed_flags(corpus, table, *(f"--{name}={value}" for name, value in settings.items())))
-        _, err = process.communicate(timeout=60 + n / 50)
+        _, err = process.communicate()
         assert process.returncode == 0, err
         time.sleep(0.1)
     finally:
@@ -273,21 +309,23 @@ def test_kills_at_any_moment_lose_nothing_and_readers_see_whole_tables(tmp_path)
     assert not list_names(table / "attempts") and not (table / "journal").exists()
 
 
-@pytest.mark.timeout(240)
+@pytest.mark.crash
+@pytest.mark.alone
+@pytest.mark.timeout(300)
 def test_a_kill_costs_at_most_half_a_minute(tmp_path):
     """As told by the segments that are there, against what the next run encodes."""
     n = max(20_000, N_DOCUMENTS)
     corpus, table = write_corpus(tmp_path / "c.jsonl", range(n), "new"), tmp_path / "table"
     process = start_cli(*embed_flags(corpus, table, SLOW))
     try:
-        assert wait_until(lambda: count_finished(table) > 0, process)
+        assert comes_to(lambda: count_finished(table) > 0, process)
         begun = time.time()
-        assert wait_until(lambda: bool(list_segments(table)), process), "it should take longer than one segment"
+        assert comes_to(lambda: bool(list_segments(table)), process), "it should take longer than one segment"
         time.sleep(2)
         n_finished, now = count_finished(table), time.time()
         assert process.poll() is None
     finally:
-        kill(process)
+        kill_group(process)
     segments = list_segments(table)
     n_kept = sum(map(count_rows, segments))
     assert 0 < n_kept < n
@@ -301,20 +339,23 @@ def test_a_kill_costs_at_most_half_a_minute(tmp_path):
     assert is_same(read_live(table), read_live(tmp_path / "fresh"))
 
 
+@pytest.mark.crash
+@pytest.mark.alone
+@pytest.mark.timeout(300)
 @pytest.mark.parametrize(("number", "to_group"), [(signal.SIGINT, True), (signal.SIGTERM, False)], ids=["INT", "TERM"])
 def test_a_run_that_is_stopped_keeps_all_that_it_finished(tmp_path, number, to_group):
     n = 6000
     corpus, table = write_corpus(tmp_path / "c.jsonl", range(n), "new"), tmp_path / "table"
     process = start_cli(*embed_flags(corpus, table, SLOW))
     try:
-        assert wait_until(lambda: count_finished(table) > 0, process)
+        assert comes_to(lambda: count_finished(table) > 0, process)
         time.sleep(1)
         n_finished = count_finished(table)
         os.killpg(process.pid, number) if to_group else process.send_signal(number)
-        process.communicate(timeout=20)
+        process.communicate()
         assert process.returncode == 128 + number
     finally:
-        kill(process)
+        kill_group(process)
     n_kept = sum(map(count_rows, list_segments(table)))
     assert 0 < n_finished <= n_kept < n
     assert not list_names(table / "attempts") and not (table / "CURRENT").exists()
@@ -323,32 +364,67 @@ def test_a_run_that_is_stopped_keeps_all_that_it_finished(tmp_path, number, to_g
     assert manifest.counts["recall"]["recalled"] == n_kept
 
 
-# What a crash or a broken disk makes of the journal
+# What is in the journal, and what a crash or a broken disk makes of it
 
 
-@pytest.fixture
-def stopped(tmp_path) -> tuple[Path, Path]:
-    """A corpus and a table whose run was stopped behind the encoder, with 30 segments of one row each."""
-    table = tmp_path / "table"
-    encode(write_corpus(tmp_path / "c.jsonl", range(20), "old"), table)
-    corpus = write_corpus(tmp_path / "c.jsonl", range(5, 50), "old")  # 15 stay, 30 are new
+def test_the_journal_holds_back_neither_much_nor_for_half_a_minute(tmp_path, monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(journal, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    folder = tmp_path / "journal" / "fingerprint"
+    folder.mkdir(parents=True)
+    writer = journal.JournalWriter(str(folder))
+
+    def add(number: int, seconds: float, n_bytes: int = 256) -> list[int]:
+        """How many rows each segment has after another row, so many seconds later."""
+        now[0] += seconds
+        writer.add(Row("", 0, bytes(n_bytes), 0.0, 4, 0, f"{number:032x}", b"", None))
+        return sorted(map(count_rows, list_segments(tmp_path)))
+
+    assert add(0, seconds=1) == add(1, seconds=1) == []
+    assert add(2, seconds=27) == [3]
+    assert add(3, seconds=1) == [3]
+    assert add(4, seconds=0, n_bytes=8 << 20) == [2, 3]
+    add(5, seconds=1)
+    writer.close()
+    assert sorted(map(count_rows, list_segments(tmp_path))) == [1, 2, 3]
+
+
+@pytest.fixture(scope="module")
+def stopped_run(tmp_path_factory) -> tuple[Path, Path, Contents]:
+    """As `stopped`, for the tests to copy, and what is in a table that the same corpus makes."""
+    folder = tmp_path_factory.mktemp("stopped")
+    table = folder / "table"
+    encode(write_corpus(folder / "c.jsonl", range(20), "old"), table)
+    corpus = write_corpus(folder / "c.jsonl", range(5, 50), "old")  # 15 stay, 30 are new
     with mock.patch.object(journal, "FLUSH_BYTES", 1), pytest.raises(RunError, match="max_delete_fraction"):
         run_embed(corpus, table, id_field="id", max_delete_fraction=0.1)
     assert [count_rows(path) for path in list_segments(table)] == [1] * 30
-    return corpus, table
+    encode(corpus, folder / "fresh")
+    return corpus, table, read_live(folder / "fresh")
 
 
-def check_rerun(corpus: Path, table: Path, n_encoded: int) -> None:
-    manifest = encode(corpus, table)
-    assert manifest.counts["encode"].get("rows", 0) == n_encoded
-    encode(corpus, table.parent / "fresh")
-    assert is_same(read_live(table), read_live(table.parent / "fresh"))
-    assert not (table / "journal").exists()
+@pytest.fixture
+def stopped(stopped_run, tmp_path) -> Path:
+    """A table whose run was stopped behind the encoder, with 30 segments of one row each."""
+    return Path(shutil.copytree(stopped_run[1], tmp_path / "table"))
 
 
-def test_torn_segments_cost_their_rows_and_nothing_else(stopped):
-    corpus, table = stopped
-    segments = list_segments(table)
+@pytest.fixture
+def check_rerun(stopped_run) -> Callable[[Path, int], None]:
+    """Checks that the same run, once more, encodes so many rows and makes the right table."""
+    corpus, _, fresh = stopped_run
+
+    def check(table: Path, n_encoded: int) -> None:
+        manifest = encode(corpus, table)
+        assert manifest.counts["encode"].get("rows", 0) == n_encoded
+        assert is_same(read_live(table), fresh)
+        assert not (table / "journal").exists()
+
+    return check
+
+
+def test_torn_segments_cost_their_rows_and_nothing_else(stopped, check_rerun):
+    segments = list_segments(stopped)
     sizes = [0, 7, 12, 16, 40, segments[5].stat().st_size - 1]
     for path, size in zip(segments, sizes, strict=False):
         path.write_bytes(path.read_bytes()[:size])
@@ -358,12 +434,11 @@ def test_torn_segments_cost_their_rows_and_nothing_else(stopped):
     segments[7].write_bytes(segments[7].read_bytes() + b"more")
     segments[8].unlink()
     (segments[9].parent / (segments[9].name + ".0a1b2c3d.new")).write_bytes(segments[9].read_bytes()[:50])
-    check_rerun(corpus, table, 9)
+    check_rerun(stopped, 9)
 
 
-def test_a_segment_that_is_there_twice_is_harmless(stopped):
-    corpus, table = stopped
-    segments = list_segments(table)
+def test_a_segment_that_is_there_twice_is_harmless(stopped, check_rerun):
+    segments = list_segments(stopped)
     data = segments[0].read_bytes()
     segments[0].write_bytes(data)  # a writer that was repeated
     (segments[0].parent / ("0" * 40 + ".seg")).write_bytes(data)
@@ -375,12 +450,12 @@ def test_a_segment_that_is_there_twice_is_harmless(stopped):
         content = bytes(segment.records["content"][0]).ljust(16, b"\0").hex()
         rows.append(Row(id="", vector=columns.pop("embedding"), content_hash=content, kept=b"", text=None, **columns))
     journal.write_segment(str(segments[0].parent), rows)
-    assert sorted(map(count_rows, list_segments(table)))[-1] == 12
-    check_rerun(corpus, table, 0)
+    assert sorted(map(count_rows, list_segments(stopped)))[-1] == 12
+    check_rerun(stopped, 0)
 
 
-def test_what_a_dead_run_left_is_swept_away(stopped):
-    corpus, table = stopped
+def test_what_a_dead_run_left_is_swept_away(stopped, check_rerun):
+    table = stopped
     name = "29990101T000000Z-abcdef"  # younger than the live one, complete, and never live
     live = Path(open_table(str(table))[1])
     shutil.copytree(live, table / "snapshots" / name)
@@ -392,6 +467,6 @@ def test_what_a_dead_run_left_is_swept_away(stopped):
     half.mkdir()
     (table / "attempts" / half.name).mkdir()
     (half / "embeddings-00000-of-00001.tfrecord").write_bytes(b"torn")
-    check_rerun(corpus, table, 0)
+    check_rerun(table, 0)
     assert list_snapshots(table) == sorted([live.name, (table / "CURRENT").read_text().strip()])
     assert not list_names(table / "attempts")

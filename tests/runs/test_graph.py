@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
+import json
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +18,7 @@ from pipeline.preprocess.chunking import Preprocess
 from pipeline.settle import settle
 from tests.support.corpora import as_records, some_texts, write_jsonl
 from tests.support.crossings import find_crossings, find_producers
-from tests.support.paths import ROOT
+from tests.support.processes import start_python
 from tests.support.runs import make_config
 
 
@@ -155,33 +153,33 @@ def test_the_search_finds_what_must_not_be(kind, tmp_path, monkeypatch):
 # --- what is imported when -------------------------------------------------------------------------------------------
 
 
-def list_modules(code: str) -> set[str]:
-    """The modules that a fresh Python has loaded after some code."""
-    script = f"import sys\ntry:\n    {code}\nexcept SystemExit:\n    pass\nprint('\\nMODULES', *sys.modules)"
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=True)
-    return set(done.stdout.rpartition("MODULES")[2].split())
+HEAVY = {"tensorflow", "tensorflow_text", "tensorflow_hub", "tfx_bsl", "keras", "apache_beam", "pyarrow", "numpy"}
+LIGHT = ["import pipeline", "from pipeline import EmbedConfig"]
+LIGHT += [
+    f"from pipeline.cli import main; main({arguments})"
+    for arguments in (["--version"], ["--help"], ["embed", "--help"], ["export-encoder", "--help"], ["plan", "--help"])
+]
 
 
-@pytest.mark.parametrize(
-    "code",
-    [
-        "import pipeline",
-        "from pipeline import EmbedConfig",
-        "from pipeline.cli import main; main(['--help'])",
-        "from pipeline.cli import main; main(['embed', '--help'])",
-        "from pipeline.cli import main; main(['export-encoder', '--help'])",
-        "from pipeline.cli import main; main(['--version'])",
-    ],
-)
-def test_help_and_import_load_neither_tensorflow_nor_beam(code):
-    modules = list_modules(code)
-    assert "pipeline" in modules
-    heavy = {"tensorflow", "tensorflow_text", "tensorflow_hub", "tfx_bsl", "apache_beam", "pyarrow", "keras"}
-    assert not heavy & modules
+def list_modules(*statements: str) -> dict[str, set[str]]:
+    """What a fresh Python has loaded after each of some statements, of which some exit."""
+    script = "import json, sys\nloaded = {}\n"
+    for statement in statements:
+        script += f"try:\n    {statement}\nexcept SystemExit:\n    pass\nloaded[{statement!r}] = list(sys.modules)\n"
+    script += "print('\\n' + json.dumps(loaded))"
+    done = start_python("-c", script)
+    out, err = done.communicate()
+    assert done.returncode == 0, err
+    return {statement: set(names) for statement, names in json.loads(out.splitlines()[-1]).items()}
+
+
+def test_help_and_import_load_neither_tensorflow_nor_beam_nor_numpy():
+    """NumPy starts threads when it is imported, which would take the signals that a run waits for."""
+    for statement, modules in list_modules(*LIGHT).items():
+        assert "pipeline" in modules and not HEAVY & modules, statement
 
 
 def test_importing_the_graph_loads_beam_but_not_tensorflow():
-    modules = list_modules("import pipeline.job")
+    (modules,) = list_modules("import pipeline.job").values()
     assert "apache_beam" in modules
     assert not {"tensorflow", "tensorflow_text", "tfx_bsl"} & modules

@@ -18,6 +18,7 @@ from pipeline import __version__
 from pipeline.tables.read import read_table
 from tests.support.paths import ROOT
 
+pytestmark = [pytest.mark.package, pytest.mark.timeout(300)]
 SITE = Path(sysconfig.get_path("purelib"))
 
 

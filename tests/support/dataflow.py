@@ -223,7 +223,7 @@ def start_dataflow() -> Iterator[DataflowService]:
         server.server_close()
 
 
-def wait_until(reached: Callable[[], Any], seconds: float = 60.0) -> None:
+def wait_until(reached: Callable[[], Any], seconds: float = 240.0) -> None:
     """Waits for something that another thread or process brings about."""
     deadline = time.monotonic() + seconds
     while not reached():

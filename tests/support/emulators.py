@@ -84,7 +84,7 @@ class Gcs:
 @contextmanager
 def start_gcs() -> Iterator[Gcs]:
     """Runs a Cloud Storage with one bucket, in memory, for as long as the context lasts."""
-    _require(GCS_SERVER)
+    require(GCS_SERVER)
     port = free_port()
     url = f"http://{_LOOPBACK}:{port}"
     command = [str(GCS_SERVER), "-scheme=http", "-backend=memory", f"-host={_LOOPBACK}", f"-port={port}"]
@@ -145,7 +145,8 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def _require(program: Path) -> None:
+def require(program: Path) -> None:
+    """Fails without a program that `make setup-emulators` installs."""
     if not program.exists():
         pytest.fail(f"{program} is missing: run `make setup-emulators`", pytrace=False)
 

@@ -45,6 +45,7 @@ def teacher_weights(teacher):
     return {v.name.removesuffix(":0"): v.numpy() for v in teacher.trainable_variables}
 
 
+@pytest.mark.training
 class TestStudent:
     def test_begins_as_the_teacher(self, teacher, teacher_weights, tmp_path):
         pieces = read_vocabulary()
@@ -142,6 +143,7 @@ class TestLearning:
         folder = tmp_path_factory.mktemp("learning")
         return distil(initial, *lessons, RECIPE, str(folder)), folder
 
+    @pytest.mark.training
     def test_the_same_seed_takes_the_same_steps(self, initial, lessons, uninterrupted, tmp_path):
         again = distil(initial, *lessons, RECIPE, str(tmp_path / "again"))
         other = distil(initial, *lessons, RECIPE._replace(seed=1), str(tmp_path / "other"))
@@ -149,6 +151,7 @@ class TestLearning:
             np.testing.assert_allclose(again[name], weight, rtol=0, atol=1e-6)
         assert any(np.abs(other[name] - weight).max() > 1e-4 for name, weight in uninterrupted[0].items())
 
+    @pytest.mark.training
     @pytest.mark.parametrize("stopped_at", [3, 4])
     def test_goes_on_where_it_was_stopped(self, initial, lessons, uninterrupted, tmp_path, monkeypatch, stopped_at):
         def stop(step, recipe):
@@ -166,6 +169,7 @@ class TestLearning:
         for name, weight in uninterrupted[0].items():
             np.testing.assert_allclose(resumed[name], weight, rtol=0, atol=1e-6)
 
+    @pytest.mark.training
     def test_vectors_come_nearer_to_the_targets(self, initial, lessons, tmp_path):
         distil(initial, *lessons, RECIPE._replace(steps=60, save_steps=60), str(tmp_path))
         log = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
@@ -247,6 +251,7 @@ class TestCommand:
 
         return run
 
+    @pytest.mark.training
     @pytest.mark.timeout(300)  # seven runs of the pipeline
     def test_corpus_in_weights_and_card_out(self, train, tmp_path, capsys):
         train("--steps=4")
