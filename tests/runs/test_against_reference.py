@@ -12,7 +12,9 @@ from apache_beam.testing.util import assert_that
 
 import pipeline
 from pipeline.embed import EmbedDocuments
+from pipeline.encoders.parity import LARGEST_DIFFERENCE
 from pipeline.engine import make_runner
+from pipeline.tables.embedder import load_embedder
 from tests.support.corpora import as_records, some_texts, write_jsonl
 from tests.support.official import count_tokens, expected_vector, golden_texts, official_tokens, pack_alone, pack_ids
 from tests.support.paths import PREPROCESSOR
@@ -76,6 +78,18 @@ def test_long_texts_that_are_rejected_are_dead_letters_of_the_table(tmp_path):
     assert manifest.dead_letters == {"too_long": len(too_long)}
     kept = {str(i): [text] for i, text in enumerate(texts) if str(i) not in too_long}
     assert_official_segments(rows, kept, "pooled_output", 32)
+
+
+def test_the_table_says_which_graph_and_how_near_it_is_and_a_query_runs_the_same(tmp_path):
+    texts = ["one", "the two of them", "three " * 30]
+    rows, manifest = embed_records(tmp_path, as_records(texts), encoder_graph="auto")
+    assert manifest.settings["encoder_graph"] == manifest.identity["graph"] == "fast"
+    assert manifest.settings["precision"] == manifest.identity["precision"] == "float32"
+    assert 0 < manifest.parity["max_abs"] < LARGEST_DIFFERENCE
+    assert 0.999 < manifest.parity["min_cosine"] < 1.0001
+    again = load_embedder(str(tmp_path / "table")).embed(texts)
+    for i in range(3):
+        assert_close(again[i], rows[str(i), 0]["embedding"])
 
 
 # --- the Python entry points ------------------------------------------------------------------------------------------
