@@ -14,18 +14,17 @@ import tensorflow as tf
 import tensorflow_text  # noqa: F401  registers the preprocessor's ops
 
 from pipeline import cache
+from pipeline.config import EmbedConfig
 from pipeline.encoders import default
 from pipeline.encoders.export import initial_weights
 from pipeline.errors import EncoderError
+from pipeline.plan import plan_embedding
+from pipeline.saved_model import describe_saved_model, read_variables
 from tests.support.exports import SPECIAL, some_inputs
 from tests.support.paths import ROOT
 
 
 class TestDefaultEncoder:
-    @pytest.fixture(autouse=True)
-    def own_cache(self, tmp_path, monkeypatch):
-        monkeypatch.setenv("EMBEAM_CACHE_DIR", str(tmp_path / "cache"))
-
     def test_weights_are_the_same_everywhere(self):
         weights = initial_weights(2, 8, 2, 10, positions=4, seed=3)
         digest = hashlib.sha256(b"".join(weight.tobytes() for weight in weights.values())).hexdigest()
@@ -43,30 +42,35 @@ class TestDefaultEncoder:
         assert f"{sum(weight.size for weight in default.default_weights().values()):,} parameters" in card
         assert f"{os.path.getsize(default.WEIGHTS_FILE) / 1e6:.1f} MB" in card
 
-    def test_two_makes_hold_the_same_weights(self, tmp_path, monkeypatch):
-        first = tf.saved_model.load(default.default_encoder())
-        monkeypatch.setenv("EMBEAM_CACHE_DIR", str(tmp_path / "other"))
-        second = tf.saved_model.load(default.default_encoder())
-        weights = default.default_weights()
-        for own, other in zip(first.trainable_variables, second.trainable_variables, strict=True):
-            assert own.numpy().tobytes() == other.numpy().tobytes() == weights[own.name[:-2]].tobytes()
-        width = len(weights["cls_transform/bias"])
-        pooled = first(some_inputs(6, 12, 16_000))["pooled_output"].numpy()
-        assert pooled.shape == (6, width) and pooled.std(0).mean() > 0.1
-
-    def test_is_made_once(self):
+    def test_is_made_once_of_the_packed_weights(self, own_cache):
         folder = default.default_encoder()
         changed = os.stat(folder).st_mtime_ns
         assert default.default_encoder() == folder and os.stat(folder).st_mtime_ns == changed
+        weights = default.default_weights()
+        model = describe_saved_model(folder)
+        assert set(model.variables) == set(weights)
+        for name, value in read_variables(folder, weights):
+            assert value.tobytes() == weights[name].tobytes(), name
 
-    def test_two_processes_at_once(self, tmp_path):
+    def test_is_proven_to_be_what_it_says(self):
+        identity = plan_embedding(EmbedConfig()).identity
+        assert identity["encoder"]["family"] == "talking_heads_ggelu_bert"
+        assert identity["dimensions"] == 384
+
+    @pytest.mark.exhaustive
+    def test_two_processes_at_once(self, own_cache, tmp_path):
         command = [sys.executable, "-c", "from pipeline.encoders.default import *; print(default_encoder())"]
         environment = {**os.environ, "PYTHONPATH": str(ROOT)}
         processes = [subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) for _ in range(2)]
         first, second = (process.communicate()[0].strip() for process in processes)
         assert [process.returncode for process in processes] == [0, 0]
         assert first == second and os.listdir(tmp_path / "cache") == [os.path.basename(first)]
-        tf.saved_model.load(first)
+        weights = default.default_weights()
+        model = tf.saved_model.load(first)
+        for variable in model.trainable_variables:
+            assert variable.numpy().tobytes() == weights[variable.name[:-2]].tobytes()
+        pooled = model(some_inputs(6, 12, 16_000))["pooled_output"].numpy()
+        assert pooled.shape == (6, len(weights["cls_transform/bias"])) and pooled.std(0).mean() > 0.1
 
     def test_loading_needs_no_tensorflow(self):
         code = (
@@ -75,11 +79,8 @@ class TestDefaultEncoder:
         subprocess.run([sys.executable, "-c", code], check=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
 
 
+@pytest.mark.usefixtures("own_cache")
 class TestCache:
-    @pytest.fixture(autouse=True)
-    def own_cache(self, tmp_path, monkeypatch):
-        monkeypatch.setenv("EMBEAM_CACHE_DIR", str(tmp_path / "cache"))
-
     @staticmethod
     def make(folder):
         os.makedirs(os.path.join(folder, "variables"))

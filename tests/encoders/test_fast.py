@@ -1,14 +1,14 @@
 """The fast graph against golden vectors of the official code, and how it is chosen, proven and recorded.
 
 The two tiny references are in `tests/reference`. Larger ones take gigabytes: `tests/reference/export_official.py`
-writes them, and `EMBEAM_REFERENCE=DIR pytest tests/test_fast_encoder.py` runs these tests over all that DIR holds.
+writes them, and `EMBEAM_REFERENCE=DIR pytest tests/encoders/test_fast.py` runs these tests over all that DIR holds.
 """
 
 from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ import tensorflow as tf
 from pipeline import runtime
 from pipeline.config import EmbedConfig, EncoderConfig, VectorChoice
 from pipeline.encoders import architecture, export, fast, load, parity, spec
-from pipeline.encoders.architecture import Architecture, infer_architecture, recognise_architecture
+from pipeline.encoders.architecture import Architecture, canonical_names, infer_architecture, recognise_architecture
 from pipeline.encoders.base import TokenEncoder
 from pipeline.encoders.export import encode, export_encoder, initial_weights
 from pipeline.encoders.fast import Mode, build_graph, read_weights
@@ -28,14 +28,14 @@ from pipeline.encoders.load import load_encoder
 from pipeline.encoders.spec import describe_encoder
 from pipeline.errors import ConfigError, EncoderError
 from pipeline.plan import plan_embedding
+from pipeline.records import Batch, Chunk, Document
 from pipeline.runtime import native_half_precision
 from pipeline.saved_model import list_variables
-from pipeline.tables.embedder import load_embedder
-from tests.support.corpora import as_records
-from tests.support.official import INPUTS, vocabulary
+from tests.support.official import INPUTS, official_outputs, vocabulary
 from tests.support.paths import ENCODER, REFERENCE
-from tests.support.runs import embed_records
-from tests.support.tables import read_rows
+from tests.support.tables import assert_close
+
+pytestmark = [pytest.mark.numeric, pytest.mark.usefixtures("module_cache")]
 
 TOLERANCES = {"tiny": 2e-5, "small": 1e-4, "base": 1e-4, "large": 5e-4}  # max abs, two orders of summation in float32
 HOME = Path(os.environ.get("EMBEAM_REFERENCE", REFERENCE))
@@ -119,34 +119,51 @@ def compare_with_golden(name: str, mode: Mode, cases: Mapping[str, Mapping[str, 
     return found
 
 
-@pytest.mark.timeout(900)
-@pytest.mark.parametrize(
-    ("name", "mode"),
-    [
-        (name, mode)
-        for name in MODELS
-        for mode in ("packed", "padded", "frozen")
-        if mode == "packed" or name in FIXTURES
-    ],
-)
-def test_every_output_is_the_golden_one(name, mode):
+def check_golden(name: str, mode: Mode, only: Sequence[str] = ()) -> None:
+    """Compares every output of all cases, or of some, with the golden one."""
     tolerance = next((value for size, value in TOLERANCES.items() if size in name), TOLERANCES["tiny"])
-    cases = golden_cases(name)
-    compared = compare_with_golden(name, MODES[mode], cases)
-    assert len(compared) >= 2 * len(cases)
+    cases = {case: arrays for case, arrays in golden_cases(name).items() if not only or case in only}
+    compared = compare_with_golden(name, mode, cases)
+    assert len(compared) >= 2 * len(cases) > 0
     for case, choice, ours, expected in compared:
         assert np.abs(ours - expected).max() <= tolerance, f"{case} {choice}"
 
 
-@pytest.mark.parametrize("name", ["tiny_v1000", "bert_v1000"])
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("name", MODELS)
+def test_every_output_is_the_golden_one(name):
+    check_golden(name, Mode())
+
+
+@pytest.mark.parametrize(("name", "mode"), [("tiny_v1000", "frozen"), ("bert_v1000", "padded")])
+def test_so_it_is_in_other_modes(name, mode):
+    check_golden(name, MODES[mode], ("b5_s16_ragged", "b3_s16_holey_mask", "b8_s128_ragged"))
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("mode", ["padded", "frozen"])
+@pytest.mark.parametrize("name", FIXTURES)
+def test_so_it_is_in_every_mode(name, mode):
+    check_golden(name, MODES[mode])
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("name", FIXTURES)
 def test_layers_compiled_by_xla_give_the_golden_vectors(name):
-    cases = {case: golden_cases(name)[case] for case in ("b5_s16_ragged", "b3_s16_holey_mask")}
-    for case, choice, ours, expected in compare_with_golden(name, MODES["compiled"], cases):
-        assert np.abs(ours - expected).max() <= TOLERANCES["tiny"], f"{case} {choice}"
+    check_golden(name, MODES["compiled"], ("b5_s16_ragged", "b3_s16_holey_mask"))
+
+
+def test_layers_compiled_by_xla_give_the_official_pooled_output():
+    encoder = make_encoder(Path(ENCODER), VectorChoice("pooled_output"), MODES["compiled"])
+    arrays = golden_cases("tiny_v1000")["b5_s16_ragged"]
+    assert_close(encoder.run({name: arrays[name] for name in INPUTS}), arrays["pooled_output"])
 
 
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize("name", [name for name in MODELS if "large" not in name])
+@pytest.mark.parametrize(
+    "name",
+    ["tiny_v1000", *(pytest.param(name, marks=pytest.mark.exhaustive) for name in MODELS[1:] if "large" not in name)],
+)
 def test_bfloat16_stays_near_the_float32_of_the_published_module(name):
     compared = compare_with_golden(name, BFLOAT16, golden_cases(name))
     assert min(cosines(ours, expected).min() for _, _, ours, expected in compared) >= 0.999
@@ -154,17 +171,39 @@ def test_bfloat16_stays_near_the_float32_of_the_published_module(name):
 
 
 def test_lengths_from_1_to_512_and_what_stands_under_the_padding_change_nothing():
-    folder = REFERENCE / "tiny_v1000"
-    official = tf.saved_model.load(str(folder))
-    encoder = make_encoder(folder, VectorChoice("pooled_output"), Mode())
+    encoder = make_encoder(Path(ENCODER), VectorChoice("pooled_output"), Mode())
     rng = np.random.default_rng(4)
     for length in (1, 2, 3, 31, 200, 511, 512):
         ids = rng.integers(0, 1000, (2, length)).astype(np.int32)
         types = rng.integers(0, 3, (2, length)).astype(np.int32)  # a type of 2 adds nothing in the official code
         mask = (np.arange(length) < [[length], [max(1, length // 2)]]).astype(np.int32)
         inputs = dict(zip(INPUTS, (ids, mask, types), strict=True))
-        expected = official({name: tf.constant(value) for name, value in inputs.items()})["pooled_output"]
-        assert np.abs(encoder.run(inputs) - expected).max() <= 2e-5, length
+        assert_close(encoder.run(inputs), official_outputs(inputs)["pooled_output"], length)
+
+
+@pytest.mark.parametrize("graph", ["fast", "published"])
+def test_the_loaded_encoder_gives_the_golden_vectors(graph):
+    found, _ = describe_encoder(EncoderConfig(encoder=ENCODER, encoder_graph=graph))
+    assert found.graph == graph
+    encoder, n_rows = load_encoder(found), 0
+    for case, arrays in golden_cases("tiny_v1000").items():
+        ids, mask, types = (arrays[name] for name in INPUTS)
+        chunks = []
+        for row in range(len(ids)):
+            n = int(mask[row].sum())
+            n_first = int((types[row, :n] == 0).argmin()) if types[row, :n].any() else n
+            if mask[row, :n].all() and not types[row, :n_first].any() and types[row, n_first:n].all() and n:
+                packed = ids[row, :n].astype("<i4").tobytes()  # a text or a pair is typed like that
+                chunks.append((row, Chunk(Document("", ""), "", 0, 1, packed, n_first, n, 0)))
+        if not chunks or "pooled_output" not in arrays:
+            continue
+        batch = Batch([chunk for _, chunk in chunks], ids.shape[1])
+        vectors = np.asarray(encoder.encode(batch))
+        assert_close(vectors, arrays["pooled_output"][[row for row, _ in chunks]], case)
+        assert vectors.dtype == np.float32
+        assert np.array_equal(vectors, encoder.encode(batch)), "the same batch gives other numbers"
+        n_rows += len(chunks)
+    assert n_rows > 20
 
 
 # --- which SavedModels are of a known family -------------------------------------------------------------------------
@@ -211,11 +250,7 @@ def describe(folder: str | Path, **settings: Any) -> spec.EncoderSpec:
     return describe_encoder(EncoderConfig(encoder=str(folder), **settings))[0]
 
 
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("EMBEAM_CACHE_DIR", str(tmp_path / "cache"))
-
-
+@pytest.mark.exhaustive
 def test_layers_may_be_numbered_from_anywhere_and_a_language_model_head_be_beside(tmp_path):
     plain = describe(save_by_hand(tmp_path / "plain"))
     moved = describe(save_by_hand(tmp_path / "moved", first_layer=24, head=True))
@@ -226,8 +261,22 @@ def test_layers_may_be_numbered_from_anywhere_and_a_language_model_head_be_besid
     assert np.array_equal(a, b)
 
 
+def test_layers_are_numbered_from_0_whatever_number_they_have():
+    shapes = {name: weight.shape for name, weight in initial_weights(3, 16, 2, 1000, positions=64).items()}
+    moved = {}
+    for name, shape in shapes.items():
+        head, _, rest = name.partition("/")
+        if head.startswith("transformer_scaffold"):
+            head = f"transformer_scaffold_{int(head.rpartition('_')[2]) + 24 if head[-1].isdigit() else 24}"
+        moved[f"{head}/{rest}"] = shape
+    assert set(moved) != set(shapes)
+    found = canonical_names(moved)
+    assert {found[name]: shape for name, shape in moved.items()} == shapes
+    assert recognise_architecture(moved) == recognise_architecture(shapes) == infer_architecture(shapes)
+
+
 def test_sizes_and_family_are_inferred():
-    talking, plain = (describe(REFERENCE / name).architecture for name in ("tiny_v1000", "bert_v1000"))
+    talking, plain = (read_architecture(REFERENCE / name) for name in FIXTURES)
     assert talking == Architecture(2, 64, 4, 16, 256, 1000, 512)
     assert plain == Architecture(2, 64, 4, 16, 256, 1000, 512, family="bert")
 
@@ -261,13 +310,16 @@ def test_a_variable_too_few_too_many_or_of_another_shape_is_named(name, value, m
 
 
 @pytest.mark.parametrize(
-    ("name", "value"), [("LAYER_NORM_EPSILON", 0.1), ("MASKED_LOGIT", -3.0)], ids=["another epsilon", "another mask"]
+    ("name", "value"),
+    [
+        pytest.param("LAYER_NORM_EPSILON", 0.1, id="another epsilon"),
+        pytest.param("MASKED_LOGIT", -3.0, id="another mask", marks=pytest.mark.exhaustive),
+    ],
 )
 def test_a_graph_that_computes_something_else_runs_as_published_and_says_so(name, value, tmp_path, monkeypatch, caplog):
     monkeypatch.setattr(export, name, value)
     export_encoder(initial_weights(2, 16, 2, 1000, positions=64), vocabulary(), str(tmp_path / "model"))
     monkeypatch.undo()
-    monkeypatch.setenv("EMBEAM_CACHE_DIR", str(tmp_path / "cache"))
     with caplog.at_level(logging.WARNING):
         found = describe(tmp_path / "model")
     assert (found.graph, found.architecture, found.parity) == ("published", None, None)
@@ -276,13 +328,13 @@ def test_a_graph_that_computes_something_else_runs_as_published_and_says_so(name
         describe(tmp_path / "model", encoder_graph="fast")
 
 
+@pytest.mark.exhaustive
 def test_erf_instead_of_tanh_is_noticed(tmp_path, monkeypatch):
     real = tf.nn.gelu
     weights = initial_weights(4, 64, 4, 1000, positions=64)
     monkeypatch.setattr(tf.nn, "gelu", lambda x, approximate: real(x, approximate=False))
     export_encoder(weights, vocabulary(), str(tmp_path / "erf"))
     monkeypatch.undo()
-    monkeypatch.setenv("EMBEAM_CACHE_DIR", str(tmp_path / "cache"))
     export_encoder(weights, vocabulary(), str(tmp_path / "tanh"))
     differences = []
     for name in ("tanh", "erf"):
@@ -293,19 +345,6 @@ def test_erf_instead_of_tanh_is_noticed(tmp_path, monkeypatch):
 
 
 # --- what is settled before a run, and what is written of it ---------------------------------------------------------
-
-
-def test_the_table_says_which_graph_and_how_near_it_is_and_a_query_runs_the_same(tmp_path):
-    texts = ["one", "the two of them", "three " * 30]
-    _, manifest = embed_records(tmp_path, as_records(texts), encoder_graph="auto")
-    assert manifest.settings["encoder_graph"] == manifest.identity["graph"] == "fast"
-    assert manifest.settings["precision"] == manifest.identity["precision"] == "float32"
-    assert 0 < manifest.parity["max_abs"] < parity.LARGEST_DIFFERENCE
-    assert 0.999 < manifest.parity["min_cosine"] < 1.0001
-    rows = read_rows(str(tmp_path / "table"))
-    again = load_embedder(str(tmp_path / "table")).embed(texts)
-    for i in range(3):
-        assert np.abs(again[i] - rows[str(i), 0]["embedding"]).max() < 1e-5
 
 
 def test_auto_takes_the_precision_of_the_machine():
@@ -343,7 +382,7 @@ def test_a_worker_without_the_precision_that_was_planned_fails_the_run(monkeypat
         load_encoder(planned)
 
 
-def test_a_proof_is_remembered_but_not_for_other_arithmetic(monkeypatch):
+def test_a_proof_is_remembered_but_not_for_other_arithmetic(own_cache, monkeypatch):
     describe(ENCODER)
     calls = []
     monkeypatch.setattr(parity, "_measure", lambda *arguments: calls.append(arguments) or [0.0, 1.0])
@@ -352,7 +391,7 @@ def test_a_proof_is_remembered_but_not_for_other_arithmetic(monkeypatch):
     assert describe(ENCODER).graph == "fast" and len(calls) == 1
 
 
-def test_a_probe_that_cannot_run_is_no_proof_and_is_not_remembered(monkeypatch, caplog):
+def test_a_probe_that_cannot_run_is_no_proof_and_is_not_remembered(own_cache, monkeypatch, caplog):
     def fail(*arguments: Any) -> list[float]:
         raise MemoryError("no room")
 

@@ -2,27 +2,22 @@
 
 import shutil
 
-import numpy as np
 import pytest
 import tensorflow as tf
 
 from pipeline.config import EmbedConfig
 from pipeline.encoders import export
-from pipeline.encoders.default import default_vocabulary
 from pipeline.encoders.export import export_encoder, initial_weights
 from pipeline.plan import plan_embedding
-from tests.support.paths import REFERENCE
+from tests.support.exports import some_vocabulary
+from tests.support.official import official_encoder, vocabulary
+from tests.support.paths import ENCODER
 
-ENCODER = REFERENCE / "tiny_v1000"
+pytestmark = pytest.mark.usefixtures("module_cache")
 
 
 def fingerprint(encoder, **settings):
     return plan_embedding(EmbedConfig.from_flat({"encoder": str(encoder), **settings})).fingerprint
-
-
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("EMBEAM_CACHE_DIR", str(tmp_path / "cache"))
 
 
 class Hashed(tf.Module):
@@ -75,28 +70,20 @@ def test_settings_that_change_no_vector_do_not_change_it(settings):
 
 def test_a_copy_and_a_new_export_of_the_same_encoder_have_the_same(tmp_path):
     shutil.copytree(ENCODER, tmp_path / "copy")
-    model = tf.saved_model.load(str(ENCODER))
-    weights = {variable.name: variable.numpy() for variable in model.trainable_variables}
-    vocabulary = (ENCODER / "assets" / "vocab.txt").read_text().splitlines()
-    export_encoder(weights, vocabulary, str(tmp_path / "again"))
+    weights = {variable.name: variable.numpy() for variable in official_encoder().trainable_variables}
+    export_encoder(weights, vocabulary(), str(tmp_path / "again"))
     assert fingerprint(tmp_path / "copy") == fingerprint(tmp_path / "again") == fingerprint(ENCODER)
 
 
-def test_one_weight_changes_it(tmp_path):
-    weights = initial_weights(1, 8, 2, len(default_vocabulary()), positions=16)
-    export_encoder(weights, default_vocabulary(), str(tmp_path / "one"))
-    weights["cls_transform/bias"][3] += 1e-6
-    export_encoder(weights, default_vocabulary(), str(tmp_path / "other"))
-    assert fingerprint(tmp_path / "one") != fingerprint(tmp_path / "other")
-
-
-def test_the_same_weights_in_a_graph_that_computes_something_else_have_another(tmp_path, monkeypatch):
-    weights = initial_weights(1, 8, 2, len(default_vocabulary()), positions=16)
-    export_encoder(weights, default_vocabulary(), str(tmp_path / "one"))
+def test_one_weight_changes_it_and_so_does_a_graph_that_computes_something_else(tmp_path, monkeypatch):
+    weights = initial_weights(1, 8, 2, 20, positions=16)
+    export_encoder(weights, some_vocabulary(20), str(tmp_path / "one"))
     monkeypatch.setattr(export, "LAYER_NORM_EPSILON", 0.1)
-    export_encoder(weights, default_vocabulary(), str(tmp_path / "other"))
+    export_encoder(weights, some_vocabulary(20), str(tmp_path / "graph"))
     monkeypatch.undo()
-    assert fingerprint(tmp_path / "one") != fingerprint(tmp_path / "other")
+    weights["cls_transform/bias"][3] += 1e-6
+    export_encoder(weights, some_vocabulary(20), str(tmp_path / "weight"))
+    assert len({fingerprint(tmp_path / name) for name in ("one", "graph", "weight")}) == 3
 
 
 def test_variables_without_names_and_assets_count(tmp_path):
@@ -107,9 +94,3 @@ def test_variables_without_names_and_assets_count(tmp_path):
         fingerprint(save_hashed(tmp_path, "d", words="b")),
     ]
     assert len(set(found)) == 4
-
-
-def test_the_built_in_encoder_is_proven_to_be_what_it_says():
-    identity = plan_embedding(EmbedConfig()).identity
-    assert identity["encoder"]["family"] == "talking_heads_ggelu_bert"
-    assert np.array_equal(identity["dimensions"], 384)

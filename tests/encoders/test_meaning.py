@@ -9,10 +9,11 @@ import re
 import numpy as np
 import pytest
 
-import pipeline
+from pipeline.config import EmbedConfig
 from pipeline.encoders.default import default_vocabulary, default_weights
 from pipeline.encoders.export import export_encoder, initial_weights
-from tests.support.corpora import write_jsonl
+from pipeline.plan import plan_embedding
+from pipeline.tables.embedder import Embedder
 
 # A sentence, another that says nearly the same in other words, and one that shares its words.
 CASES = [
@@ -65,6 +66,8 @@ CASES = [
 ]
 VECTORS = ["pooled_output", "sequence_output:mean"]
 
+pytestmark = pytest.mark.numeric
+
 
 def test_a_bag_of_words_takes_the_look_alike():
     for sentence, paraphrase, look_alike in CASES:
@@ -79,15 +82,10 @@ def overlap(one: str, other: str) -> float:
     )
 
 
-def embed_cases(folder, **flags) -> np.ndarray:
-    """The vectors of all sentences, of length 1, from a table: [case, sentence or paraphrase or look-alike, D]."""
-    folder.mkdir(exist_ok=True)
-    texts = [text for case in CASES for text in case]
-    write_jsonl(folder / "texts.jsonl", [{"id": f"{i:03}", "text": text} for i, text in enumerate(texts)])
-    settings = {"input": str(folder / "texts.jsonl"), "id_field": "id", "output": str(folder / "table"), **flags}
-    pipeline.build_table(pipeline.EmbedConfig.from_flat({**settings, "normalize": True}))
-    ids, vectors = pipeline.read_table(str(folder / "table"))
-    return vectors[np.argsort(ids)].reshape(len(CASES), 3, -1)
+def embed_cases(vector: str, encoder: str = "") -> np.ndarray:
+    """The vectors of all sentences, of length 1: [case, sentence or paraphrase or look-alike, D]."""
+    config = EmbedConfig.from_flat({"vector": vector, "encoder": encoder, "normalize": True})
+    return Embedder(plan_embedding(config)).embed([text for case in CASES for text in case]).reshape(len(CASES), 3, -1)
 
 
 def margins(vectors: np.ndarray) -> np.ndarray:
@@ -96,11 +94,12 @@ def margins(vectors: np.ndarray) -> np.ndarray:
 
 
 @pytest.mark.parametrize("vector", VECTORS)
-def test_the_paraphrase_is_nearer(vector, tmp_path):
-    found = margins(embed_cases(tmp_path / "cases", vector=vector))
+def test_the_paraphrase_is_nearer(vector):
+    found = margins(embed_cases(vector))
     assert found.min() > 0.02, dict(zip([case[0] for case in CASES], found.tolist(), strict=True))
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("vector", VECTORS)
 @pytest.mark.parametrize("damage", ["untrained", "scrambled"])
 def test_weights_without_meaning_would_be_noticed(damage, vector, tmp_path):
@@ -112,4 +111,4 @@ def test_weights_without_meaning_would_be_noticed(damage, vector, tmp_path):
         rng = np.random.default_rng(0)
         weights["word_embeddings/embeddings"] = rng.permutation(weights["word_embeddings/embeddings"])
     export_encoder(weights, vocabulary, str(tmp_path / "encoder"))
-    assert (margins(embed_cases(tmp_path / "cases", vector=vector, encoder=str(tmp_path / "encoder"))) > 0).mean() < 0.5
+    assert (margins(embed_cases(vector, str(tmp_path / "encoder"))) > 0).mean() < 0.5

@@ -10,9 +10,8 @@ from apache_beam.io.localfilesystem import LocalFileSystem
 
 from pipeline.errors import EncoderError
 from pipeline.saved_model import describe_saved_model, resolve_handle
-from tests.support.paths import REFERENCE
+from tests.support.paths import ENCODER
 
-ENCODER = REFERENCE / "tiny_v1000"
 HANDLE = "https://tfhub.dev/tensorflow/talkheads_ggelu_bert_en_large/1"
 
 

@@ -135,6 +135,7 @@ def encoder():
 IDS = st.lists(st.integers(5, 999), min_size=1, max_size=14)
 
 
+@pytest.mark.numeric
 @settings(max_examples=40, deadline=None)
 @given(st.lists(IDS, min_size=1, max_size=7), st.integers(0, 3), st.sampled_from([16, 32]), st.randoms())
 def test_vectors_do_not_depend_on_padding_company_or_order(encoder, texts, n_padding, length, random):

@@ -76,6 +76,7 @@ class TestPreprocessor:
         strings = tf.constant(self.strings)
         self.check(keras.Model(segments, packed)([strings, strings[::-1]]), "pair32")
 
+    @pytest.mark.exhaustive  # another export, of five seconds
     def test_keeps_case_and_accents_where_told(self, tmp_path):
         export_preprocessor([*SPECIAL, "cafe", "Café"], str(tmp_path / "cased"), lower_case=False)
         cased = tf.saved_model.load(str(tmp_path / "cased"))

@@ -73,6 +73,7 @@ def test_replayed_bundles_change_nothing(corpus, distributed):
     run(corpus, distributed, PipelineOptions(direct_runner_bundle_repeat=1))
 
 
+@pytest.mark.engine
 def test_worker_processes(corpus):
     run(corpus, False, PipelineOptions(direct_running_mode="multi_processing", direct_num_workers=2))
 

@@ -27,22 +27,55 @@ def official_encoder() -> Any:
 
 
 @functools.cache
+def _official_graph() -> Any:
+    """The official encoder for inputs of any shape: called as it is, it would be traced again for each."""
+    specs = {name: tf.TensorSpec([None, None], tf.int32, name=name) for name in INPUTS}
+    return tf.function(official_encoder().__call__, input_signature=[specs], autograph=False)
+
+
+@functools.cache
 def official_preprocessor() -> Any:
     return tf.saved_model.load(PREPROCESSOR)
 
 
 @functools.cache
+def _official_tokenizer() -> Any:
+    strings = tf.TensorSpec([None], tf.string)
+    return tf.function(official_preprocessor().tokenize.__call__, input_signature=[strings], autograph=False)
+
+
+def tokenize_together(texts: Sequence[str]) -> list[list[int]]:
+    """Token ids of some texts, by the official preprocessor."""
+    return _official_tokenizer()(tf.constant(texts, tf.string)).merge_dims(-2, -1).to_list()
+
+
+@functools.cache
 def official_tokens(text: str) -> tuple[int, ...]:
     """Token ids of one text, by the official preprocessor."""
-    return tuple(official_preprocessor().tokenize(tf.constant([text])).flat_values.numpy().tolist())
+    return tuple(tokenize_together([text])[0])
 
 
 def official_pack(segments: Sequence[str], length: int) -> dict[str, np.ndarray]:
     """The official preprocessor's three tensors `[1, length]` for one text, or one pair of them, alone."""
+    return _pack(tuple(segments), length)
+
+
+@functools.cache
+def _pack(segments: tuple[str, ...], length: int) -> dict[str, np.ndarray]:
     preprocessor = official_preprocessor()
     tokens = [preprocessor.tokenize(tf.constant([segment])) for segment in segments]
     packed = preprocessor.bert_pack_inputs(tokens, seq_length=tf.constant(length))
     return {name: packed[name].numpy() for name in INPUTS}
+
+
+def pack_alone(segments: Sequence[str], max_tokens: int) -> dict[str, np.ndarray]:
+    """The official preprocessor's tensors for one text or pair: no longer than it is, nor than the limit."""
+    return official_pack(segments, min(count_tokens(segments), max_tokens))
+
+
+def count_tokens(segments: Sequence[str]) -> int:
+    """Tokens of one text or pair with [CLS] and [SEP], by the official preprocessor."""
+    return sum(len(official_tokens(segment)) for segment in segments) + 1 + len(segments)
 
 
 def pack_ids(ids: Sequence[int]) -> dict[str, np.ndarray]:
@@ -55,17 +88,25 @@ def vocabulary() -> list[str]:
     return Path(ENCODER, "assets/vocab.txt").read_text(encoding="utf-8").splitlines()
 
 
+@functools.cache
 def cls_id() -> int:
     return vocabulary().index("[CLS]")
 
 
+@functools.cache
 def sep_id() -> int:
     return vocabulary().index("[SEP]")
 
 
-def official_outputs(packed: Mapping[str, np.ndarray], encoder: Any = None) -> dict[str, Any]:
-    """Everything that the official encoder gives for one packed input, as NumPy."""
-    outputs = (encoder or official_encoder())({name: tf.constant(value) for name, value in packed.items()})
+def official_outputs(packed: Mapping[str, np.ndarray]) -> dict[str, Any]:
+    """Everything that the official encoder gives for one packed input, as NumPy; remembered."""
+    return _outputs(*((packed[name].shape, packed[name].tobytes()) for name in INPUTS))
+
+
+@functools.cache
+def _outputs(*tensors: tuple[tuple[int, ...], bytes]) -> dict[str, Any]:
+    arrays = (np.frombuffer(data, np.int32).reshape(shape) for shape, data in tensors)
+    outputs = _official_graph()({name: tf.constant(array) for name, array in zip(INPUTS, arrays, strict=True)})
     return tf.nest.map_structure(lambda tensor: tensor.numpy(), outputs)
 
 

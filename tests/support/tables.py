@@ -13,7 +13,7 @@ import numpy as np
 
 from pipeline.tables.manifest import open_table
 from pipeline.tables.read import iter_table, read_table
-from tests.support.official import official_vector
+from tests.support.official import count_tokens, expected_vector, official_vector, pack_alone
 
 TOLERANCE = 2e-5  # max abs of a vector's numbers, for two orders of summation in float32
 SCALE_TOLERANCE = 1e-4  # relative, of the scale of a quantised vector: its largest number, rounded twice
@@ -92,6 +92,19 @@ def assert_official(
     for (key, _), row in rows.items():
         assert_close(row["embedding"], official_vector(wanted[key]["text"], **settings), key)
         assert {name: row[name] for name in fields} == {name: wanted[key].get(name) for name in fields}
+
+
+def assert_official_segments(
+    rows: Rows, texts: Mapping[str, Sequence[str]], vector: str, max_tokens: int = 512
+) -> None:
+    """One row for each id, and in it what the official encoder gives for those segments, packed alone."""
+    assert set(rows) == {(name, 0) for name in texts}
+    for name, segments in texts.items():
+        packed = pack_alone(segments, max_tokens)
+        row = rows[name, 0]
+        assert_close(row["embedding"], expected_vector(packed, vector), segments)
+        assert row["n_tokens"] == packed["input_mask"].sum()
+        assert row["n_truncated"] == count_tokens(segments) - row["n_tokens"]
 
 
 def summarize(letters: Iterable[Mapping[str, Any]]) -> list[tuple[str, int, str]]:

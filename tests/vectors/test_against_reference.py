@@ -1,0 +1,329 @@
+"""Rows, as the stages make them from documents, against the official encoder, called directly with each text alone."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from pipeline.config import EmbedConfig
+from pipeline.errors import ConfigError
+from pipeline.plan import plan_embedding
+from pipeline.records import Document
+from tests.support.corpora import some_texts
+from tests.support.official import (
+    expected_vector,
+    golden_texts,
+    official_encoder,
+    official_preprocessor,
+    official_tokens,
+    pack_ids,
+    save_module,
+)
+from tests.support.paths import ENCODER, PREPROCESSOR
+from tests.support.stages import as_documents, embed_directly
+from tests.support.tables import assert_close, assert_official_segments
+
+pytestmark = pytest.mark.numeric
+
+# Both graphs and every kind of output and pooling.
+FEW_VECTORS = [
+    ("pooled_output", "fast"),
+    ("pooled_output", "published"),
+    ("sequence_output:mean", "fast"),
+    ("sequence_output:tokens", "published"),
+    ("encoder_outputs/0:max", "published"),
+    ("encoder_outputs/-2:cls", "fast"),
+]
+VECTORS = [
+    "pooled_output",
+    *(f"sequence_output:{pooling}" for pooling in ("mean", "max", "cls", "tokens")),
+    *(f"encoder_outputs/{layer}:{pooling}" for layer in (0, 1) for pooling in ("mean", "max", "cls")),
+    "encoder_outputs/-1:mean",
+    "encoder_outputs/-2:cls",
+]
+OTHER_VECTORS = [
+    (vector, graph) for vector in VECTORS for graph in ("fast", "published") if (vector, graph) not in FEW_VECTORS
+]
+both_graphs = pytest.mark.parametrize("graph", ["fast", "published"])
+# More than one bucket, more than one batch of some, texts of every script, one without tokens and some that are cut.
+TEXTS = [*golden_texts(), *some_texts(40)]
+FEW_TEXTS = ["", "one", *some_texts(20, seed=2), golden_texts()[40]]
+
+
+def by_id(texts: list[str], prefix: str = "") -> dict[str, list[str]]:
+    return {str(i): [prefix + text] for i, text in enumerate(texts)}
+
+
+def check_vector(vector: str, graph: str) -> None:
+    texts = TEXTS if vector in ("pooled_output", "sequence_output:mean") else FEW_TEXTS
+    settings = {"vector": vector, "encoder_graph": graph, "preprocessor": PREPROCESSOR}
+    found = embed_directly(as_documents(texts), **settings)
+    assert len(found.batches) > 4
+    assert_official_segments(found.rows, by_id(texts), vector)
+
+
+@pytest.mark.parametrize(("vector", "graph"), FEW_VECTORS)
+def test_a_row_is_what_the_official_encoder_gives_for_its_text_alone(vector, graph):
+    check_vector(vector, graph)
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize(("vector", "graph"), OTHER_VECTORS)
+def test_so_it_is_for_every_vector_in_both_graphs(vector, graph):
+    check_vector(vector, graph)
+
+
+def test_a_row_is_what_the_official_pair_of_models_gives_at_its_own_length_of_128():
+    texts = TEXTS[:120]
+    rows = embed_directly(as_documents(texts), max_tokens=128).rows
+    packed = official_preprocessor()(tf.constant(texts))  # [120, 128], as the models' documentation does it
+    expected = official_encoder()(packed)["pooled_output"].numpy()
+    for i, text in enumerate(texts):
+        assert_close(rows[str(i), 0]["embedding"], expected[i], text)
+
+
+@both_graphs
+@pytest.mark.parametrize("batch_tokens", [1, 700, 10_000_000])
+def test_rows_do_not_depend_on_the_size_of_batches(batch_tokens, graph):
+    texts = some_texts(150)
+    found = embed_directly(as_documents(texts), batch_tokens=batch_tokens, encoder_graph=graph)
+    assert len(found.batches) == 150 if batch_tokens == 1 else len(found.batches) < 75
+    assert_official_segments(found.rows, by_id(texts), "pooled_output")
+
+
+def test_rows_do_not_depend_on_the_order_of_documents():
+    texts = some_texts(150)
+    documents = as_documents(texts)
+    np.random.default_rng(3).shuffle(documents)
+    assert_official_segments(embed_directly(documents).rows, by_id(texts), "pooled_output")
+
+
+@pytest.mark.parametrize("max_tokens", [16, 512])
+def test_pairs_are_packed_and_typed_as_the_official_preprocessor_does(max_tokens):
+    pairs = list(zip(some_texts(30, seed=4), ["", *some_texts(29, seed=5)], strict=True))
+    documents = [Document(str(i), *pair) for i, pair in enumerate(pairs)]
+    rows = embed_directly(documents, pair_field="other", max_tokens=max_tokens).rows
+    assert_official_segments(rows, {str(i): list(pair) for i, pair in enumerate(pairs)}, "pooled_output", max_tokens)
+
+
+def test_a_document_without_its_second_segment_is_a_single_text():
+    rows = embed_directly([Document("0", "alone"), Document("1", "one", "two")], pair_field="other").rows
+    assert_official_segments(rows, {"0": ["alone"], "1": ["one", "two"]}, "pooled_output")
+
+
+def test_the_prefix_is_part_of_every_text_and_not_of_second_segments():
+    documents = [*as_documents(FEW_TEXTS), Document("pair", "one", "two")]
+    rows = embed_directly(documents, pair_field="other", text_prefix="query: ").rows
+    assert_official_segments(rows, by_id(FEW_TEXTS, "query: ") | {"pair": ["query: one", "two"]}, "pooled_output")
+
+
+@pytest.mark.parametrize("max_tokens", [3, 16, 37])
+def test_long_texts_are_truncated_as_the_official_preprocessor_does(max_tokens):
+    texts = some_texts(40, seed=6)
+    rows = embed_directly(as_documents(texts), max_tokens=max_tokens, vector="sequence_output:mean").rows
+    assert any(row["n_truncated"] for row in rows.values())
+    assert_official_segments(rows, by_id(texts), "sequence_output:mean", max_tokens)
+
+
+def list_windows(ids: tuple[int, ...], size: int, overlap: int) -> list[tuple[int, ...]]:
+    """Windows of `size` tokens, each starting `overlap` tokens before the end of the last, until all are covered."""
+    windows = [ids[:size]]
+    end = size
+    while end < len(ids):
+        start = end - overlap
+        windows.append(ids[start : start + size])
+        end = start + size
+    return windows
+
+
+@pytest.mark.parametrize("overlap", [0, 3])
+@pytest.mark.parametrize("vector", ["pooled_output", "sequence_output:tokens"])
+def test_chunks_are_windows_over_the_official_tokens(overlap, vector):
+    texts = ["", *some_texts(25, seed=7)]
+    settings = {"on_long": "chunk", "chunk_overlap": overlap, "max_tokens": 16, "vector": vector}
+    rows = embed_directly(as_documents(texts), **settings).rows
+    expected = {
+        (str(i), j): window
+        for i, text in enumerate(texts)
+        for j, window in enumerate(list_windows(official_tokens(text), 14, overlap))
+    }
+    assert set(rows) == set(expected)
+    assert len(rows) > 2 * len(texts)
+    for key, window in expected.items():
+        assert_close(rows[key]["embedding"], expected_vector(pack_ids(window), vector), key)
+        assert (rows[key]["n_tokens"], rows[key]["n_truncated"]) == (len(window) + 2, 0)
+
+
+@pytest.mark.parametrize("overlap", [0, 5])
+def test_an_average_weighs_windows_by_their_tokens(overlap):
+    texts = ["", *some_texts(40, seed=8)]
+    settings = {"on_long": "average", "chunk_overlap": overlap, "max_tokens": 16, "batch_tokens": 60}
+    rows = embed_directly(as_documents(texts), **settings).rows
+    assert set(rows) == {(str(i), 0) for i in range(len(texts))}
+    for i, text in enumerate(texts):
+        windows = list_windows(official_tokens(text), 14, overlap)
+        vectors = np.array([expected_vector(pack_ids(window), "pooled_output") for window in windows], np.float64)
+        weights = np.array([max(1, len(window)) for window in windows])[:, None]
+        assert_close(rows[str(i), 0]["embedding"], (vectors * weights).sum(0) / weights.sum(), text)
+        assert rows[str(i), 0]["n_tokens"] == sum(len(window) + 2 for window in windows)
+
+
+def test_rejected_long_texts_become_dead_letters_and_no_others_do():
+    texts = some_texts(40, seed=9)
+    rows, letters, _ = embed_directly(as_documents(texts), on_long="reject", max_tokens=32)
+    too_long = {str(i) for i, text in enumerate(texts) if len(official_tokens(text)) + 2 > 32}
+    assert 0 < len(too_long) < len(texts)
+    assert {letter.id for letter in letters} == too_long and len(letters) == len(too_long)
+    assert {(letter.stage, letter.reason) for letter in letters} == {("preprocess", "too_long")}
+    kept = {name: segments for name, segments in by_id(texts).items() if name not in too_long}
+    assert_official_segments(rows, kept, "pooled_output", 32)
+
+
+def test_rejecting_looks_at_both_segments_of_a_pair():
+    documents = [Document(str(n), "the " * n, "the the the") for n in (5, 6, 7)]
+    rows, letters, _ = embed_directly(documents, pair_field="other", on_long="reject", max_tokens=12)
+    assert set(rows) == {("5", 0), ("6", 0)}  # [CLS] 6 [SEP] 3 [SEP] are 12 tokens
+    assert [letter.id for letter in letters] == ["7"]
+
+
+# --- preprocessors of another kind: called as they are ---------------------------------------------------------------
+
+
+def save_hashing_preprocessor(folder: Path, n_ids: int, can_pack: bool) -> str:
+    """A preprocessor that is no WordPiece: words between blanks, hashed to ids; pads with 1 to 128 tokens."""
+
+    def tokenize(texts: tf.Tensor) -> tf.RaggedTensor:
+        words = tf.strings.split(texts, " ")
+        return words.with_flat_values(5 + tf.strings.to_hash_bucket_fast(words.flat_values, n_ids - 5))
+
+    def pack(segments: list[tf.RaggedTensor], length: Any) -> dict[str, tf.Tensor]:
+        room = tf.cast(length, tf.int64) // len(segments) - 2
+        parts = [tf.cast(segment[:, :room], tf.int32) for segment in segments]
+        ends = [tf.fill([tf.shape(part)[0], 1], 3) for part in parts]
+        starts = [tf.fill([tf.shape(part)[0], 1 - i], 2) for i, part in enumerate(parts)]
+        full = [tf.concat(three, 1) for three in zip(starts, parts, ends, strict=True)]
+        types = tf.concat([tf.zeros_like(part) + i for i, part in enumerate(full)], 1)
+        ids = tf.concat(full, 1)
+        shape = tf.stack([tf.constant(-1, tf.int64), tf.cast(length, tf.int64)])
+        return {
+            "input_word_ids": ids.to_tensor(1, shape=shape),
+            "input_mask": tf.ones_like(ids).to_tensor(0, shape=shape),
+            "input_type_ids": types.to_tensor(0, shape=shape),
+        }
+
+    strings = tf.TensorSpec([None], tf.string)
+    call = tf.function(lambda texts: pack([tokenize(texts)], 128), input_signature=[strings])
+    if not can_pack:
+        return save_module(folder, call=call)
+    spec = tf.RaggedTensorSpec([None, None], tf.int64)
+    pack_any = tf.function(lambda inputs, seq_length: pack(inputs, seq_length))
+    for n in (1, 2):
+        pack_any.get_concrete_function([spec] * n, seq_length=tf.TensorSpec([], tf.int32))
+    tokenizing = tf.function(tokenize, input_signature=[strings])
+    return save_module(folder, call=call, tokenize=tokenizing, bert_pack_inputs=pack_any)
+
+
+@pytest.fixture(scope="module")
+def calling_only(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return save_hashing_preprocessor(tmp_path_factory.mktemp("hashing") / "model", 1200, can_pack=False)
+
+
+@pytest.fixture(scope="module")
+def packing(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return save_hashing_preprocessor(tmp_path_factory.mktemp("hashing") / "model", 1000, can_pack=True)
+
+
+def pack_with(folder: str, texts: list[str]) -> list[dict[str, np.ndarray]]:
+    """The preprocessor's own tensors `[1, 128]` for each text."""
+    packed = {name: tensor.numpy() for name, tensor in tf.saved_model.load(folder)(tf.constant(texts)).items()}
+    return [{name: array[i : i + 1] for name, array in packed.items()} for i in range(len(texts))]
+
+
+@both_graphs
+def test_a_preprocessor_without_packing_is_called_as_it_is_and_a_token_beyond_the_vocabulary_costs_its_own_row_only(
+    graph, calling_only
+):
+    texts = ["", "one", *some_texts(20, seed=10, words=(1, 150)), *(f"w{i}" for i in range(60))]
+    settings = {"preprocessor": calling_only, "vector": "sequence_output:mean", "encoder_graph": graph}
+    rows, letters, _ = embed_directly(as_documents(texts), **settings)
+    packed = pack_with(calling_only, texts)
+    beyond = {str(i) for i in range(len(texts)) if packed[i]["input_word_ids"].max() >= 1000}  # the encoder's ids
+    assert 10 < len(beyond) < len(texts) - 10
+    assert {letter.id for letter in letters} == beyond and len(letters) == len(beyond)
+    assert {(letter.stage, letter.reason) for letter in letters} == {("encode", "encoder_error")}
+    assert {name for name, _ in rows} == set(map(str, range(len(texts)))) - beyond
+    for (name, _), row in rows.items():
+        own = packed[int(name)]
+        assert_close(row["embedding"], expected_vector(own, "sequence_output:mean"), texts[int(name)])
+        assert row["n_tokens"] == own["input_mask"].sum()
+        assert row["n_truncated"] is None  # it does not tell
+
+
+@pytest.mark.parametrize("max_tokens", [20, 512])
+def test_an_unknown_preprocessor_with_packing_packs_to_the_limit(max_tokens, packing):
+    pairs = list(zip(some_texts(30, seed=11), some_texts(30, seed=12), strict=True))
+    segments: dict[str, tuple[str, ...]] = {str(i): pair for i, pair in enumerate(pairs)}
+    segments["7"] = segments["7"][:1]
+    documents = [Document(name, *texts) for name, texts in segments.items()]
+    rows = embed_directly(documents, preprocessor=packing, pair_field="other", max_tokens=max_tokens).rows
+    assert len(rows) == len(documents)
+    preprocessor = tf.saved_model.load(packing)
+    for name, texts in segments.items():
+        tokens = [preprocessor.tokenize(tf.constant([text])) for text in texts]
+        packed = preprocessor.bert_pack_inputs(tokens, seq_length=tf.constant(max_tokens))
+        expected = expected_vector({key: tensor.numpy() for key, tensor in packed.items()}, "pooled_output")
+        assert_close(rows[name, 0]["embedding"], expected, texts)
+
+
+def test_a_preprocessor_that_cannot_pack_pairs_is_refused_for_pairs(calling_only):
+    settings = {"encoder": ENCODER, "preprocessor": calling_only, "pair_field": "b"}
+    with pytest.raises(ConfigError, match="pair_field"):
+        plan_embedding(EmbedConfig.from_flat(settings))
+
+
+# --- encoders that take strings --------------------------------------------------------------------------------------
+
+
+def save_text_encoder(folder: Path, named: bool) -> str:
+    """Strings to `[B, 5]`: lengths and hashes of each text by itself."""
+
+    def encode(texts: tf.Tensor) -> Any:
+        sizes = tf.cast(tf.strings.length(texts), tf.float32)
+        hashes = [tf.cast(tf.strings.to_hash_bucket_strong(texts, 97, [1, i]), tf.float32) for i in range(4)]
+        vectors = tf.stack([sizes, *hashes], 1)
+        return {"default": vectors, "other": vectors + 1} if named else vectors
+
+    return save_module(folder, call=tf.function(encode, input_signature=[tf.TensorSpec([None], tf.string)]))
+
+
+@pytest.fixture(scope="module")
+def text_encoders(tmp_path_factory: pytest.TempPathFactory) -> Mapping[bool, str]:
+    """By whether their outputs have names."""
+    folder = tmp_path_factory.mktemp("text_encoders")
+    return {named: save_text_encoder(folder / str(named), named) for named in (False, True)}
+
+
+@pytest.mark.parametrize("named", [False, True])
+@pytest.mark.parametrize("batch_tokens", [1, 300, 4096])
+def test_an_encoder_of_strings_gets_the_texts_themselves(named, batch_tokens, text_encoders):
+    texts = TEXTS[::3]
+    settings = {"encoder": text_encoders[named], "text_prefix": "q: ", "batch_tokens": batch_tokens}
+    rows, _, batches = embed_directly(as_documents(texts), **settings)
+    outputs = tf.saved_model.load(text_encoders[named])(tf.constant(["q: " + text for text in texts]))
+    expected = (outputs["default"] if named else outputs).numpy()
+    assert {name for name, _ in rows} == set(map(str, range(len(texts))))
+    for i, text in enumerate(texts):
+        assert_close(rows[str(i), 0]["embedding"], expected[i], text)
+        assert not {"n_tokens", "n_truncated"} & set(rows[str(i), 0])
+    assert len(batches) > (1 if batch_tokens > 1 else len(texts) - 1)
+
+
+def test_an_encoder_of_strings_gives_the_output_that_is_asked_for(text_encoders):
+    rows = embed_directly(as_documents(["text"]), encoder=text_encoders[True], vector="other").rows
+    expected = tf.saved_model.load(text_encoders[True])(tf.constant(["text"]))["other"][0].numpy()
+    assert_close(rows["0", 0]["embedding"], expected)
