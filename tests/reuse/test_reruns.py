@@ -152,6 +152,41 @@ CASES = {
         {"recalled": 1, "unchanged": 2, "stale": 0},
         letters=[make_letter(A, "b", "duplicate_id")],
     ),
+    "a second document with the id of one that was left out": Case(
+        documents(*"abc"),
+        documents("a", "c"),
+        "",
+        {"unchanged": 2, "stale": 0, "deleted": 1},
+        letters=[make_letter(A, "b", "duplicate_id")],
+    ),
+    "a broken second record of an unchanged document": Case(
+        documents(*"abc"),
+        documents(*"abc"),
+        "",
+        {"unchanged": 3, "stale": 0},
+        letters=[make_letter(A, "b", "wrong_type")],
+    ),
+    "a broken second record of a document with a new text": Case(
+        documents(*"abc"),
+        documents("a", "b=x", "c"),
+        "x",
+        {"unchanged": 2, "stale": 0},
+        letters=[make_letter(A, "b", "wrong_type")],
+    ),
+    "a broken second record of a document with a known text": Case(
+        documents(*"abc"),
+        documents("a", "b=c", "c"),
+        "",
+        {"unchanged": 2, "recalled": 1, "stale": 0},
+        letters=[make_letter(A, "b", "wrong_type")],
+    ),
+    "a broken second record of a document with an equal text": Case(
+        documents(*"abc"),
+        documents("a", "b=x", "c=x"),
+        "x",
+        {"unchanged": 1, "equal_texts": 1, "stale": 0},
+        letters=[make_letter(A, "b", "wrong_type"), make_letter(A, "c", "wrong_type")],
+    ),
     "kept deletions": Case(
         documents(*"abc"),
         documents("a", "x"),
@@ -181,8 +216,9 @@ def test_a_rerun(table, case):
     assert outcome.encoded == [f"text {letter}" for letter in sorted(case.encoded)]
     assert outcome.count(*case.counts) == case.counts
     assert_rows(outcome.rows, [*(one for one in case.after if one.id not in case.gone), *case.stay])
-    found = sorted(letter["id"] or "" for letter in read_dead_letters(table.output))
-    assert found == sorted([*case.gone, *(letter.id or "" for letter in case.letters)])
+    found = [(letter["id"], letter.get("text")) for letter in read_dead_letters(table.output)]
+    dead = [(one.id, one.text) for one in case.after if one.id in case.gone]
+    assert sorted(found, key=str) == sorted([*dead, *((letter.id, None) for letter in case.letters)], key=str)
     assert outcome.manifest.previous == first.manifest.snapshot
     again = table.run(case.after, case.letters, fails, **case.settings)
     assert_rows(again.rows, [*(one for one in case.after if one.id not in case.gone), *case.stay])
@@ -293,6 +329,31 @@ def test_a_text_that_shrinks_leaves_no_chunk_behind(table):
     outcome = table.run([make_document("a", "short"), make_document("c", long)])
     assert outcome.encoded == ["short"]
     assert set(outcome.rows) == {("a", 0), ("c", 0), ("c", 1), ("c", 2)}
+
+
+def test_a_document_that_lacks_a_chunk_is_encoded_again(table):
+    """Its other rows are published with its dead letter; they are no reason to take it for unchanged."""
+    table.layout = replace(LAYOUT, chunked=True)
+    long, other = "one two three four five six seven", "one two three BAD"
+
+    def fail(text: str, model: str) -> np.ndarray:
+        if "BAD" in text:
+            raise ValueError("out of luck")
+        return draw_vector(text, model)
+
+    outcome = table.run([make_document("a", long), make_document("b", long), *documents("c")])
+    assert set(outcome.rows) == {*((name, chunk) for name in "ab" for chunk in range(3)), ("c", 0)}
+    table.encoder = fail
+    broken = [make_document("a", other), make_document("b", other), *documents("c")]
+    for _ in range(2):
+        outcome = table.run(broken)
+        assert outcome.encoded == [other] and outcome.count("stale", "unchanged") == {"stale": 0, "unchanged": 1}
+        assert set(outcome.rows) == {("a", 0), ("b", 0), ("c", 0)}
+        assert outcome.manifest.dead_letters == {"encoder_error": 2}
+    table.encoder = draw_vector
+    outcome = table.run(broken)
+    assert outcome.encoded == [other] and not outcome.manifest.dead_letters
+    assert set(outcome.rows) == {("a", 0), ("a", 1), ("b", 0), ("b", 1), ("c", 0)}
 
 
 def test_prefixes_and_pairs_are_part_of_the_text(table):
