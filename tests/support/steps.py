@@ -8,6 +8,7 @@ encoder alone would save nothing.)
 from __future__ import annotations
 
 import hashlib
+import json
 import tempfile
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
@@ -30,9 +31,10 @@ from pipeline.sinks.writing import DeadLetterFormat, RowFormat, Shard, ShardWrit
 from pipeline.tables import joining
 from pipeline.tables.attempts import abandon_attempt, sweep_dead_attempts
 from pipeline.tables.commit import Results
+from pipeline.tables.folder import FolderStore
 from pipeline.tables.journal import journal_folder, list_folder, write_segment
-from pipeline.tables.manifest import Manifest, attempts_folder
-from pipeline.tables.publish import Publication, name_snapshot
+from pipeline.tables.manifest import Manifest, attempts_folder, snapshot_folder
+from pipeline.tables.publish import Publication, build_manifest, make_live, name_snapshot, place_files
 from pipeline.tables.recall import RecallDocuments
 from pipeline.tables.storage import make_folder
 from pipeline.tables.store import CommitPlan, Store, Takeover, open_store
@@ -262,12 +264,15 @@ class Attempt:
         for i, part in enumerate(parts):
             n = len(part) + 2
             chunk = Chunk(document, content_hash, i, len(parts), bytes(4 * n), n, len(part), 0)
-            if document.text in self._fails:
-                yield chunk, None, "out of luck"
-            elif layout.tokens:
-                yield chunk, np.stack([self._draw(word) for word in ["[CLS]", *part, "[SEP]"]]), ""
-            else:
-                yield chunk, self._draw(" ".join(part) + (f" + {document.pair}" if document.pair else "")), ""
+            try:
+                if document.text in self._fails:
+                    raise ValueError("out of luck")
+                if layout.tokens:
+                    yield chunk, np.stack([self._draw(word) for word in ["[CLS]", *part, "[SEP]"]]), ""
+                else:
+                    yield chunk, self._draw(" ".join(part) + (f" + {document.pair}" if document.pair else "")), ""
+            except ValueError as error:
+                yield chunk, None, str(error)
 
     def _draw(self, text: str) -> np.ndarray:
         return self._table.encoder(text, self._table.model)
@@ -325,3 +330,24 @@ def write_shards(
 def count_letters(letters: Sequence[DeadLetter]) -> Tally:
     reasons = [letter.reason for letter in letters]
     return Tally.of("write_dead_letters", {reason: reasons.count(reason) for reason in reasons})
+
+
+def publish_rows(
+    table: str, rows: Sequence[Row], form: RowFormat, letters: Sequence[DeadLetter] = (), shard_bytes: int = 1 << 20
+) -> Manifest:
+    """Makes some rows the live snapshot of a table in a folder, without a run."""
+    store, name = FolderStore(table), name_snapshot()
+    live, version = store.read_live()
+    folder = attempts_folder(table, name)
+    make_folder(folder)
+    facts = {"file_format": form.name, "compression": form.compression, "layout": form.layout}
+    facts |= {"embeam": "0", "fingerprint": "", "identity": {}, "settings": {}}
+    plan = Publication(table, name, live.snapshot if live else "", version, time.time(), facts, 1.0)
+    counts = {"write_dead_letters": json.loads(count_letters(letters).counts)}
+    with mock.patch("os.fsync"):
+        shards = write_shards(rows, form, folder, shard_bytes)
+        shards += write_shards(letters, DeadLetterFormat("full"), folder)
+        manifest = build_manifest(plan, shards, counts)
+        place_files(manifest, shards, snapshot_folder(table, name))
+        make_live(plan)
+    return manifest
