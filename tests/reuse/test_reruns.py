@@ -6,7 +6,7 @@ Vectors are drawn from texts, so a row is right if it holds exactly the numbers 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from pipeline.config import KeptField
-from pipeline.errors import RunError
+from pipeline.errors import RunError, TableError
 from pipeline.records import DeadLetter, Document, pack_kept
 from pipeline.tables.manifest import open_table
 from tests.support.steps import LAYOUT, Outcome, SteppedTable, draw_vector, make_document, make_letter
@@ -410,6 +410,42 @@ def test_many_small_files_become_one_and_few_stay(local):
     outcome = local.run(many)
     assert outcome.count("linked_files", "linked_rows") == {"linked_files": 1, "linked_rows": 68}
     assert_rows(outcome.rows, many)
+
+
+def spoil(path: Path, change: Callable[[bytearray], object]) -> None:
+    data = bytearray(path.read_bytes())
+    change(data)
+    path.unlink()  # it may be linked elsewhere
+    path.write_bytes(bytes(data))
+
+
+def flip(data: bytearray) -> None:
+    data[len(data) // 2] ^= 1
+
+
+def test_a_damaged_file_stops_the_run_and_is_made_anew_on_demand(table):
+    table.shard_bytes = 1  # files of four rows
+    first = table.run(documents(*"abcdefgh")).manifest
+    spoil(Path(open_table(table.output)[1], first.files[1].name), flip)
+    after = documents(*"abcdfgh")
+    with pytest.raises(TableError, match=r"damaged.*--verify_live"):
+        table.run(after)
+    assert open_table(table.output)[0].snapshot == first.snapshot
+    outcome = table.run(after, verify_live=True)
+    assert outcome.encoded == ["text f", "text g", "text h"]
+    assert_rows(outcome.rows, after)
+
+
+@pytest.mark.parametrize("part", ["rows", "index"])
+def test_a_file_that_was_cut_short_is_made_anew_and_told(table, caplog, part):
+    table.shard_bytes = 1
+    first = table.run(documents(*"abcdefgh")).manifest
+    name = (first.files if part == "rows" else first.index_files)[1].name
+    spoil(Path(open_table(table.output)[1], name), lambda data: data.pop())
+    outcome = table.run(documents(*"abcdefgh"))
+    assert outcome.encoded == ["text e", "text f", "text g", "text h"]
+    assert f"{name} is damaged; its rows are made anew" in caplog.text
+    assert_rows(outcome.rows, documents(*"abcdefgh"))
 
 
 # Where a document was last seen

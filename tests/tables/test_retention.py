@@ -6,16 +6,19 @@ import json
 import os
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 import pipeline.tables.folder
 from pipeline.errors import RunError, TableError
+from pipeline.records import Row
+from pipeline.sinks.writing import RowFormat
 from pipeline.tables.attempts import sweep_dead_attempts
 from pipeline.tables.lock import TableLock
 from pipeline.tables.manifest import open_table
 from pipeline.tables.publish import name_snapshot
 from pipeline.tables.retention import expire_snapshots, roll_back
-from tests.support.steps import SteppedTable, make_document
+from tests.support.steps import LAYOUT, SteppedTable, draw_vector, make_document, publish_rows
 from tests.support.tables import list_snapshots, read_rows
 
 DOCUMENTS = [make_document(f"d{i}", f"text {i}") for i in range(6)]
@@ -150,6 +153,27 @@ def test_a_run_that_ends_while_it_publishes(table, monkeypatch, point, dies, joi
     assert {name for name, _ in outcome.rows} == {one.id for one in changed}
     assert list_snapshots(table.output) == sorted({first, outcome.manifest.previous, outcome.manifest.snapshot})
     assert not os.listdir(Path(table.output, "attempts")) and not Path(table.output, "journal").exists()
+
+
+@pytest.mark.parametrize("joins", [False, True], ids=["index", "joins"])
+def test_of_two_runs_that_began_together_the_first_to_end_is_live(table, joins):
+    """They cannot while the lock holds; and if it does not, the pointer tells."""
+    table.joins = joins
+    first, others = publish(table), []
+
+    def let_another_run_end(text: str, model: str) -> np.ndarray:
+        vector = draw_vector(text, model)
+        if not others:
+            row = Row("other", 0, vector.tobytes(), 0.0, 3, 0, "0" * 32, b"", None)
+            others.append(publish_rows(table.output, [row], RowFormat("tfrecord", LAYOUT)).snapshot)
+        return vector
+
+    table.encoder = let_another_run_end
+    with pytest.raises(TableError, match=f"another run has published .* since this one started from {first}"):
+        table.run([*DOCUMENTS, make_document("new", "a new text")])
+    assert [live(table)] == others
+    assert [name for name, _ in read_rows(table.output)] == ["other"]
+    assert len(list_snapshots(table.output)) == 3, "this one's is complete, and its owner may want it"
 
 
 def test_a_failed_run_leaves_its_dead_letters_until_the_next(table):
