@@ -189,13 +189,13 @@ def complete_rows(plan: CommitPlan, results: Results, whole: bool) -> Completion
     known = KnownVectors(rule.folder)
     fresh = [shard for shard in results.shards if shard.kind == "embeddings"]
     letters = read_letters(shard for shard in results.shards if shard.kind == "dead_letters")
-    fresh_ids = np.concatenate([np.empty(0, "S16"), *(read_index(shard.index_path).entries["id"] for shard in fresh)])
     reindex = publication.reindex
     wishes = plan_wishes(results.notes, letters, fresh, len(known.entries))
+    new_ids = np.concatenate([wishes.ids, *(read_index(shard.index_path).entries["id"] for shard in fresh)])
     dead_ids = np.array([digest_id(letter.id or "") for letter in wishes.dead], "S16")
     letters = letters._replace(ids=np.unique(np.concatenate([letters.ids, dead_ids])))
     recalled = wishes.wants["row"].astype(np.int64)
-    fates = decide_fates(known, results.notes, letters, recalled, fresh_ids, reindex.keeps_deleted)
+    fates = decide_fates(known, results.notes, letters, recalled, new_ids, reindex.keeps_deleted)
     gone = fates.counts["deleted"] - fates.counts["moved"]
     check_deletes(gone, known.count_live_ids(), reindex.max_delete_fraction)
     if not takeover.reusable:

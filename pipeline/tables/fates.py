@@ -61,7 +61,7 @@ def decide_fates(
     notes: Iterable[Note],
     letters: Letters,
     recalled: np.ndarray,
-    fresh_ids: np.ndarray,
+    new_ids: np.ndarray,
     keeps_deleted: bool,
 ) -> Fates:
     """Decides about every live row.
@@ -74,7 +74,7 @@ def decide_fates(
       notes: of the run.
       letters: the run's dead letters.
       recalled: numbers of known rows whose vectors go on in other rows, `[n]`.
-      fresh_ids: digests of the ids of all new rows, `[n]` of S16.
+      new_ids: digests of the ids of all new rows, encoded or from known vectors, `[n]` of S16.
       keeps_deleted: whether rows of documents that are gone are kept.
     """
     n = known.n_live
@@ -88,7 +88,7 @@ def decide_fates(
             source[marks["row"]] = marks["source"] + len(sources)
             sources += names
     ids = known.entries["id"][:n]
-    is_dead = np.isin(ids, letters.ids[~np.isin(letters.ids, fresh_ids)])
+    is_dead = np.isin(ids, letters.ids[~np.isin(letters.ids, new_ids)])
     blind = np.array([i for i, path in enumerate(sources) if path in letters.blind])
     unseen = fate == UNSEEN
     fate[unseen] = KEPT if keeps_deleted else GONE

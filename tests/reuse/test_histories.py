@@ -1,8 +1,9 @@
 """Random histories of a corpus and its table, against a model of a few lines: whatever happens, the table is true.
 
 Documents come, change, move, double, grow too long and go; files are cut off; the model changes; runs fail and die at
-chosen points; old snapshots come back. After every step the table holds what the rules say, with the official encoder's
-vectors. EMBEAM_HISTORIES=200 tries so many histories instead of a few.
+chosen points; old snapshots come back. After every step the table holds what the rules say: with the official encoder's
+vectors where the runs are whole, with vectors drawn from texts where only their steps are run. The lane `history` tries
+EMBEAM_HISTORIES of them, whole, and ten times as many step by step; `make test` tries a few that are always the same.
 """
 
 from __future__ import annotations
@@ -14,10 +15,12 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 from unittest import mock
 
+import numpy as np
 import pytest
 from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
@@ -25,10 +28,15 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition,
 
 import pipeline.job
 import pipeline.tables.folder
+from pipeline.config import KeptField
 from pipeline.errors import EmbeamError
+from pipeline.records import pack_kept
+from pipeline.tables.manifest import Manifest
 from pipeline.tables.retention import roll_back
+from pipeline.tables.verify import verify_table
 from tests.support.official import official_tokens, official_vector
 from tests.support.runs import run_pipeline, watch_encoder
+from tests.support.steps import LAYOUT, SteppedTable, draw_vector, make_document, make_letter
 from tests.support.tables import assert_close, read_rows
 
 FILES = ("a.jsonl", "b.jsonl", "c.jsonl.gz")
@@ -64,38 +72,62 @@ class State(NamedTuple):
     model: int
 
 
+class Input(NamedTuple):
+    """What a run finds: documents that can be read, those that cannot, and whether a file is cut off before them."""
+
+    readable: dict[str, Doc]
+    unread: set[str]
+    is_cut: bool
+
+
+class Run(NamedTuple):
+    """What a run did: the snapshot's name, the texts that were encoded, and how many rows are stale."""
+
+    snapshot: str
+    encoded: list[str]
+    n_stale: int
+
+
 def is_too_long(text: str, model: int) -> bool:
     return len(official_tokens(text)) + 2 > MODELS[model]["max_tokens"]
 
 
-def expect(state: State | None, corpus: dict[str, Doc], unread: set[str], cut: bool, model: int) -> tuple[State, int]:
+def expect(state: State | None, found: Input, model: int) -> tuple[State, int]:
     """The rules: what the table should be after a run, and how many rows are stale.
 
     Args:
       state: the table before.
-      corpus: all documents.
-      unread: those that cannot be read.
-      cut: whether the compressed file is cut off.
+      found: the input.
       model: the number of the model.
     """
     old = state.rows if state and state.model == model else {}
     rows, n_stale = {}, 0
-    for name, doc in corpus.items():
-        if name in unread:
-            continue
+    for name, doc in found.readable.items():
         if not is_too_long(doc.text, model):
             rows[name] = doc
         elif name in old:  # an old vector is better than none
             rows[name] = old[name]._replace(file=doc.file)
             n_stale += 1
     for name, doc in old.items():
-        if (name not in corpus or name in unread) and cut and doc.file == FILES[2]:  # nobody can say that it is gone
+        if name not in found.readable and found.is_cut and doc.file == FILES[2]:  # nobody can say that it is gone
             rows[name] = doc
             n_stale += 1
     return State(rows, model), n_stale
 
 
 class Histories(RuleBasedStateMachine):
+    """The rules of a history; a subclass says how the table is made."""
+
+    def embed(self, found: Input) -> Run:
+        raise NotImplementedError
+
+    def embed_and_crash(self, found: Input, where: str, n: int, is_hard: bool) -> Run | None:
+        """As `embed`, with a failure somewhere: None if it came to that."""
+        raise NotImplementedError
+
+    def check_vector(self, vector: np.ndarray, text: str, model: int) -> None:
+        raise NotImplementedError
+
     def __init__(self) -> None:
         super().__init__()
         self.folder = Path(tempfile.mkdtemp(prefix="embeam-history-"))
@@ -171,71 +203,43 @@ class Histories(RuleBasedStateMachine):
     def mend_file(self) -> None:
         self.cut_at = None
 
+    def _look(self) -> Input:
+        cut = [name for name, doc in self.corpus.items() if doc.file == FILES[2]]
+        unread = set() if self.cut_at is None else set(cut[self.cut_at :])
+        return Input({name: doc for name, doc in self.corpus.items() if name not in unread}, unread, bool(unread))
+
     @rule(model=st.sampled_from(range(len(MODELS))))
     def change_model(self, model: int) -> None:
         self.model = model
 
     # Runs
 
-    def _write(self) -> tuple[set[str], bool]:
-        """Writes the corpus; returns the ids that cannot be read, and whether the compressed file is cut off."""
-        unread: set[str] = set()
-        is_cut = False
-        for file in FILES:
-            docs = {name: doc for name, doc in self.corpus.items() if doc.file == file}
-            lines = [json.dumps({"id": n, "text": d.text, "year": d.year}).encode() + b"\n" for n, d in docs.items()]
-            if file.endswith(".gz"):  # a member for each line, so that one can say what is read of a part
-                lines = [gzip.compress(line, mtime=0) for line in lines]
-                if self.cut_at is not None and self.cut_at < len(lines):
-                    is_cut = True
-                    unread = set(list(docs)[self.cut_at :])
-                    lines = [*lines[: self.cut_at], lines[self.cut_at][:12]]
-            (self.folder / file).write_bytes(b"".join(lines))
-        return unread, is_cut
-
-    def _embed(self) -> Any:
-        return run_pipeline(
-            self.folder,
-            input=str(self.folder / "*.jsonl*"),
-            on_long="reject",
-            keep_fields="year:int",
-            max_dead_fraction=1.0,
-            max_delete_fraction=1.0,
-            keep_snapshots=99,
-            **MODELS[self.model],
-        )
-
     @rule()
     def run(self) -> None:
-        unread, is_cut = self._write()
-        expected, n_stale = expect(self.state, self.corpus, unread, is_cut, self.model)
-        with watch_encoder() as watched:
-            manifest = self._embed()
-        texts = watched.texts
-        known = (
-            {doc.text for doc in self.state.rows.values()} if self.state and self.state.model == self.model else set()
-        )
-        assert len(texts) == len(set(texts)) and not set(texts) & known, "what is known is not encoded"
-        assert manifest.counts["carry"]["stale"] == n_stale
-        self._publish(manifest.snapshot, expected)
+        found = self._look()
+        expected, n_stale = expect(self.state, found, self.model)
+        run = self.embed(found)
+        is_known = self.state is not None and self.state.model == self.model
+        known = {doc.text for doc in self.state.rows.values()} if is_known else set()
+        assert len(run.encoded) == len(set(run.encoded)), "equal texts are encoded once"
+        assert not set(run.encoded) & known, "what is known is not encoded"
+        assert run.n_stale == n_stale
+        self._publish(run.snapshot, expected)
         assert not list((self.table / "attempts").iterdir()) and not (self.table / "journal").exists()
 
-    @rule(where=st.sampled_from(CRASHES), n_batches=st.integers(0, 3), is_hard=st.booleans())
-    def crash(self, where: str, n_batches: int, is_hard: bool) -> None:
+    @rule(where=st.sampled_from(CRASHES), n=st.integers(0, 3), is_hard=st.booleans())
+    def crash(self, where: str, n: int, is_hard: bool) -> None:
         """A run that fails, or one that dies: then nothing is cleaned up and the journal's last rows are lost."""
-        unread, is_cut = self._write()
-        expected, _ = expect(self.state, self.corpus, unread, is_cut, self.model)
-        try:
-            with raise_at(where, n_batches), leave_everything() if is_hard else contextlib.nullcontext():
-                manifest = self._embed()
-        except EmbeamError:
-            live = (self.table / "CURRENT").read_text().strip()
-            if where == "after the pointer":
-                self._publish(live, expected)
-            self._check()
-        else:
+        found = self._look()
+        expected, _ = expect(self.state, found, self.model)
+        run = self.embed_and_crash(found, where, n, is_hard)
+        if run is not None:
             assert where == "encoder", "the crash should have stopped the run"
-            self._publish(manifest.snapshot, expected)  # there were fewer batches
+            self._publish(run.snapshot, expected)  # there was less to encode
+        elif where == "after the pointer":
+            self._publish((self.table / "CURRENT").read_text().strip(), expected)
+        else:
+            self._check()
 
     @precondition(lambda self: len(self.snapshots) > 1)
     @rule(number=st.integers(0, 99))
@@ -254,20 +258,122 @@ class Histories(RuleBasedStateMachine):
 
     def _check(self) -> None:
         assert self.state is not None
-        vector = MODELS[self.state.model].get("vector", "pooled_output")
         rows = read_rows(str(self.table))
         assert {name for name, _ in rows} == set(self.state.rows)
         for (name, chunk), row in rows.items():
             doc = self.state.rows[name]
             assert chunk == 0 and row["year"] == doc.year
-            assert_close(row["embedding"], official_vector(doc.text, vector=vector), (name, doc.text))
+            self.check_vector(row["embedding"], doc.text, self.state.model)
+
+
+class WholeRuns(Histories):
+    """Files, Beam, the encoder: everything."""
+
+    def embed(self, found: Input) -> Run:
+        self._write(found)
+        with watch_encoder() as watched:
+            manifest = self._embed()
+        return Run(manifest.snapshot, watched.texts, int(manifest.counts["carry"]["stale"]))
+
+    def embed_and_crash(self, found: Input, where: str, n: int, is_hard: bool) -> Run | None:
+        self._write(found)
+        encoder = watch_encoder(n, Crash) if where == "encoder" else watch_encoder()
+        try:
+            with encoder, break_commit(where), leave_everything() if is_hard else contextlib.nullcontext():
+                return Run(self._embed().snapshot, [], 0)
+        except EmbeamError:
+            return None
+
+    def check_vector(self, vector: np.ndarray, text: str, model: int) -> None:
+        assert_close(vector, official_vector(text, vector=MODELS[model].get("vector", "pooled_output")), text)
+
+    def _write(self, found: Input) -> None:
+        for file in FILES:
+            docs = {name: doc for name, doc in self.corpus.items() if doc.file == file}
+            lines = [json.dumps({"id": n, "text": d.text, "year": d.year}).encode() + b"\n" for n, d in docs.items()]
+            if file.endswith(".gz"):  # a member for each line, so that one can say what is read of a part
+                lines = [gzip.compress(line, mtime=0) for line in lines]
+                if found.is_cut:
+                    n = len(docs) - len(found.unread)
+                    lines = [*lines[:n], lines[n][:12]]
+            (self.folder / file).write_bytes(b"".join(lines))
+
+    def _embed(self) -> Manifest:
+        return run_pipeline(
+            self.folder,
+            input=str(self.folder / "*.jsonl*"),
+            on_long="reject",
+            keep_fields="year:int",
+            max_dead_fraction=1.0,
+            max_delete_fraction=1.0,
+            keep_snapshots=99,
+            **MODELS[self.model],
+        )
+
+
+class SteppedRuns(Histories):
+    """The steps of one back end, without Beam and without an encoder."""
+
+    joins = False
+
+    def __init__(self) -> None:
+        super().__init__()
+        layout = replace(LAYOUT, kept=(KeptField("year", "int"),))
+        self.steps = SteppedTable(str(self.table), self.joins, layout, shard_bytes=1, encoder=self._encode)
+        self.dies = False
+        self.left: float = float("inf")  # texts that are encoded before the encoder fails
+        self.journal: set[tuple[int, str]] = set()  # models and texts that runs had encoded when they failed
+
+    def embed(self, found: Input) -> Run:
+        self.steps.model = str(self.model)
+        documents = [
+            make_document(name, doc.text, doc.file, pack_kept([doc.year]))
+            for file in FILES
+            for name, doc in found.readable.items()
+            if doc.file == file
+        ]
+        letters = [make_letter(FILES[2], None, "truncated_file")] if found.is_cut else []
+        too_long = {text for text in TEXTS if is_too_long(text, self.model)}
+        outcome = self.steps.run(documents, letters, too_long, dies=self.dies, keep_snapshots=99)
+        encoded = [text for text in outcome.encoded if text not in too_long]
+        assert not {(self.model, text) for text in encoded} & self.journal, "the journal has it"
+        self.journal.clear()
+        return Run(outcome.manifest.snapshot, encoded, outcome.count("stale")["stale"])
+
+    def embed_and_crash(self, found: Input, where: str, n: int, is_hard: bool) -> Run | None:
+        self.dies, self.left = is_hard, n if where == "encoder" else float("inf")
+        try:
+            with break_commit(where):
+                return self.embed(found)
+        except Crash:
+            done = self.steps.encoded[:-1] if where == "encoder" else self.steps.encoded
+            self.journal |= {(self.model, text) for text in done if not is_too_long(text, self.model)}
+            return None
+        finally:
+            self.dies, self.left = False, float("inf")
+
+    def check_vector(self, vector: np.ndarray, text: str, model: int) -> None:
+        assert np.array_equal(vector, draw_vector(text, str(model))), text
+
+    def _encode(self, text: str, model: str) -> np.ndarray:
+        if self.left <= 0:
+            raise Crash("encoder")
+        self.left -= 1
+        return draw_vector(text, model)
+
+    def _check(self) -> None:
+        super()._check()
+        assert verify_table(str(self.table)) == []
+
+
+class SteppedJoins(SteppedRuns):
+    joins = True
 
 
 @contextlib.contextmanager
-def raise_at(where: str, n_batches: int) -> Iterator[None]:
+def break_commit(where: str) -> Iterator[None]:
     if where == "encoder":
-        with watch_encoder(n_batches, Crash):
-            yield
+        yield
         return
     when, _, what = where.partition(" ")
     name = {"placing": "place_files", "the pointer": "make_live"}[what]
@@ -278,7 +384,7 @@ def raise_at(where: str, n_batches: int) -> Iterator[None]:
             step(*arguments)
         raise Crash(where)
 
-    with watch_encoder(), mock.patch.object(pipeline.tables.folder, name, broken):
+    with mock.patch.object(pipeline.tables.folder, name, broken):
         yield
 
 
@@ -294,21 +400,36 @@ def leave_everything() -> Iterator[None]:
         yield
 
 
-N_HISTORIES = int(os.environ.get("EMBEAM_HISTORIES", "5"))
-
-
-@pytest.mark.timeout(max(120, 40 * N_HISTORIES))
-def test_whatever_happens_the_table_is_true():
+def try_histories(machine: type[Histories], n: int, n_steps: int, is_random: bool) -> None:
     run_state_machine_as_test(
-        Histories,
+        machine,
         settings=settings(
-            max_examples=N_HISTORIES,
-            stateful_step_count=12 if N_HISTORIES <= 5 else 30,
+            max_examples=n,
+            stateful_step_count=n_steps,
             deadline=None,
-            derandomize=N_HISTORIES <= 5,
+            derandomize=not is_random,
             suppress_health_check=list(HealthCheck),
             database=None,
             phases=[Phase.generate],  # a failure is told as it was found: to shrink it takes hours of runs
             report_multiple_bugs=False,
         ),
     )
+
+
+@pytest.mark.parametrize("machine", [SteppedRuns, SteppedJoins])
+def test_whatever_happens_the_table_is_true_step_by_step(machine):
+    try_histories(machine, 25, 20, is_random=False)
+
+
+def test_whatever_happens_the_table_is_true():
+    try_histories(WholeRuns, 2, 8, is_random=False)
+
+
+N_HISTORIES = int(os.environ.get("EMBEAM_HISTORIES", "10"))
+
+
+@pytest.mark.history
+@pytest.mark.timeout(max(120, 40 * N_HISTORIES))
+@pytest.mark.parametrize("machine", [WholeRuns, SteppedRuns, SteppedJoins])
+def test_whatever_happens_the_table_is_true_in_many_histories(machine):
+    try_histories(machine, N_HISTORIES if machine is WholeRuns else 10 * N_HISTORIES, 30, is_random=True)

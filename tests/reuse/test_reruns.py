@@ -1,0 +1,532 @@
+"""What a rerun does, case by case, without Beam and without an encoder: by the local back end's index and by joins.
+
+Vectors are drawn from texts, so a row is right if it holds exactly the numbers of its document's text.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+
+from pipeline.config import KeptField
+from pipeline.errors import RunError, TableError
+from pipeline.records import DeadLetter, Document, pack_kept
+from pipeline.tables.manifest import open_table
+from tests.support.steps import LAYOUT, Outcome, SteppedTable, draw_vector, make_document, make_letter
+from tests.support.tables import Rows, hash_folder, list_snapshots, read_dead_letters, read_rows
+
+A, B = "a.jsonl", "b.jsonl"
+YEAR = replace(LAYOUT, kept=(KeptField("year", "int"),))
+
+
+@pytest.fixture(params=[False, True], ids=["index", "joins"])
+def table(request, tmp_path) -> SteppedTable:
+    return SteppedTable(str(tmp_path / "table"), joins=request.param)
+
+
+@pytest.fixture
+def local(tmp_path) -> SteppedTable:
+    """By the local back end: what only it can, or counts."""
+    return SteppedTable(str(tmp_path / "table"))
+
+
+def documents(*names: str, file: str = A) -> list[Document]:
+    """Documents `a` to `z` with the texts `text a` to `text z`; `a=b` has the text of b."""
+    split = [name.partition("=") for name in names]
+    return [make_document(name, f"text {text or name}", file) for name, _, text in split]
+
+
+def dated(year: int, *names: str) -> list[Document]:
+    return [one._replace(kept=pack_kept([year])) for one in documents(*names)]
+
+
+def assert_rows(rows: Rows, expected: Iterable[Document], model: str = "one") -> None:
+    """The table has one row for each document, with its text's vector and its own kept field."""
+    wanted = {one.id: one for one in expected}
+    assert {name for name, _ in rows} == set(wanted) and len(rows) == len(wanted)
+    for (name, chunk), row in rows.items():
+        one = wanted[name]
+        assert chunk == 0 and np.array_equal(row["embedding"], draw_vector(one.text, model)), name
+        if one.kept:
+            assert pack_kept([row["year"]]) == one.kept, name
+
+
+class Case(NamedTuple):
+    """A rerun.
+
+    Attributes:
+      before: documents of the first run.
+      after: of the second.
+      encoded: which texts the second encodes, by the letters in them.
+      counts: what it counts.
+      stay: rows that the table has besides those of `after`.
+      gone: documents of `after` without a row.
+      letters: of records that the second run cannot read.
+      fails: texts on which its encoder fails, by letter.
+      settings: of the second run.
+    """
+
+    before: list[Document]
+    after: list[Document]
+    encoded: str
+    counts: dict[str, int]
+    stay: Sequence[Document] = ()
+    gone: str = ""
+    letters: Sequence[DeadLetter] = ()
+    fails: str = ""
+    settings: dict[str, Any] = {}
+
+
+CASES = {
+    "nothing": Case(documents(*"abc"), documents(*"abc"), "", {"documents": 3, "unchanged": 3, "deleted": 0}),
+    "new, changed and deleted": Case(
+        documents(*"abcd"),
+        documents("a", "b=x", "d", "e"),
+        "ex",
+        {"documents": 4, "encoded": 2, "unchanged": 2, "deleted": 1, "stale": 0, "moved": 0},
+    ),
+    "swapped texts": Case(documents(*"abc"), documents("a=b", "b=a", "c"), "", {"recalled": 2, "unchanged": 1}),
+    "another id": Case(documents(*"abc"), documents("x=a", "b", "c"), "", {"recalled": 1, "deleted": 1, "moved": 1}),
+    "all ids are others": Case(
+        documents(*"abc"), documents("x=a", "y=b", "z=c"), "", {"recalled": 3, "deleted": 3, "moved": 3}
+    ),
+    "another file": Case(documents(*"abc"), documents(*"abc", file=B), "", {"unchanged": 3, "deleted": 0}),
+    "equal texts are encoded once": Case(
+        documents(*"ab"), documents("a", "x", "y=x", "z=x"), "x", {"encoded": 1, "equal_texts": 2, "deleted": 1}
+    ),
+    "the text of another document": Case(documents(*"ab"), documents("a", "b", "c=a"), "", {"recalled": 1}),
+    "an equal text that changes in one of two": Case(
+        documents("a", "b=a", "c"), documents("a", "b=x", "c"), "x", {"unchanged": 2, "encoded": 1}
+    ),
+    "a text that fails": Case(
+        documents(*"ab"),
+        documents("a", "b", "x", "y=x"),
+        "x",
+        {"unchanged": 2, "equal_texts": 1, "stale": 0},
+        gone="xy",
+        fails="x",
+    ),
+    "a changed text that fails keeps its old vector": Case(
+        documents(*"abc"),
+        documents("a", "b=x", "c=x"),
+        "x",
+        {"unchanged": 1, "stale": 2, "deleted": 0},
+        stay=documents("b", "c"),
+        gone="bc",
+        fails="x",
+    ),
+    "a record with an id that cannot be read": Case(
+        documents(*"abc"),
+        documents("a"),
+        "",
+        {"stale": 1, "deleted": 1},
+        stay=documents("b"),
+        letters=[make_letter(A, "b", "wrong_type")],
+    ),
+    "a record without an id may be any of its file": Case(
+        [*documents(*"abc"), *documents(*"xyz", file=B)],
+        [*documents("a"), *documents("x", file=B)],
+        "",
+        {"unchanged": 2, "stale": 2, "deleted": 2},
+        stay=documents("b", "c"),
+        letters=[make_letter(A)],
+    ),
+    "a document that left a file before it broke": Case(
+        documents(*"abc"),
+        [*documents("a"), *documents("b", file=B)],
+        "",
+        {"unchanged": 2, "stale": 1, "deleted": 0},
+        stay=documents("c"),
+        letters=[make_letter(A)],
+    ),
+    "a second document with an id": Case(
+        documents(*"abc"),
+        documents("a", "b=c", "c"),
+        "",
+        {"recalled": 1, "unchanged": 2, "stale": 0},
+        letters=[make_letter(A, "b", "duplicate_id")],
+    ),
+    "a second document with the id of one that was left out": Case(
+        documents(*"abc"),
+        documents("a", "c"),
+        "",
+        {"unchanged": 2, "stale": 0, "deleted": 1},
+        letters=[make_letter(A, "b", "duplicate_id")],
+    ),
+    "a broken second record of an unchanged document": Case(
+        documents(*"abc"),
+        documents(*"abc"),
+        "",
+        {"unchanged": 3, "stale": 0},
+        letters=[make_letter(A, "b", "wrong_type")],
+    ),
+    "a broken second record of a document with a new text": Case(
+        documents(*"abc"),
+        documents("a", "b=x", "c"),
+        "x",
+        {"unchanged": 2, "stale": 0},
+        letters=[make_letter(A, "b", "wrong_type")],
+    ),
+    "a broken second record of a document with a known text": Case(
+        documents(*"abc"),
+        documents("a", "b=c", "c"),
+        "",
+        {"unchanged": 2, "recalled": 1, "stale": 0},
+        letters=[make_letter(A, "b", "wrong_type")],
+    ),
+    "a broken second record of a document with an equal text": Case(
+        documents(*"abc"),
+        documents("a", "b=x", "c=x"),
+        "x",
+        {"unchanged": 1, "equal_texts": 1, "stale": 0},
+        letters=[make_letter(A, "b", "wrong_type"), make_letter(A, "c", "wrong_type")],
+    ),
+    "kept deletions": Case(
+        documents(*"abc"),
+        documents("a", "x"),
+        "x",
+        {"kept": 2, "deleted": 0, "unchanged": 1},
+        stay=documents("b", "c"),
+        settings={"deletes": "keep"},
+    ),
+    "kept deletions and what may be there": Case(
+        documents(*"abc"),
+        documents("a"),
+        "",
+        {"kept": 1, "stale": 1, "deleted": 0},
+        stay=documents("b", "c"),
+        letters=[make_letter(A, "b", "wrong_type")],
+        settings={"deletes": "keep"},
+    ),
+}
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_a_rerun(table, case):
+    first = table.run(case.before)
+    assert_rows(first.rows, case.before)
+    fails = [f"text {letter}" for letter in case.fails]
+    outcome = table.run(case.after, case.letters, fails, **case.settings)
+    assert outcome.encoded == [f"text {letter}" for letter in sorted(case.encoded)]
+    assert outcome.count(*case.counts) == case.counts
+    assert_rows(outcome.rows, [*(one for one in case.after if one.id not in case.gone), *case.stay])
+    found = [(letter["id"], letter.get("text")) for letter in read_dead_letters(table.output)]
+    dead = [(one.id, one.text) for one in case.after if one.id in case.gone]
+    assert sorted(found, key=str) == sorted([*dead, *((letter.id, None) for letter in case.letters)], key=str)
+    assert outcome.manifest.previous == first.manifest.snapshot
+    again = table.run(case.after, case.letters, fails, **case.settings)
+    assert_rows(again.rows, [*(one for one in case.after if one.id not in case.gone), *case.stay])
+    assert set(again.encoded) == set(fails), "only what failed is tried again"
+
+
+def test_what_the_index_counts(local):
+    local.layout = YEAR
+    local.run(dated(1, "a", "b", "c", "d"))
+    after = [*dated(1, "a"), *dated(2, "b"), *dated(1, "c=x", "e", "f=d")]
+    outcome = local.run(after)
+    wanted = {"documents": 5, "new": 2, "changed": 1, "updated": 1, "unchanged": 1, "recalled": 2, "encoded": 2}
+    assert outcome.count(*wanted, "deleted", "moved") == wanted | {"deleted": 1, "moved": 1}
+    assert_rows(outcome.rows, after)
+
+
+def test_in_two_bundles_an_equal_text_may_be_encoded_twice_but_every_id_has_one_row(local):
+    same = documents("a", "b=a", "c=a", "d=a")
+    outcome = local.run(same, bundles=2)
+    assert outcome.encoded == ["text a", "text a"]
+    assert_rows(outcome.rows, same)
+    failed = documents("a=x", "b=x", "c=x", "d=x")
+    outcome = local.run(failed, fails=["text x"], bundles=2)
+    assert_rows(outcome.rows, same)
+    assert sorted(letter["id"] for letter in read_dead_letters(local.output)) == ["a", "b", "c", "d"]
+    assert outcome.count("stale") == {"stale": 4}
+
+
+# Columns and files
+
+
+@pytest.mark.parametrize("form", ["tfrecord", "gzip", "parquet"])
+def test_a_kept_field_that_changes(table, form):
+    table.layout = YEAR
+    table.output_format = "parquet" if form == "parquet" else "tfrecord"
+    table.compression = "gzip" if form == "gzip" else "none"
+    table.run(dated(1, *"abc"))
+    after = [*dated(1, "a"), *dated(2, "b"), *dated(1, "c")]
+    outcome = table.run(after)
+    assert outcome.encoded == [] and outcome.count("unchanged", "recalled") == {"unchanged": 2, "recalled": 1}
+    assert_rows(outcome.rows, after)
+
+
+@pytest.mark.parametrize("output_format", ["tfrecord", "parquet"])
+def test_other_columns_need_no_encoder(table, output_format):
+    """Kept fields added and taken away again, and the text beside the vector; rows that stay get nulls."""
+    table.output_format = output_format
+    table.run(documents(*"abcd"))
+    table.layout = replace(YEAR, keep_text=True)
+    outcome = table.run(dated(7, "a", "b", "c=x"), deletes="keep")
+    assert outcome.encoded == ["text x"]
+    assert_rows(outcome.rows, [*dated(7, "a", "b", "c=x"), *documents("d")])
+    assert {name: (row["year"], row["text"]) for (name, _), row in outcome.rows.items()} == {
+        "a": (7, "text a"),
+        "b": (7, "text b"),
+        "c": (7, "text x"),
+        "d": (None, ""),
+    }
+    table.layout = LAYOUT
+    outcome = table.run(documents("a", "b", "c=x", "d"))
+    assert outcome.encoded == [] and not {"year", "text"} & set(outcome.rows["a", 0])
+    assert_rows(outcome.rows, documents("a", "b", "c=x", "d"))
+
+
+def test_another_file_format_needs_no_encoder(table):
+    names = list("abcdef")
+    table.run(documents(*names))
+    for number, form in enumerate([("parquet", "none"), ("tfrecord", "gzip"), ("tfrecord", "none")]):
+        table.output_format, table.compression = form
+        names[number] += f"={number}"
+        outcome = table.run(documents(*names))
+        assert outcome.encoded == [f"text {number}"]
+        assert (outcome.manifest.file_format, outcome.manifest.compression) == form
+        assert all(file.name.endswith(".gz") == ("gzip" in form) for file in outcome.manifest.files)
+        assert_rows(outcome.rows, documents(*names))
+        assert table.run(documents(*names)).encoded == []
+
+
+@pytest.mark.parametrize("output_format", ["tfrecord", "parquet"])
+@pytest.mark.parametrize("kind", ["float16", "int8", "binary", "tokens", "int8 tokens", "chunks", "int8 chunks"])
+def test_rows_of_every_kind(table, tmp_path, kind, output_format):
+    """Copied, recalled, updated and new rows in one rerun, against a table made from scratch, bit for bit."""
+    dtype = kind.split()[0] if kind.split()[0] in ("float16", "int8", "binary") else "float32"
+    table.layout = replace(YEAR, dtype=dtype, tokens="tokens" in kind, chunked="chunks" in kind)
+    table.output_format = output_format
+
+    def lengthen(found: list[Document]) -> list[Document]:
+        """Documents with a second sentence: one chunk more for each."""
+        return [one._replace(text=f"{one.text} and one more") for one in found]
+
+    table.run([*dated(1, "a", "b", "c"), *lengthen(dated(1, "d", "e", "f"))])
+    after = [*dated(1, "a", "c=x", "y=b"), *dated(2, "b"), *lengthen(dated(1, "d", "f=x", "z=e"))]
+    outcome = table.run(after)
+    assert outcome.encoded == ["text x", "text x and one more"]
+    fresh = replace(table, output=str(tmp_path / "fresh")).run(after)
+    assert set(outcome.rows) == set(fresh.rows)
+    assert len(outcome.rows) == (len(after) + 3 if "chunks" in kind else len(after))
+    for key, row in outcome.rows.items():
+        other = fresh.rows[key]
+        assert np.array_equal(row.pop("embedding"), other.pop("embedding")) and row == other, key
+
+
+def test_a_text_that_shrinks_leaves_no_chunk_behind(table):
+    table.layout = replace(LAYOUT, chunked=True)
+    long = "one two three four five six seven"
+    outcome = table.run([make_document("a", long), *documents("b")])
+    assert set(outcome.rows) == {("a", 0), ("a", 1), ("a", 2), ("b", 0)}
+    outcome = table.run([make_document("a", "short"), make_document("c", long)])
+    assert outcome.encoded == ["short"]
+    assert set(outcome.rows) == {("a", 0), ("c", 0), ("c", 1), ("c", 2)}
+
+
+def test_a_document_that_lacks_a_chunk_is_encoded_again(table):
+    """Its other rows are published with its dead letter; they are no reason to take it for unchanged."""
+    table.layout = replace(LAYOUT, chunked=True)
+    long, other = "one two three four five six seven", "one two three BAD"
+
+    def fail(text: str, model: str) -> np.ndarray:
+        if "BAD" in text:
+            raise ValueError("out of luck")
+        return draw_vector(text, model)
+
+    outcome = table.run([make_document("a", long), make_document("b", long), *documents("c")])
+    assert set(outcome.rows) == {*((name, chunk) for name in "ab" for chunk in range(3)), ("c", 0)}
+    table.encoder = fail
+    broken = [make_document("a", other), make_document("b", other), *documents("c")]
+    for _ in range(2):
+        outcome = table.run(broken)
+        assert outcome.encoded == [other] and outcome.count("stale", "unchanged") == {"stale": 0, "unchanged": 1}
+        assert set(outcome.rows) == {("a", 0), ("b", 0), ("c", 0)}
+        assert outcome.manifest.dead_letters == {"encoder_error": 2}
+    table.encoder = draw_vector
+    outcome = table.run(broken)
+    assert outcome.encoded == [other] and not outcome.manifest.dead_letters
+    assert set(outcome.rows) == {("a", 0), ("a", 1), ("b", 0), ("b", 1), ("c", 0)}
+
+
+def test_prefixes_and_pairs_are_part_of_the_text(table):
+    table.prefix = "query: "
+    pairs = [one._replace(pair=f"answer {one.id}") for one in documents(*"abc")]
+    table.run(pairs)
+    pairs[1] = pairs[1]._replace(pair="another answer")
+    outcome = table.run(pairs)
+    assert outcome.encoded == ["text b"]
+    assert np.array_equal(outcome.rows["b", 0]["embedding"], draw_vector("query: text b + another answer"))
+    table.prefix = "passage: "
+    assert table.run(pairs).encoded == ["text a", "text b", "text c"]
+
+
+# Files that stay, and many small ones
+
+
+def files_of(outcome: Outcome, table: SteppedTable) -> dict[str, int]:
+    """Inodes of the live files with rows by name."""
+    folder = open_table(table.output)[1]
+    return {file.name: os.stat(Path(folder, file.name)).st_ino for file in outcome.manifest.files}
+
+
+def test_a_file_is_linked_if_all_of_it_stays_and_copied_if_not(local):
+    local.shard_bytes = 1  # files of four rows
+    first = local.run(documents(*"abcdefgh"))
+    before, whole = files_of(first, local), hash_folder(open_table(local.output)[1])
+    assert len(before) == 2
+    same = local.run(documents(*"abcdefgh"))
+    assert files_of(same, local) == before, "the same files under both names"
+    assert same.count("linked_files", "linked_rows", "copied_rows") == {
+        "linked_files": 2,
+        "linked_rows": 8,
+        "copied_rows": 0,
+    }
+    less = local.run(documents(*"abcdfgh"))
+    assert less.count("linked_files", "copied_rows") == {"linked_files": 1, "copied_rows": 3}
+    assert len(set(files_of(less, local).values()) & set(before.values())) == 1
+    assert_rows(less.rows, documents(*"abcdfgh"))
+    older = Path(local.output, "snapshots", first.manifest.snapshot)
+    assert hash_folder(older) == whole, "a row that goes does not go from the snapshot before"
+
+
+def test_many_small_files_become_one_and_few_stay(local):
+    local.shard_bytes = 1
+    many = [make_document(f"d{i:02d}", f"text {i}") for i in range(4 * 17)]
+    assert len(local.run(many[: 4 * 16]).manifest.files) == 16
+    local.shard_bytes = 1 << 20
+    assert len(local.run(many[: 4 * 16]).manifest.files) == 16, "these are few"
+    local.run(many)
+    outcome = local.run(many)
+    assert len(outcome.manifest.files) == 1 and outcome.count("copied_rows") == {"copied_rows": 68}
+    assert_rows(outcome.rows, many)
+    outcome = local.run(many)
+    assert outcome.count("linked_files", "linked_rows") == {"linked_files": 1, "linked_rows": 68}
+    assert_rows(outcome.rows, many)
+
+
+def spoil(path: Path, change: Callable[[bytearray], object]) -> None:
+    data = bytearray(path.read_bytes())
+    change(data)
+    path.unlink()  # it may be linked elsewhere
+    path.write_bytes(bytes(data))
+
+
+def flip(data: bytearray) -> None:
+    data[len(data) // 2] ^= 1
+
+
+def test_a_damaged_file_stops_the_run_and_is_made_anew_on_demand(table):
+    table.shard_bytes = 1  # files of four rows
+    first = table.run(documents(*"abcdefgh")).manifest
+    spoil(Path(open_table(table.output)[1], first.files[1].name), flip)
+    after = documents(*"abcdfgh")
+    with pytest.raises(TableError, match=r"damaged.*--verify_live"):
+        table.run(after)
+    assert open_table(table.output)[0].snapshot == first.snapshot
+    outcome = table.run(after, verify_live=True)
+    assert outcome.encoded == ["text f", "text g", "text h"]
+    assert_rows(outcome.rows, after)
+
+
+@pytest.mark.parametrize("part", ["rows", "index"])
+def test_a_file_that_was_cut_short_is_made_anew_and_told(table, caplog, part):
+    table.shard_bytes = 1
+    first = table.run(documents(*"abcdefgh")).manifest
+    name = (first.files if part == "rows" else first.index_files)[1].name
+    spoil(Path(open_table(table.output)[1], name), lambda data: data.pop())
+    outcome = table.run(documents(*"abcdefgh"))
+    assert outcome.encoded == ["text e", "text f", "text g", "text h"]
+    assert f"{name} is damaged; its rows are made anew" in caplog.text
+    assert_rows(outcome.rows, documents(*"abcdefgh"))
+
+
+# Where a document was last seen
+
+
+def test_the_index_says_where_a_document_was_last_seen(table):
+    table.run(documents(*"abc"))
+    table.run([*documents("a"), *documents("b", "c", file=B)])
+    outcome = table.run(documents("a"), [make_letter(B)])
+    assert outcome.count("stale", "deleted") == {"stale": 2, "deleted": 0}
+    outcome = table.run(documents("a"), [make_letter(A)])
+    assert outcome.count("stale", "deleted") == {"stale": 0, "deleted": 2}
+    assert_rows(outcome.rows, documents("a"))
+
+
+# Other models
+
+
+def test_another_model_replaces_every_row(table):
+    table.run(documents(*"abc"))
+    table.model = "two"
+    outcome = table.run(documents(*"abd"))
+    assert outcome.encoded == ["text a", "text b", "text d"]
+    assert_rows(outcome.rows, documents(*"abd"), "two")
+
+
+def test_no_vector_of_another_model_survives(table):
+    """A document that cannot be embedded loses its old vector: a table has one model's vectors only."""
+    table.run(documents(*"abc"))
+    table.model = "two"
+    outcome = table.run(documents("a", "b=x"), [make_letter(A, "c", "wrong_type")], fails=["text x"])
+    assert outcome.count("lost", "stale", "kept") == {"lost": 2, "stale": 0, "kept": 0}
+    assert_rows(outcome.rows, documents("a"), "two")
+
+
+# Runs that stop
+
+
+def test_too_many_deletions_stop_the_run_and_nothing_is_encoded_twice(table):
+    table.run(documents(*"abcdefgh"))
+    before = read_rows(table.output), list_snapshots(table.output)
+    after = documents(*"abcdef", "x")
+    with pytest.raises(RunError, match=r"2 of the table's 8 .*--max_delete_fraction=0\.2"):
+        table.run(after, max_delete_fraction=0.2)
+    assert table.encoded == ["text x"]
+    assert list_snapshots(table.output) == before[1]
+    assert_rows(read_rows(table.output), documents(*"abcdefgh"))
+    outcome = table.run(after, max_delete_fraction=0.25)
+    assert outcome.encoded == [] and outcome.count("recalled") == {"recalled": 1}
+    assert_rows(outcome.rows, after)
+    assert not Path(table.output, "journal").exists()
+
+
+def test_documents_that_move_are_not_counted_as_gone(table):
+    table.run(documents(*"abcd"))
+    outcome = table.run(documents("x=a", "y=b", "z=c", "d"), max_delete_fraction=0.2)
+    assert outcome.count("deleted", "moved") == {"deleted": 3, "moved": 3}
+    with pytest.raises(RunError, match="2 of the table's 4 "):
+        table.run(documents("v=a", "w=d"), max_delete_fraction=0.2)
+
+
+def test_too_many_dead_letters_of_equal_texts_stop_the_run(table):
+    table.run(documents(*"ab"))
+    with pytest.raises(RunError, match="4 of 6 documents cannot be embedded"):
+        table.run(documents("a", "b", "v=x", "w=x", "x", "y=x"), fails=["text x"], max_dead_fraction=0.5)
+    assert_rows(read_rows(table.output), documents(*"ab"))
+
+
+def test_a_model_that_returns_finds_its_journal(table):
+    """What a stopped run has encoded is kept for its own model alone."""
+    table.run(documents(*"abcd"))
+    table.model = "two"
+    with pytest.raises(RunError, match="max_dead_fraction"):
+        table.run(documents("a", "b", "c", "x"), fails=["text x"], max_dead_fraction=0.1)
+    table.model = "one"
+    assert table.run(documents(*"abcd")).encoded == []
+
+
+def test_retried_dead_letters_replace_nothing_else(table):
+    table.run(documents(*"abc"))
+    table.run(documents("a", "b=x", "c", "d=x"), fails=["text x"])
+    outcome = table.run(documents("b=x", "d=x"), retry_dead_letters=True)
+    assert outcome.encoded == ["text x"] and outcome.count("kept", "deleted") == {"kept": 2, "deleted": 0}
+    assert_rows(outcome.rows, documents("a", "b=x", "c", "d=x"))

@@ -1,0 +1,353 @@
+"""Runs without Beam and without an encoder: the steps of either back end one after another, in milliseconds.
+
+What is decided about documents, rows and files is decided by the product's own code. A text's vector is drawn from its
+hash, and documents are given instead of read. (A whole run spends nine tenths of its time on Beam's graph, so a cheaper
+encoder alone would save nothing.)
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import tempfile
+import time
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import chain
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+from unittest import mock
+
+import numpy as np
+from apache_beam.pvalue import TaggedOutput
+from apache_beam.utils.windowed_value import WindowedValue
+
+from pipeline.config import EmbedConfig, ReindexConfig, VectorConfig
+from pipeline.preprocess.chunking import hash_content
+from pipeline.records import Chunk, DeadLetter, Document, Origin, Row, Tally
+from pipeline.settle import prepare_joins, prepare_takeover
+from pipeline.sinks.layout import TableLayout
+from pipeline.sinks.writing import DeadLetterFormat, RowFormat, Shard, ShardWriter
+from pipeline.tables import joining
+from pipeline.tables.attempts import abandon_attempt, sweep_dead_attempts
+from pipeline.tables.commit import Results
+from pipeline.tables.folder import FolderStore
+from pipeline.tables.journal import journal_folder, list_folder, write_segment
+from pipeline.tables.manifest import Manifest, attempts_folder, snapshot_folder
+from pipeline.tables.publish import Publication, build_manifest, make_live, name_snapshot, place_files
+from pipeline.tables.recall import RecallDocuments
+from pipeline.tables.storage import make_folder
+from pipeline.tables.store import CommitPlan, Store, Takeover, open_store
+from pipeline.vectors.finishing import VectorRule, finish_chunks
+from tests.support.tables import Rows, read_rows
+
+DIMENSION = 8
+CHUNK_WORDS = 3
+LAYOUT = TableLayout("float32", DIMENSION)
+WRITTEN_ROWS = 4  # at a time: small tables too should have several files
+
+
+def draw_vector(text: str, model: str = "one") -> np.ndarray:
+    """The float32 `[DIMENSION]` of a text, another one for every text and model."""
+    seed = hashlib.blake2b(f"{model}:{text}".encode(), digest_size=8).digest()
+    return np.random.default_rng(int.from_bytes(seed, "little")).standard_normal(DIMENSION).astype(np.float32)
+
+
+def make_document(name: str, text: str, file: str = "a.jsonl", kept: bytes = b"") -> Document:
+    return Document(name, text, kept=kept, origin=Origin(file, 0, "byte"))
+
+
+def make_letter(file: str, name: str | None = None, reason: str = "malformed_json") -> DeadLetter:
+    """The dead letter of a record that could not be read; without a name nobody can say whose it is."""
+    return DeadLetter("read", reason, "it is broken", Origin(file, 0, "byte"), name)
+
+
+class Outcome(NamedTuple):
+    """What a run has done: the table's rows, its manifest, the texts that were encoded, and those of probes; sorted."""
+
+    rows: Rows
+    manifest: Manifest
+    encoded: list[str]
+    probes: list[str]
+
+    def count(self, *names: str) -> dict[str, int]:
+        """Counts of the recalling and the carrying by name; what was not counted is 0."""
+        counts = self.manifest.counts["carry"] | self.manifest.counts["recall"]
+        return {name: int(counts.get(name, 0)) for name in names}
+
+
+@dataclass
+class SteppedTable:
+    """A table, and runs over documents.
+
+    Attributes:
+      output: as `--output`.
+      joins: by the back end of distributed engines.
+      layout: of the rows.
+      output_format: of the files.
+      compression: of the files.
+      shard_bytes: size at which a new file is begun.
+      model: whose vectors are wanted; another name is another fingerprint.
+      prefix: put before every text.
+      encoder: text and model to float32 `[DIMENSION]`; a ValueError is a dead letter, anything else ends the run.
+      encoded: the texts that the last run has encoded, also of one that failed.
+    """
+
+    output: str
+    joins: bool = False
+    layout: TableLayout = LAYOUT
+    output_format: str = "tfrecord"
+    compression: str = "none"
+    shard_bytes: int = 1 << 20
+    model: str = "one"
+    prefix: str = ""
+    encoder: Callable[[str, str], np.ndarray] = draw_vector
+    encoded: list[str] = field(default_factory=list)
+
+    def run(
+        self,
+        documents: Iterable[Document],
+        letters: Sequence[DeadLetter] = (),
+        fails: Collection[str] = (),
+        bundles: int = 1,
+        dies: bool = False,
+        max_dead_fraction: float = 1.0,
+        **reindex: Any,
+    ) -> Outcome:
+        """One run from documents to a published table.
+
+        Args:
+          documents: those that could be read.
+          letters: of those that could not.
+          fails: texts on which the encoder fails.
+          bundles: in which documents are recalled.
+          dies: whether the run leaves everything as it is when it fails, as a process does that is killed.
+          max_dead_fraction: as the flag.
+          reindex: fields of `ReindexConfig`; deletions stop nothing by default.
+        """
+        documents = list(documents)
+        store, name = open_store(self.output), name_snapshot()
+        config = EmbedConfig(reindex=ReindexConfig(**{"max_delete_fraction": 1.0, **reindex}))
+        # The disk needs no time to make sure of what a test throws away.
+        with tempfile.TemporaryDirectory() as scratch, mock.patch("os.fsync"):
+            make_folder(store.work)
+            sweep_dead_attempts(store.work)
+            live, version = store.read_live()
+            plan = self._plan(store, live, version, name, config, scratch, max_dead_fraction)
+            attempt = Attempt(self, plan, fails)
+            self.encoded = attempt.encoded
+            read = Tally.of("read", {"records": len(documents) + len(letters)})
+            try:
+                found = attempt.join(documents, letters) if self.joins else attempt.recall(documents, letters, bundles)
+                store.committer(plan).commit(found._replace(tallies=[read, *found.tallies]))
+            except BaseException:
+                if not dies:
+                    abandon_attempt(store.work, name, plan.publication.previous)
+                raise
+        manifest = store.read_live().manifest
+        assert manifest is not None and manifest.snapshot == name
+        return Outcome(read_rows(self.output), manifest, sorted(attempt.encoded), sorted(attempt.probes))
+
+    def _plan(
+        self,
+        store: Store,
+        live: Manifest | None,
+        version: str,
+        name: str,
+        config: EmbedConfig,
+        scratch: str,
+        max_dead_fraction: float,
+    ) -> CommitPlan:
+        files = SimpleNamespace(output_format=self.output_format, compression=self.compression)
+        form = store.choose_form(SimpleNamespace(write=files), self.layout)
+        fingerprint = hashlib.sha256(self.model.encode()).hexdigest()
+        wanted: Any = SimpleNamespace(fingerprint=fingerprint, split=SimpleNamespace(prefix=self.prefix))
+        takeover: Takeover
+        if self.joins:
+            takeover = prepare_joins(store, live, wanted, form, config)
+        else:
+            takeover = prepare_takeover(store, live, wanted, form, scratch, config.reindex.verify_live)
+        facts = {"file_format": form.name, "compression": form.compression, "layout": form.layout}
+        facts |= {"embeam": "0", "fingerprint": fingerprint, "identity": {"model": self.model}, "settings": {}}
+        previous = live.snapshot if live else ""
+        publication = Publication(
+            store.work, name, previous, version, time.time(), facts, max_dead_fraction, config.reindex
+        )
+        return CommitPlan(publication, takeover, form, self.shard_bytes, DeadLetterFormat("full"))
+
+
+class Attempt:
+    """One run: its documents go through the steps of a back end.
+
+    Attributes:
+      encoded: texts that were encoded, of probes not.
+      probes: those of probes.
+    """
+
+    def __init__(self, table: SteppedTable, plan: CommitPlan, fails: Collection[str]) -> None:
+        self.encoded: list[str] = []
+        self.probes: list[str] = []
+        self._table, self._plan, self._fails = table, plan, fails
+        publication = plan.publication
+        self._folder = attempts_folder(publication.table, publication.name)
+        self._journal = journal_folder(publication.table, publication.facts["fingerprint"])
+        for folder in (self._folder, self._journal):
+            make_folder(folder)
+
+    def recall(self, documents: list[Document], letters: Sequence[DeadLetter], n_bundles: int) -> Results:
+        """The local back end: what is known leaves the stream as notes."""
+        found = Outputs()
+        for numbers in np.array_split(np.arange(len(documents)), n_bundles):
+            step = RecallDocuments(self._plan.takeover.rule)
+            step.setup()
+            found.add_bundle(step, [documents[i] for i in numbers])
+        rows, probes, dead = self._encode(found["main"])
+        letters = [*letters, *dead]
+        tallies = [*found["tallies"], count_letters(letters)]
+        return Results(self._write(rows, letters), tallies, probes, notes=found["notes"])
+
+    def join(self, documents: list[Document], letters: Sequence[DeadLetter]) -> Results:
+        """The back end of distributed engines: documents and rows meet by content, then by id."""
+        rule = self._plan.takeover.rule
+        by_content, by_id = Outputs(), Outputs()
+        groups = group(
+            known=flatten(joining.read_known_by_content(file, rule) for file in rule.files if rule.reusable),
+            journal=flatten(map(joining.read_journal_by_content, list_folder(rule.journal))),
+            documents=(joining._key_by_content(one, rule.prefix) for one in documents),
+        )
+        by_content.add_bundle(joining.MeetByContent(rule), groups)
+        fresh, probes, dead = self._encode(by_content["main"])
+        rows, letters = [*fresh, *by_content["rows"]], [*letters, *dead]
+        groups = group(
+            live=flatten(map(joining.ListLive(rule).process, range(len(rule.files)))),
+            fresh=map(joining._key_row, rows),
+            dead=flatten(map(joining._key_letter, letters)),
+            moved=by_content["moved"],
+        )
+        blind = list(dict.fromkeys(flatten(map(joining._blind_file, letters))))
+        by_id.add_bundle(joining.MeetById(rule.keeps_deleted, rule.reusable), groups, blind)
+        for file, numbers in group(rows=by_id["main"]):
+            rows += joining.ReadCarried(rule).process((file, numbers["rows"]))
+        tallies = [*by_content["tallies"], *by_id["tallies"], count_letters(letters)]
+        return Results(self._write(rows, letters), tallies, probes, samples=by_content["samples"])
+
+    def _encode(self, documents: Iterable[Document]) -> tuple[list[Row], list[Row], list[DeadLetter]]:
+        """Rows, those of probes, and dead letters; every row goes into the journal at once."""
+        layout = self._plan.form.layout
+        rule = VectorRule(
+            VectorConfig(dtype=layout.dtype),
+            chunked=layout.chunked,
+            tokens=layout.tokens,
+            counts_tokens=layout.counts_tokens,
+            keep_text=layout.keep_text,
+        )
+        rows, probes, dead = [], [], []
+        for document in documents:
+            outputs = list(finish_chunks(list(self._encode_chunks(document)), rule))
+            own = [output for output in outputs if isinstance(output, Row)]
+            if document.is_probe:
+                probes += own
+                continue
+            rows += own
+            dead += [output for output in outputs if isinstance(output, DeadLetter)]
+            if own:
+                write_segment(self._journal, [row._replace(id="", kept=b"", text=None, source="") for row in own])
+        return rows, probes, dead
+
+    def _encode_chunks(self, document: Document) -> Iterator[tuple[Chunk, np.ndarray | None, str]]:
+        (self.probes if document.is_probe else self.encoded).append(document.text)
+        layout, text = self._plan.form.layout, self._table.prefix + document.text
+        words = text.split()
+        step = CHUNK_WORDS if layout.chunked else len(words)
+        parts = [words[i : i + step] for i in range(0, len(words), step)]
+        content_hash = hash_content(text, document.pair)
+        for i, part in enumerate(parts):
+            n = len(part) + 2
+            chunk = Chunk(document, content_hash, i, len(parts), bytes(4 * n), n, len(part), 0)
+            try:
+                if document.text in self._fails:
+                    raise ValueError("out of luck")
+                if layout.tokens:
+                    yield chunk, np.stack([self._draw(word) for word in ["[CLS]", *part, "[SEP]"]]), ""
+                else:
+                    yield chunk, self._draw(" ".join(part) + (f" + {document.pair}" if document.pair else "")), ""
+            except ValueError as error:
+                yield chunk, None, str(error)
+
+    def _draw(self, text: str) -> np.ndarray:
+        return self._table.encoder(text, self._table.model)
+
+    def _write(self, rows: list[Row], letters: Sequence[DeadLetter]) -> list[Shard]:
+        shards = []
+        for records, form in ((rows, self._plan.form), (letters, self._plan.letter_format)):
+            shards += write_shards(records, form, self._folder, self._plan.shard_bytes)
+        return shards
+
+
+class Outputs:
+    """What the bundles of a step give, by tag; the main output is `main`."""
+
+    def __init__(self) -> None:
+        self._outputs: dict[str, list[Any]] = {}
+
+    def add_bundle(self, step: Any, elements: Iterable[Any], *sides: Any) -> None:
+        step.start_bundle()
+        for element in elements:
+            self._take(step.process(element, *sides))
+        self._take(step.finish_bundle())
+
+    def __getitem__(self, tag: str) -> list[Any]:
+        return self._outputs.get(tag, [])
+
+    def _take(self, outputs: Iterable[Any] | None) -> None:
+        for output in outputs or ():
+            tag, value = (output.tag, output.value) if isinstance(output, TaggedOutput) else ("main", output)
+            self._outputs.setdefault(tag, []).append(value.value if isinstance(value, WindowedValue) else value)
+
+
+flatten = chain.from_iterable
+
+
+def group(**collections: Iterable[tuple[Any, Any]]) -> list[tuple[Any, dict[str, list[Any]]]]:
+    """What Beam's CoGroupByKey gives."""
+    groups: dict[Any, dict[str, list[Any]]] = {}
+    for name, pairs in collections.items():
+        for key, value in pairs:
+            groups.setdefault(key, {other: [] for other in collections})[name].append(value)
+    return list(groups.items())
+
+
+def write_shards(
+    records: Sequence[Any], form: RowFormat | DeadLetterFormat, folder: str, shard_bytes: int = 1 << 20
+) -> list[Shard]:
+    """Rows or dead letters to files, a few at a time."""
+    writer = ShardWriter(folder, form, shard_bytes)
+    for start in range(0, len(records), WRITTEN_ROWS):
+        writer.write(list(records[start : start + WRITTEN_ROWS]))
+    return writer.finish()
+
+
+def count_letters(letters: Sequence[DeadLetter]) -> Tally:
+    reasons = [letter.reason for letter in letters]
+    return Tally.of("write_dead_letters", {reason: reasons.count(reason) for reason in reasons})
+
+
+def publish_rows(
+    table: str, rows: Sequence[Row], form: RowFormat, letters: Sequence[DeadLetter] = (), shard_bytes: int = 1 << 20
+) -> Manifest:
+    """Makes some rows the live snapshot of a table in a folder, without a run."""
+    store, name = FolderStore(table), name_snapshot()
+    live, version = store.read_live()
+    folder = attempts_folder(table, name)
+    make_folder(folder)
+    facts = {"file_format": form.name, "compression": form.compression, "layout": form.layout}
+    facts |= {"embeam": "0", "fingerprint": "", "identity": {}, "settings": {}}
+    plan = Publication(table, name, live.snapshot if live else "", version, time.time(), facts, 1.0)
+    counts = {"write_dead_letters": json.loads(count_letters(letters).counts)}
+    with mock.patch("os.fsync"):
+        shards = write_shards(rows, form, folder, shard_bytes)
+        shards += write_shards(letters, DeadLetterFormat("full"), folder)
+        manifest = build_manifest(plan, shards, counts)
+        place_files(manifest, shards, snapshot_folder(table, name))
+        make_live(plan)
+    return manifest
