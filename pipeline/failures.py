@@ -102,11 +102,13 @@ def watch_signals() -> None:
     if sys.platform == "linux":  # where a blocked signal waits even if it is ignored
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # for the workers: the shell they start from clears the mask
 
+    # As stderr is now: while TensorFlow is imported nothing is shown of what is written there.
+    terminal = os.dup(2) if sys.stderr else os.open(os.devnull, os.O_WRONLY)
+
     def wait() -> None:
         number = signal.sigwait(signals)
         STOPPING.set()
         sys.stderr.flush()
-        terminal = os.dup(2)
         os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # Beam's threads have a lot to say about workers that are gone
         os.write(terminal, b"\nembeam: stopped; a table is what it was last published as; run the same command again\n")
         clean_up_all(_on_stop_first, terminal)

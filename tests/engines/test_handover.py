@@ -169,16 +169,16 @@ class KeyCounter:
 
 
 def test_no_shuffle_gathers_its_elements_under_one_key(tmp_path, monkeypatch):
-    records = as_records(some_texts(400, seed=3))
+    records = as_records(some_texts(200, seed=3))
     write_jsonl(tmp_path / "corpus.jsonl", records)
-    run_joined(tmp_path, split_bytes=1000, keep_fields="")
+    run_joined(tmp_path, split_bytes=500, keep_fields="")
     write_jsonl(
         tmp_path / "corpus.jsonl",
-        [*records[30:], *({"id": f"new {i}", "text": text} for i, text in enumerate(some_texts(100, seed=4)))],
+        [*records[15:], *({"id": f"new {i}", "text": text} for i, text in enumerate(some_texts(50, seed=4)))],
     )
     monkeypatch.setattr("pipeline.handover.PACK_ELEMENTS", 2)
     keys = KeyCounter(monkeypatch)
-    run_joined(tmp_path, split_bytes=1000, keep_fields="")
+    run_joined(tmp_path, split_bytes=500, keep_fields="")
     shares = keys.shares(least=20)
     names = "\n".join(shares)
     for step in ("Read/Splits", "GroupByContent", "HandOver", "HandBack", "GroupById", "GroupIds"):
