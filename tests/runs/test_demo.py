@@ -1,21 +1,29 @@
 """The demo's corpus and the configuration files that are shipped, as a user runs them."""
 
+import contextlib
+import io
 import re
 
 import pytest
 
 import pipeline
 from pipeline import cli
+from pipeline.config import EmbedConfig
+from pipeline.flags import check_beam_flags, engine_flags, read_config_file
 from pipeline.report.query import find_nearest
 from tests.support.paths import ROOT
 
 CORPUS = ROOT / "examples" / "demo" / "corpus"
+CONFIGURATIONS = sorted((ROOT / "runners").glob("*.toml"))
 
 
-@pytest.fixture
-def demo(tmp_path, capsys):
-    cli.main(["embed", f"--input={CORPUS}/*", f"--output={tmp_path}/demo", "--keep_text"])
-    return tmp_path / "demo", capsys.readouterr().out
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory):
+    """The table, and what the command said."""
+    table = tmp_path_factory.mktemp("demo") / "demo"
+    with contextlib.redirect_stdout(io.StringIO()) as said:
+        cli.main(["embed", f"--input={CORPUS}/*", f"--output={table}", "--keep_text"])
+    return table, said.getvalue()
 
 
 def test_the_demo_embeds_its_corpus_and_names_every_hostile_row(demo):
@@ -54,10 +62,19 @@ def test_the_demo_finds_what_is_meant_where_no_word_is_shared(demo, query, about
         assert shared <= {"a", "an", "at", "the", "that", "with"}, hit.text
 
 
+def test_every_shipped_configuration_is_understood():
+    assert CONFIGURATIONS
+    for file in CONFIGURATIONS:
+        settings, engine = read_config_file(str(file))
+        assert settings or engine
+        EmbedConfig.from_flat(settings)
+        engine.pop("runner", "")
+        check_beam_flags(engine_flags(engine), [])
+
+
+@pytest.mark.engine
 def test_every_shipped_configuration_runs(tmp_path):
-    files = sorted((ROOT / "runners").glob("*.toml"))
-    assert files
-    for file in files:
+    for file in CONFIGURATIONS:
         table = tmp_path / file.stem
         cli.main(["embed", f"--config={file}", f"--input={CORPUS}/*", f"--output={table}", "--split_bytes=20000"])
         assert len(pipeline.read_table(str(table))[0]) > 400

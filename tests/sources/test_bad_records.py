@@ -80,6 +80,19 @@ def test_jsonl_with_broken_unicode(tmp_path):
     assert outcomes[0].text == '{"text": "\\xff"}'
 
 
+def test_jsonl_with_half_of_a_surrogate_pair_in_its_id(tmp_path):
+    outcomes = read_file(tmp_path / "a.jsonl", b'{"id": "\\ude00", "text": "half an id"}\n', id_field="id")
+    assert summarize(outcomes) == [("invalid_utf8", 0)]
+
+
+def test_jsonl_numbers_of_any_size(tmp_path):
+    numbers = [str(2**63 - 1), str(-(2**63)), str(2**63), str(-(2**63) - 1), "9" * 6000]
+    data = "".join(f'{{"text": "{i}", "n": {number}}}\n' for i, number in enumerate(numbers)).encode()
+    outcomes = read_file(tmp_path / "a.jsonl", data, [KeptField("n", "int")])
+    assert [outcome.kept for outcome in outcomes[:2]] == [f"[{number}]".encode() for number in numbers[:2]]
+    assert [reason for reason, _ in summarize(outcomes[2:])] == ["wrong_type"] * 3
+
+
 @pytest.mark.parametrize(
     "row, reason",
     [

@@ -130,7 +130,7 @@ def test_text_gives_the_same_documents(tmp_path, suffix):
 
 
 def test_all_sources_are_under_contract():
-    elsewhere = {"bigquery", "dead_letters"}  # tests/test_stores.py: no files of the user's own
+    elsewhere = {"bigquery", "dead_letters"}  # tests/tables/test_stores.py: no files of the user's own
     assert sorted(set(SOURCES) - elsewhere) == ["csv", "jsonl", "parquet", "text", "tfrecord", "tsv"]
 
 

@@ -16,12 +16,10 @@ from pipeline.records import Chunk, DeadLetter, Document
 from pipeline.vectors.finishing import ChunkAverager, VectorRule, finish_chunks
 from pipeline.vectors.pooling import pool_outputs
 from pipeline.vectors.storing import quantize_vectors, restore_vectors, shape_vectors
-from tests.support.corpora import as_records, some_texts
-from tests.support.official import INPUTS, save_module, vocabulary
-from tests.support.paths import PREPROCESSOR
-from tests.support.runs import embed_records
+from tests.support.corpora import some_texts
+from tests.support.official import save_module
 from tests.support.stages import as_documents, embed_directly
-from tests.support.tables import TOLERANCE, assert_close, read_dead_letters
+from tests.support.tables import TOLERANCE, assert_close
 
 NUMBERS = st.floats(-(2.0**126), 2.0**126, width=32)
 SHAPES = st.tuples(st.integers(1, 5), st.integers(1, 40))
@@ -188,40 +186,6 @@ def test_vectors_that_are_not_finite_become_dead_letters_and_no_others(word, dty
     assert all(np.isfinite(row["embedding"]).all() for row in rows.values())
 
 
-def test_dead_letters_of_the_encoder_are_the_tables(failing_encoder, tmp_path):
-    texts, broken = some_broken("nan")
-    settings = {"encoder": failing_encoder, "max_dead_fraction": 1}
-    rows, manifest = embed_records(tmp_path, as_records(texts), **settings)
-    letters = read_dead_letters(tmp_path / "table")
-    assert {letter["id"] for letter in letters} == broken
-    assert {(letter["stage"], letter["reason"]) for letter in letters} == {("encode", "not_finite")}
-    assert all(letter["text"] == texts[int(letter["id"])] for letter in letters)
-    assert {name for name, _ in rows} == set(map(str, range(40))) - broken
-    assert manifest.dead_letters == {"not_finite": 10}
-
-
-def save_failing_token_encoder(folder: Path) -> str:
-    """An encoder of tokens that gives NaN for inputs with the word `the`."""
-    bad = vocabulary().index("the")
-
-    def encode(inputs: dict[str, tf.Tensor]) -> dict[str, tf.Tensor]:
-        ids = inputs["input_word_ids"]
-        breaks = tf.reduce_any(ids == bad, 1)
-        sums = tf.cast(tf.reduce_sum(ids * inputs["input_mask"], 1), tf.float32)
-        return {"pooled_output": tf.stack([sums, tf.where(breaks, float("nan"), 1.0)], 1)}
-
-    specs = {name: tf.TensorSpec([None, None], tf.int32, name=name) for name in INPUTS}
-    return save_module(folder, call=tf.function(encode, input_signature=[specs]))
-
-
-def test_an_average_with_a_broken_chunk_is_a_dead_letter_as_a_whole(tmp_path):
-    settings = {"encoder": save_failing_token_encoder(tmp_path / "encoder"), "preprocessor": PREPROCESSOR}
-    settings |= {"max_tokens": 10, "on_long": "average", "max_dead_fraction": 1}
-    rows, _ = embed_records(tmp_path, as_records(["and " * 30, "and " * 20 + "the", "and"]), **settings)
-    assert set(rows) == {("0", 0), ("2", 0)}
-    assert [letter["id"] for letter in read_dead_letters(tmp_path / "table")] == ["1"]
-
-
 # --- averaging chunks -------------------------------------------------------------------------------------------------
 
 
@@ -253,6 +217,24 @@ def test_averages_do_not_depend_on_the_order_in_which_chunks_arrive(documents, r
     for chunk, vector, error in results:
         assert error == ""
         assert_close(vector, expected[chunk.document.id])
+
+
+@pytest.mark.parametrize(
+    ("broken", "reason", "message"),
+    [
+        ((np.array([np.nan, 1], np.float32), ""), "not_finite", "the vector holds NaN"),
+        ((None, "no such token"), "encoder_error", "chunk 1: no such token"),
+    ],
+    ids=["NaN", "error"],
+)
+def test_an_average_with_a_broken_chunk_is_one_dead_letter(broken, reason, message):
+    parts = make_parts("a", [3, 1, 2], np.ones((3, 2), np.float32))
+    parts[1] = (parts[1][0], *broken)
+    averager = ChunkAverager()
+    results = [result for part in parts if (result := averager.add(part)) is not None]
+    (letter,) = finish_chunks(results, VectorRule(average=True))
+    assert isinstance(letter, DeadLetter)
+    assert (letter.id, letter.reason) == ("a", reason) and letter.message.endswith(message)
 
 
 def test_equal_documents_at_once_are_averaged_each_for_itself():
