@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 import logging
-import time
+import threading
+from collections.abc import Callable
 from pathlib import Path
+from unittest import mock
 
 import pytest
 from apache_beam.options.pipeline_options import PipelineOptions
 
+from pipeline.cli import main
 from pipeline.engine import make_runner
 from pipeline.job import prepare_job, run_job, scratch_folder
 from pipeline.logs import JsonFormatter
@@ -34,16 +37,38 @@ def corpus(tmp_path) -> Path:
     return tmp_path
 
 
-def run_command(corpus: Path, *flags: str) -> tuple[int, list[str], list[str]]:
-    """Exit code, and the lines on stdout and stderr."""
-    own = [f"--input={corpus}/*.jsonl", f"--output={corpus}/table", "--id_field=id", f"--encoder={ENCODER}", *flags]
-    with start_cli("embed", *own) as process:
-        out, err = process.communicate(timeout=100)
-    return process.returncode, out.splitlines(), err.splitlines()
+Told = tuple[int, list[str], list[str]]  # exit code, and the lines on stdout and stderr
 
 
-def test_the_last_line_says_how_a_run_went(corpus):
-    code, out, _ = run_command(corpus, "--summary_json")
+def flags_of(corpus: Path, *flags: str) -> list[str]:
+    own = [f"--input={corpus}/*.jsonl", f"--output={corpus}/table", "--id_field=id", f"--encoder={ENCODER}"]
+    return ["embed", *own, *flags]
+
+
+@pytest.fixture
+def run_command(corpus, capsys) -> Callable[..., Told]:
+    """Runs the command in this process, with a log of its own."""
+    root = logging.getLogger()
+    loggers = [root, logging.getLogger("apache_beam"), logging.getLogger("embeam.progress")]
+
+    def run(*flags: str) -> Told:
+        capsys.readouterr()
+        code, levels = 0, [logger.level for logger in loggers]
+        with mock.patch.multiple(root, handlers=[], filters=[]):
+            try:
+                main(flags_of(corpus, *flags))
+            except SystemExit as stop:
+                code = stop.code
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+        told = capsys.readouterr()
+        return code, told.out.splitlines(), told.err.splitlines()
+
+    return run
+
+
+def test_the_last_line_says_how_a_run_went(corpus, run_command):
+    code, out, _ = run_command("--summary_json")
     summary, manifest = json.loads(out[-1]), open_table(str(corpus / "table"))[0]
     assert code == 0 and len(out) > 5
     assert (summary["status"], summary["table"]) == ("published", f"{corpus}/table")
@@ -51,24 +76,32 @@ def test_the_last_line_says_how_a_run_went(corpus):
     assert (summary["documents"], summary["rows"], summary["encoded_chunks"]) == (N_TEXTS + 1, N_TEXTS, N_TEXTS)
     assert (summary["dead_letters"], summary["dead_letter_reasons"]) == (1, {"malformed_json": 1})
     assert 0 <= summary["padding_share"] < 1 and summary["tokens"] > N_TEXTS
-    code, out, _ = run_command(corpus, "--summary_json")
+    code, out, _ = run_command("--summary_json")
     again = json.loads(out[-1])
     assert (again["previous"], again["rows"], again["encoded_chunks"]) == (manifest.snapshot, N_TEXTS, 0)
     assert set(again) == set(summary)
 
 
-@pytest.mark.parametrize(
-    ("flags", "code", "told"),
-    [(["--max_dead_fraction=0"], 1, "--max_dead_fraction"), (["--max_tokens=1"], 2, "--max_tokens=1 leaves no room")],
-)
-def test_a_failed_run_says_why_in_both_forms(corpus, flags, code, told):
-    ended, out, err = run_command(corpus, "--summary_json", "--log_format=json", *flags)
+def check_failure(told: Told, code: int, reason: str) -> None:
+    ended, out, err = told
     assert ended == code
     assert json.loads(out[-1])["status"] == "failed" and json.loads(out[-1])["exit_code"] == code
     entries = [json.loads(line) for line in err]
-    assert told in json.loads(out[-1])["error"]
+    assert reason in json.loads(out[-1])["error"]
     (error,) = (entry for entry in entries if entry["severity"] == "ERROR")
-    assert told in error["message"] and error["time"].endswith("+00:00")
+    assert reason in error["message"] and error["time"].endswith("+00:00")
+
+
+def test_a_failed_run_says_why_in_both_forms(run_command):
+    told = run_command("--summary_json", "--log_format=json", "--max_dead_fraction=0")
+    check_failure(told, 1, "--max_dead_fraction")
+
+
+def test_wrong_usage_is_said_in_both_forms_by_a_process_of_its_own(corpus):
+    with start_cli(*flags_of(corpus, "--summary_json", "--log_format=json", "--max_tokens=1")) as process:
+        out, err = process.communicate(timeout=100)
+    told = process.returncode, out.splitlines(), err.splitlines()
+    check_failure(told, 2, "--max_tokens=1 leaves no room")
 
 
 def test_progress_is_json_with_its_numbers(monkeypatch, capsys):
@@ -76,12 +109,16 @@ def test_progress_is_json_with_its_numbers(monkeypatch, capsys):
     handler.setFormatter(JsonFormatter())
     monkeypatch.setattr(logging.getLogger(), "handlers", [handler])
     logging.getLogger("embeam.progress").setLevel(logging.INFO)
-    monkeypatch.setattr(
-        "pipeline.report.progress.read_progress",
-        lambda folder: {"documents": 7, "bytes": 50, "rows": 5, "dead_letters": 0},
-    )
-    with ProgressReporter("", 100, line_seconds=0.05):
-        time.sleep(0.3)
+    looked = threading.Semaphore(0)
+
+    def look(folder: str) -> dict[str, int]:
+        looked.release()
+        return {"documents": 7, "bytes": 50, "rows": 5, "dead_letters": 0}
+
+    monkeypatch.setattr("pipeline.report.progress.read_progress", look)
+    with ProgressReporter("", 100, line_seconds=0.01):
+        for _ in range(2):  # before the second look the first line is told
+            assert looked.acquire(timeout=20)
     logging.getLogger("embeam.progress").setLevel(logging.NOTSET)
     entry = json.loads(capsys.readouterr().err.splitlines()[0])
     assert entry["severity"] == "INFO" and entry["counts"]["documents"] == 7 and "50%" in entry["message"]
