@@ -85,12 +85,12 @@ class SteppedTable:
 
     Attributes:
       output: as `--output`.
-      work_dir: as `--work_dir`, for a table of BigQuery.
       joins: by the back end of distributed engines.
       layout: of the rows.
       output_format: of the files.
       compression: of the files.
       shard_bytes: size at which a new file is begun.
+      work_dir: as `--work_dir`, for a table of BigQuery.
       model: whose vectors are wanted; another name is another fingerprint.
       prefix: put before every text.
       encoder: text and model to float32 `[DIMENSION]`; a ValueError is a dead letter, anything else ends the run.
@@ -98,12 +98,12 @@ class SteppedTable:
     """
 
     output: str
-    work_dir: str = ""
     joins: bool = False
     layout: TableLayout = LAYOUT
     output_format: str = "tfrecord"
     compression: str = "none"
     shard_bytes: int = 1 << 20
+    work_dir: str = ""
     model: str = "one"
     prefix: str = ""
     encoder: Callable[[str, str], np.ndarray] = draw_vector
