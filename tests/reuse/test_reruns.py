@@ -6,22 +6,21 @@ Vectors are drawn from texts, so a row is right if it holds exactly the numbers 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
 
 from pipeline.config import KeptField
 from pipeline.errors import RunError, TableError
-from pipeline.records import DeadLetter, Document, pack_kept
+from pipeline.records import Document
 from pipeline.tables.manifest import open_table
+from tests.support.reruns import CASES, A, B, assert_rows, dated, documents, list_dead
 from tests.support.steps import LAYOUT, Outcome, SteppedTable, draw_vector, make_document, make_letter
-from tests.support.tables import Rows, hash_folder, list_snapshots, read_dead_letters, read_rows
+from tests.support.tables import hash_folder, list_snapshots, read_dead_letters, read_rows
 
-A, B = "a.jsonl", "b.jsonl"
 YEAR = replace(LAYOUT, kept=(KeptField("year", "int"),))
 
 
@@ -36,193 +35,19 @@ def local(tmp_path) -> SteppedTable:
     return SteppedTable(str(tmp_path / "table"))
 
 
-def documents(*names: str, file: str = A) -> list[Document]:
-    """Documents `a` to `z` with the texts `text a` to `text z`; `a=b` has the text of b."""
-    split = [name.partition("=") for name in names]
-    return [make_document(name, f"text {text or name}", file) for name, _, text in split]
-
-
-def dated(year: int, *names: str) -> list[Document]:
-    return [one._replace(kept=pack_kept([year])) for one in documents(*names)]
-
-
-def assert_rows(rows: Rows, expected: Iterable[Document], model: str = "one") -> None:
-    """The table has one row for each document, with its text's vector and its own kept field."""
-    wanted = {one.id: one for one in expected}
-    assert {name for name, _ in rows} == set(wanted) and len(rows) == len(wanted)
-    for (name, chunk), row in rows.items():
-        one = wanted[name]
-        assert chunk == 0 and np.array_equal(row["embedding"], draw_vector(one.text, model)), name
-        if one.kept:
-            assert pack_kept([row["year"]]) == one.kept, name
-
-
-class Case(NamedTuple):
-    """A rerun.
-
-    Attributes:
-      before: documents of the first run.
-      after: of the second.
-      encoded: which texts the second encodes, by the letters in them.
-      counts: what it counts.
-      stay: rows that the table has besides those of `after`.
-      gone: documents of `after` without a row.
-      letters: of records that the second run cannot read.
-      fails: texts on which its encoder fails, by letter.
-      settings: of the second run.
-    """
-
-    before: list[Document]
-    after: list[Document]
-    encoded: str
-    counts: dict[str, int]
-    stay: Sequence[Document] = ()
-    gone: str = ""
-    letters: Sequence[DeadLetter] = ()
-    fails: str = ""
-    settings: dict[str, Any] = {}
-
-
-CASES = {
-    "nothing": Case(documents(*"abc"), documents(*"abc"), "", {"documents": 3, "unchanged": 3, "deleted": 0}),
-    "new, changed and deleted": Case(
-        documents(*"abcd"),
-        documents("a", "b=x", "d", "e"),
-        "ex",
-        {"documents": 4, "encoded": 2, "unchanged": 2, "deleted": 1, "stale": 0, "moved": 0},
-    ),
-    "swapped texts": Case(documents(*"abc"), documents("a=b", "b=a", "c"), "", {"recalled": 2, "unchanged": 1}),
-    "another id": Case(documents(*"abc"), documents("x=a", "b", "c"), "", {"recalled": 1, "deleted": 1, "moved": 1}),
-    "all ids are others": Case(
-        documents(*"abc"), documents("x=a", "y=b", "z=c"), "", {"recalled": 3, "deleted": 3, "moved": 3}
-    ),
-    "another file": Case(documents(*"abc"), documents(*"abc", file=B), "", {"unchanged": 3, "deleted": 0}),
-    "equal texts are encoded once": Case(
-        documents(*"ab"), documents("a", "x", "y=x", "z=x"), "x", {"encoded": 1, "equal_texts": 2, "deleted": 1}
-    ),
-    "the text of another document": Case(documents(*"ab"), documents("a", "b", "c=a"), "", {"recalled": 1}),
-    "an equal text that changes in one of two": Case(
-        documents("a", "b=a", "c"), documents("a", "b=x", "c"), "x", {"unchanged": 2, "encoded": 1}
-    ),
-    "a text that fails": Case(
-        documents(*"ab"),
-        documents("a", "b", "x", "y=x"),
-        "x",
-        {"unchanged": 2, "equal_texts": 1, "stale": 0},
-        gone="xy",
-        fails="x",
-    ),
-    "a changed text that fails keeps its old vector": Case(
-        documents(*"abc"),
-        documents("a", "b=x", "c=x"),
-        "x",
-        {"unchanged": 1, "stale": 2, "deleted": 0},
-        stay=documents("b", "c"),
-        gone="bc",
-        fails="x",
-    ),
-    "a record with an id that cannot be read": Case(
-        documents(*"abc"),
-        documents("a"),
-        "",
-        {"stale": 1, "deleted": 1},
-        stay=documents("b"),
-        letters=[make_letter(A, "b", "wrong_type")],
-    ),
-    "a record without an id may be any of its file": Case(
-        [*documents(*"abc"), *documents(*"xyz", file=B)],
-        [*documents("a"), *documents("x", file=B)],
-        "",
-        {"unchanged": 2, "stale": 2, "deleted": 2},
-        stay=documents("b", "c"),
-        letters=[make_letter(A)],
-    ),
-    "a document that left a file before it broke": Case(
-        documents(*"abc"),
-        [*documents("a"), *documents("b", file=B)],
-        "",
-        {"unchanged": 2, "stale": 1, "deleted": 0},
-        stay=documents("c"),
-        letters=[make_letter(A)],
-    ),
-    "a second document with an id": Case(
-        documents(*"abc"),
-        documents("a", "b=c", "c"),
-        "",
-        {"recalled": 1, "unchanged": 2, "stale": 0},
-        letters=[make_letter(A, "b", "duplicate_id")],
-    ),
-    "a second document with the id of one that was left out": Case(
-        documents(*"abc"),
-        documents("a", "c"),
-        "",
-        {"unchanged": 2, "stale": 0, "deleted": 1},
-        letters=[make_letter(A, "b", "duplicate_id")],
-    ),
-    "a broken second record of an unchanged document": Case(
-        documents(*"abc"),
-        documents(*"abc"),
-        "",
-        {"unchanged": 3, "stale": 0},
-        letters=[make_letter(A, "b", "wrong_type")],
-    ),
-    "a broken second record of a document with a new text": Case(
-        documents(*"abc"),
-        documents("a", "b=x", "c"),
-        "x",
-        {"unchanged": 2, "stale": 0},
-        letters=[make_letter(A, "b", "wrong_type")],
-    ),
-    "a broken second record of a document with a known text": Case(
-        documents(*"abc"),
-        documents("a", "b=c", "c"),
-        "",
-        {"unchanged": 2, "recalled": 1, "stale": 0},
-        letters=[make_letter(A, "b", "wrong_type")],
-    ),
-    "a broken second record of a document with an equal text": Case(
-        documents(*"abc"),
-        documents("a", "b=x", "c=x"),
-        "x",
-        {"unchanged": 1, "equal_texts": 1, "stale": 0},
-        letters=[make_letter(A, "b", "wrong_type"), make_letter(A, "c", "wrong_type")],
-    ),
-    "kept deletions": Case(
-        documents(*"abc"),
-        documents("a", "x"),
-        "x",
-        {"kept": 2, "deleted": 0, "unchanged": 1},
-        stay=documents("b", "c"),
-        settings={"deletes": "keep"},
-    ),
-    "kept deletions and what may be there": Case(
-        documents(*"abc"),
-        documents("a"),
-        "",
-        {"kept": 1, "stale": 1, "deleted": 0},
-        stay=documents("b", "c"),
-        letters=[make_letter(A, "b", "wrong_type")],
-        settings={"deletes": "keep"},
-    ),
-}
-
-
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 def test_a_rerun(table, case):
     first = table.run(case.before)
     assert_rows(first.rows, case.before)
-    fails = [f"text {letter}" for letter in case.fails]
-    outcome = table.run(case.after, case.letters, fails, **case.settings)
-    assert outcome.encoded == [f"text {letter}" for letter in sorted(case.encoded)]
+    outcome = table.run(case.after, case.letters, case.fails, **case.settings)
+    assert outcome.encoded == sorted(case.encoded)
     assert outcome.count(*case.counts) == case.counts
-    assert_rows(outcome.rows, [*(one for one in case.after if one.id not in case.gone), *case.stay])
-    found = [(letter["id"], letter.get("text")) for letter in read_dead_letters(table.output)]
-    dead = [(one.id, one.text) for one in case.after if one.id in case.gone]
-    assert sorted(found, key=str) == sorted([*dead, *((letter.id, None) for letter in case.letters)], key=str)
+    assert_rows(outcome.rows, case.rows)
+    assert list_dead(table.output) == case.dead
     assert outcome.manifest.previous == first.manifest.snapshot
-    again = table.run(case.after, case.letters, fails, **case.settings)
-    assert_rows(again.rows, [*(one for one in case.after if one.id not in case.gone), *case.stay])
-    assert set(again.encoded) == set(fails), "only what failed is tried again"
+    again = table.run(case.after, case.letters, case.fails, **case.settings)
+    assert_rows(again.rows, case.rows)
+    assert set(again.encoded) == set(case.fails), "only what failed is tried again"
 
 
 def test_what_the_index_counts(local):

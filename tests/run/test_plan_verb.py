@@ -80,9 +80,12 @@ def test_a_first_run_comes_true(tmp_path):
 @pytest.mark.parametrize(
     "settings",
     [
-        {"keep_fields": "year:int"},
+        pytest.param({"keep_fields": "year:int"}, marks=pytest.mark.exhaustive),
         {"on_long": "chunk", "max_tokens": 8, "keep_text": True, "keep_fields": "year:int"},
-        {"output_format": "parquet", "on_long": "average", "max_tokens": 8, "keep_fields": "year:int"},
+        pytest.param(
+            {"output_format": "parquet", "on_long": "average", "max_tokens": 8, "keep_fields": "year:int"},
+            marks=pytest.mark.exhaustive,
+        ),
         {"compression": "gzip", "dtype": "int8", "on_long": "reject", "max_tokens": 14, "keep_fields": "year:int"},
     ],
     ids=lambda settings: "-".join(map(str, settings.values())),

@@ -18,11 +18,14 @@ from types import SimpleNamespace
 from typing import Any, NamedTuple
 from unittest import mock
 
+import apache_beam as beam
 import numpy as np
+from apache_beam.options.pipeline_options import PipelineOptions
 from apache_beam.pvalue import TaggedOutput
 from apache_beam.utils.windowed_value import WindowedValue
 
 from pipeline.config import EmbedConfig, ReindexConfig, VectorConfig
+from pipeline.engine import make_runner
 from pipeline.preprocess.chunking import hash_content
 from pipeline.records import Chunk, DeadLetter, Document, Origin, Row, Tally
 from pipeline.settle import prepare_joins, prepare_takeover
@@ -30,7 +33,7 @@ from pipeline.sinks.layout import TableLayout
 from pipeline.sinks.writing import DeadLetterFormat, RowFormat, Shard, ShardWriter
 from pipeline.tables import joining
 from pipeline.tables.attempts import abandon_attempt, sweep_dead_attempts
-from pipeline.tables.commit import Results
+from pipeline.tables.commit import Commit, Results
 from pipeline.tables.folder import FolderStore
 from pipeline.tables.journal import journal_folder, list_folder, write_segment
 from pipeline.tables.manifest import Manifest, attempts_folder, snapshot_folder
@@ -87,6 +90,7 @@ class SteppedTable:
       output_format: of the files.
       compression: of the files.
       shard_bytes: size at which a new file is begun.
+      work_dir: as `--work_dir`, for a table of BigQuery.
       model: whose vectors are wanted; another name is another fingerprint.
       prefix: put before every text.
       encoder: text and model to float32 `[DIMENSION]`; a ValueError is a dead letter, anything else ends the run.
@@ -99,6 +103,7 @@ class SteppedTable:
     output_format: str = "tfrecord"
     compression: str = "none"
     shard_bytes: int = 1 << 20
+    work_dir: str = ""
     model: str = "one"
     prefix: str = ""
     encoder: Callable[[str, str], np.ndarray] = draw_vector
@@ -126,7 +131,7 @@ class SteppedTable:
           reindex: fields of `ReindexConfig`; deletions stop nothing by default.
         """
         documents = list(documents)
-        store, name = open_store(self.output), name_snapshot()
+        store, name = open_store(self.output, self.work_dir), name_snapshot()
         config = EmbedConfig(reindex=ReindexConfig(**{"max_delete_fraction": 1.0, **reindex}))
         # The disk needs no time to make sure of what a test throws away.
         with tempfile.TemporaryDirectory() as scratch, mock.patch("os.fsync"):
@@ -139,7 +144,7 @@ class SteppedTable:
             read = Tally.of("read", {"records": len(documents) + len(letters)})
             try:
                 found = attempt.join(documents, letters) if self.joins else attempt.recall(documents, letters, bundles)
-                store.committer(plan).commit(found._replace(tallies=[read, *found.tallies]))
+                commit(store.committer(plan), found._replace(tallies=[read, *found.tallies]))
             except BaseException:
                 if not dies:
                     abandon_attempt(store.work, name, plan.publication.previous)
@@ -235,7 +240,7 @@ class Attempt:
         """Rows, those of probes, and dead letters; every row goes into the journal at once."""
         layout = self._plan.form.layout
         rule = VectorRule(
-            VectorConfig(dtype=layout.dtype),
+            VectorConfig(dtype=layout.dtype, dimensions=layout.dimension),
             chunked=layout.chunked,
             tokens=layout.tokens,
             counts_tokens=layout.counts_tokens,
@@ -306,6 +311,18 @@ class Outputs:
 
 
 flatten = chain.from_iterable
+
+
+def commit(committer: Any, results: Results) -> None:
+    """The end of a run; Beam takes part only where a store has more to do than one worker can."""
+    if not hasattr(committer, "finish"):
+        committer.commit(results)
+        return
+    options = PipelineOptions([f"--project={committer.name.project}"])
+    with beam.Pipeline(make_runner(options), options=options) as pipeline:
+        given = results._asdict().items()
+        collections = {name: pipeline | name >> beam.Create(values, reshuffle=False) for name, values in given}
+        _ = pipeline | Commit(committer, collections)
 
 
 def group(**collections: Iterable[tuple[Any, Any]]) -> list[tuple[Any, dict[str, list[Any]]]]:

@@ -13,6 +13,8 @@ import numpy as np
 
 from pipeline.tables.manifest import open_table
 from pipeline.tables.read import iter_table, read_table
+from pipeline.tables.storage import read_text
+from pipeline.tables.store import open_store
 from tests.support.official import count_tokens, expected_vector, official_vector, pack_alone
 
 TOLERANCE = 2e-5  # max abs of a vector's numbers, for two orders of summation in float32
@@ -30,13 +32,15 @@ def read_rows(table: str) -> Rows:
     return rows
 
 
-def read_dead_letters(table: str | os.PathLike) -> list[dict[str, Any]]:
-    """The dead letters of the live snapshot, in the order of their places, read as the JSON lines that they are."""
-    manifest, folder = open_table(str(table))
+def read_dead_letters(table: str | os.PathLike, work_dir: str = "") -> list[dict[str, Any]]:
+    """The dead letters of the live state, in the order of their places, read as the JSON lines that they are."""
+    store = open_store(str(table), work_dir)
+    manifest = store.read_live().manifest
+    assert manifest is not None
     letters = [
         json.loads(line)
         for file in manifest.dead_letter_files
-        for line in Path(folder, file.name).read_text(encoding="utf-8").splitlines()
+        for line in read_text(store.locate_dead_letters(manifest, file.name)).splitlines()
     ]
     assert sum(manifest.dead_letters.values()) == len(letters) == sum(file.rows for file in manifest.dead_letter_files)
     return sorted(letters, key=lambda letter: (letter["file"], letter.get("byte", letter.get("row")) or 0))

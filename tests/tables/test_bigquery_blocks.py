@@ -1,4 +1,4 @@
-"""The blocks for BigQuery against emulators: names, the table as a source, Beam's sink, and the merge behind it."""
+"""The blocks for BigQuery: names; against emulators the table as a source, Beam's sink, and the merge behind it."""
 
 import datetime
 import json
@@ -18,6 +18,7 @@ from pipeline.sources.source import FileRange, InputFile
 from tests.support.bigquery import start_bigquery
 from tests.support.emulators import start_gcs
 
+emulator = pytest.mark.emulator
 N_DOCUMENTS = 4000
 NOON = datetime.datetime(2026, 3, 4, 12, 0, 0, 891234, tzinfo=datetime.UTC)
 COLUMNS = {
@@ -34,9 +35,9 @@ COLUMNS = {
 @pytest.fixture(scope="module")
 def dataset():
     """A dataset's name, as `project.dataset`; all of this process goes to the emulators."""
-    with start_gcs() as gcs, start_bigquery(gcs) as emulator, emulator.used_here():
+    with start_gcs() as gcs, start_bigquery(gcs) as bigquery, bigquery.used_here():
         client().create_dataset("blocks")
-        yield f"{emulator.project}.blocks", gcs
+        yield f"{bigquery.project}.blocks", gcs
 
 
 @pytest.fixture(scope="module")
@@ -109,6 +110,7 @@ def test_what_is_no_name(text):
     assert str(error.value).startswith(f"--output={text} is no table") and "bq://my-project." in str(error.value)
 
 
+@emulator
 def test_a_table_is_read_in_streams(dataset, documents):
     config = ReadConfig(id_field="id", keep_fields=("number", "ratio", "even", "language"), split_bytes=200_000)
     ranges = split(documents, config)
@@ -132,6 +134,7 @@ def test_a_table_is_read_in_streams(dataset, documents):
         assert first[-1].n_read == file_range.n_bytes
 
 
+@emulator
 def test_a_session_shows_the_table_as_it_was(dataset, documents):
     config = ReadConfig(id_field="id")
     name = documents._replace(table="changing")
@@ -142,6 +145,7 @@ def test_a_session_shows_the_table_as_it_was(dataset, documents):
     assert measure_table(name, config) == 0 and split(name, config) == []
 
 
+@emulator
 def test_a_condition_and_a_query(dataset, documents):
     config = ReadConfig(id_field="id")
     object.__setattr__(config, "row_restriction", "number < 5 AND language IS NOT NULL")
@@ -154,6 +158,7 @@ def test_a_condition_and_a_query(dataset, documents):
         materialize_query("SELECT nothing", into)
 
 
+@emulator
 def test_what_cannot_be_read(dataset, documents):
     with pytest.raises(ConfigError, match=r"no lasting order.*--id_field=id"):
         require_id_field(str(documents), ReadConfig())
@@ -240,6 +245,7 @@ def read_rows(name):
     return query(f"SELECT {', '.join(COLUMNS)} FROM {name.sql} ORDER BY score, chunk")
 
 
+@emulator
 def test_rows_are_loaded_and_merged(dataset):
     target = name_table(dataset, "embeddings")
     columns = ", ".join(f"{name} {'ARRAY<FLOAT64>' if 'REPEATED' in kind else kind}" for name, kind in COLUMNS.items())
@@ -266,6 +272,7 @@ def test_rows_are_loaded_and_merged(dataset):
     assert len(read_rows(target)) == sum(map(len, expected.values()))
 
 
+@emulator
 def test_worker_processes_load_too(dataset):
     """Nothing in them imports a module of ours but Beam's own step, for its parameters."""
     name = make_staging(dataset, "from_processes")

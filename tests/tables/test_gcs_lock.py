@@ -19,6 +19,8 @@ from pipeline.tables.lock import LOCK, Lease, TableLock
 from pipeline.tables.pointer import GcsObject, read_versioned, replace_if
 from tests.support.emulators import start_gcs
 
+pytestmark = pytest.mark.emulator
+
 HOLD = """
 import sys
 from pipeline.tables.lock import TableLock

@@ -16,97 +16,128 @@ from pipeline.errors import TableError
 from pipeline.tables.lock import LOCK, TableLock
 from pipeline.tables.pointer import read_versioned, replace_if
 
-HOLD = """
-import sys
-from pipeline.tables.lock import TableLock
-lock = TableLock(sys.argv[1], "first")
-lock.acquire()
-print("held", flush=True)
-sys.stdin.read()
-"""
-
-HOLD_WITH_A_CHILD = """
-import os, sys, time
-from pipeline.tables.lock import TableLock
-lock = TableLock(sys.argv[1], "first")
-lock.acquire()
-child = os.fork()
-if child == 0:
-    time.sleep(60)
-    os._exit(0)
-lock.release()
-print("released", child, flush=True)
-sys.stdin.read()
-"""
-
-# Forked, because every new Python takes seconds to import Beam.
-TOGETHER = """
-import multiprocessing, sys
+# Starts a process for each line that it reads: forked, because every new Python takes seconds to import Beam.
+FORK = """
+import multiprocessing, os, signal, sys, time
 from pipeline.errors import TableError
 from pipeline.tables.lock import TableLock
 from pipeline.tables.pointer import read_versioned, replace_if
 
-task, path, n, repeats = sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
 context = multiprocessing.get_context("fork")
-barrier = context.Barrier(n)
 
-def contend(i):
-    barrier.wait()
-    lock = TableLock(path, f"run {i}")
-    try:
-        lock.acquire()
-        return "held"
-    except TableError:
-        return "refused"
-    finally:
-        barrier.wait()  # all have tried before one ends
+def hold(table):
+    lock = TableLock(table, "first")
+    lock.acquire()
+    print("held", os.getpid(), flush=True)
+    signal.pause()
 
-def count(i):
-    barrier.wait()
-    left = repeats
-    while left:
-        text, version = read_versioned(path)
-        left -= replace_if(path, str(int(text or 0) + 1), version)
-    return "done"
+def hold_with_a_child(table):
+    lock = TableLock(table, "first")
+    lock.acquire()
+    child = os.fork()
+    if child == 0:
+        signal.pause()
+    lock.release()
+    print("released", child, os.getpid(), flush=True)
+    signal.pause()
 
-with context.Pool(n) as pool:
-    print(*sorted(pool.map({"contend": contend, "count": count}[task], range(n), 1)))
+def together(work, path, n, repeats):
+    barrier = context.Barrier(n)
+
+    def contend(i):
+        barrier.wait()
+        lock = TableLock(path, f"run {i}")
+        try:
+            lock.acquire()
+            return "held"
+        except TableError:
+            return "refused"
+        finally:
+            barrier.wait()  # all have tried before one ends
+
+    def count(i):
+        barrier.wait()
+        left = repeats
+        while left:
+            text, version = read_versioned(path)
+            left -= replace_if(path, str(int(text or 0) + 1), version)
+        return "done"
+
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    results = context.SimpleQueue()
+    run = {"contend": contend, "count": count}[work]
+    processes = [context.Process(target=lambda i: results.put(run(i)), args=(i,)) for i in range(n)]
+    for process in processes:
+        process.start()
+    print(*sorted(results.get() for _ in processes), flush=True)
+    for process in processes:
+        process.join()
+
+signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # the dead are gone at once
+for line in sys.stdin:
+    task, *arguments = eval(line)
+    if os.fork() == 0:
+        {"hold": hold, "hold with a child": hold_with_a_child, "together": together}[task](*arguments)
+        os._exit(0)
 """
 
 
-@contextmanager
-def run_python(code, *arguments):
-    process = subprocess.Popen(
-        [sys.executable, "-c", code, *map(str, arguments)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    )
+@pytest.fixture(scope="module")
+def start():
+    """Starts a task in a process of its own and returns the words that it says."""
+    command = [sys.executable, "-c", FORK]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as server:
+
+        def send(*task):
+            server.stdin.write(f"{task!r}\n")
+            server.stdin.flush()
+            line = server.stdout.readline().split()
+            assert line, "the process has failed, see above"
+            return line
+
+        yield send
+        server.stdin.close()
+
+
+def kill(*numbers):
+    """Kills processes, children first, and waits until they are gone."""
+    for number in numbers:
+        os.kill(number, signal.SIGKILL)
+        while is_alive(number):
+            time.sleep(0.01)
+
+
+def is_alive(number):
     try:
-        yield process
+        os.kill(number, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+@contextmanager
+def started(start, *task):
+    """What a task says that does not end by itself: a word, and the numbers of its processes."""
+    word, *numbers = start(*task)
+    numbers = list(map(int, numbers))
+    try:
+        yield word, *numbers
     finally:
-        process.kill()
-        process.communicate()
+        kill(*filter(is_alive, numbers))
 
 
-def read_line(process):
-    line = process.stdout.readline().strip()
-    assert line, "the process has failed, see above"
-    return line
-
-
-def test_a_held_table_is_refused_with_the_name_of_its_owner_and_free_once_that_is_killed(tmp_path):
+def test_a_held_table_is_refused_with_the_name_of_its_owner_and_free_once_that_is_killed(start, tmp_path):
     table = str(tmp_path / "table")
-    with run_python(HOLD, table) as owner:
-        assert read_line(owner) == "held"
+    with started(start, "hold", table) as (word, owner):
+        assert word == "held"
         with pytest.raises(TableError) as refusal:
             TableLock(table, "second").acquire()
-        owner.send_signal(signal.SIGKILL)
-        owner.wait()
-        start = time.monotonic()
+        kill(owner)
         with TableLock(table, "second"), pytest.raises(TableError, match="run second on"):
             TableLock(table, "third").acquire()
-        assert time.monotonic() - start < 1
     message = str(refusal.value)
     assert message.startswith(f"--output={table} is in use: run first on ")
-    assert re.search(rf", process {owner.pid}, has it since \d{{4}}-\d\d-\d\d \d\d:\d\d:\d\d UTC; ", message)
+    assert re.search(rf", process {owner}, has it since \d{{4}}-\d\d-\d\d \d\d:\d\d:\d\d UTC; ", message)
     assert message.endswith("wait for it, or stop it")
 
 
@@ -118,21 +149,15 @@ def test_two_runs_of_one_process_exclude_each_other(tmp_path):
         pass
 
 
-def test_a_forked_child_does_not_keep_what_its_parent_has_released(tmp_path):
-    with run_python(HOLD_WITH_A_CHILD, tmp_path) as owner:
-        word, child = read_line(owner).split()
-        try:
-            assert word == "released"
-            os.kill(int(child), 0)
-            with TableLock(str(tmp_path), "second"):
-                pass
-        finally:
-            os.kill(int(child), signal.SIGKILL)
+def test_a_forked_child_does_not_keep_what_its_parent_has_released(start, tmp_path):
+    with started(start, "hold with a child", str(tmp_path)) as (word, child, _):
+        assert word == "released" and is_alive(child)
+        with TableLock(str(tmp_path), "second"):
+            pass
 
 
-def test_of_many_that_start_together_one_gets_the_table(tmp_path):
-    with run_python(TOGETHER, "contend", tmp_path / "table", 5, 0) as process:
-        assert read_line(process).split() == ["held"] + ["refused"] * 4
+def test_of_many_that_start_together_one_gets_the_table(start, tmp_path):
+    assert start("together", "contend", str(tmp_path / "table"), 5, 0) == ["held"] + ["refused"] * 4
 
 
 def test_releasing_may_be_repeated_from_any_thread_and_leaves_an_empty_file(tmp_path):
@@ -229,10 +254,9 @@ def test_a_damaged_pointer_is_not_an_absent_one_and_can_be_replaced(tmp_path):
     assert read_versioned(str(path))[0] == "b"
 
 
-def test_replacing_loses_nothing_between_processes(tmp_path):
+def test_replacing_loses_nothing_between_processes(start, tmp_path):
     path = tmp_path / "CURRENT"
-    with run_python(TOGETHER, "count", path, 4, 30) as process:
-        assert read_line(process).split() == ["done"] * 4
+    assert start("together", "count", str(path), 4, 30) == ["done"] * 4
     assert path.read_text() == str(4 * 30)
 
 

@@ -29,14 +29,6 @@ def build(tmp_path, lines, **settings):
     return pipeline.build_table(EmbedConfig.from_flat(values))
 
 
-@pytest.mark.parametrize("output_format", ["tfrecord", "parquet"])
-def test_kept_booleans_may_be_missing(tmp_path, output_format):
-    build(tmp_path, [{"text": "a", "ok": True}, {"text": "b"}, {"text": "c", "ok": False}], keep_fields="ok",
-          output_format=output_format)  # fmt: skip
-    rows = {row["id"]: row["ok"] for row in pipeline.iter_table(str(tmp_path / "table"))}
-    assert [rows[key] for key in sorted(rows)] == [True, None, False]
-
-
 def test_a_stream_without_a_file_number_is_finished_all_the_same():
     class Upload(io.BytesIO):  # as Beam's writers of object stores
         def fileno(self):

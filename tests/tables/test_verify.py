@@ -3,6 +3,7 @@
 import hashlib
 import json
 import shutil
+from dataclasses import replace
 from io import BytesIO
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from pipeline.tables.verify import KINDS, Finding, verify_table
 from tests.support.corpora import some_texts, write_jsonl
 from tests.support.processes import assert_one_line
 from tests.support.runs import embed_records, make_config, run_pipeline
+from tests.support.steps import LAYOUT, SteppedTable, make_document
 from tests.support.tables import read_dead_letters
 
 N = 150
@@ -306,14 +308,26 @@ def test_chunks_that_are_missing_are_found(tmp_path):
     assert "missing_chunk" in kinds(verify(tmp_path))
 
 
+@pytest.mark.parametrize("output_format", ["tfrecord", "parquet"])
+@pytest.mark.parametrize("kind", ["float32", "float16", "int8", "binary", "tokens", "int8 tokens", "chunks"])
+def test_rows_of_every_kind_are_true(tmp_path, kind, output_format):
+    dtype = kind.split()[0] if kind.split()[0] in ("float16", "int8", "binary") else "float32"
+    layout = replace(LAYOUT, dtype=dtype, tokens="tokens" in kind, chunked=kind == "chunks")
+    table = SteppedTable(str(tmp_path / "table"), layout=layout, output_format=output_format)
+    for n in (4, 6):
+        table.run(make_document(f"d{i}", "word " * (i + 1)) for i in range(n))
+    assert verify(tmp_path) == []
+
+
+@pytest.mark.numeric
 @pytest.mark.parametrize(
     "settings",
     [
         {"dtype": "float16", "normalize": True, "compression": "gzip"},
-        {"dtype": "binary"},
-        {"vector": "sequence_output:tokens", "dtype": "float16"},
         {"on_long": "average", "max_tokens": 8, "text_prefix": "query: "},
-        {"keep_fields": "year:float,id:string"},
+        pytest.param({"dtype": "binary"}, marks=pytest.mark.exhaustive),
+        pytest.param({"vector": "sequence_output:tokens", "dtype": "float16"}, marks=pytest.mark.exhaustive),
+        pytest.param({"keep_fields": "year:float,id:string"}, marks=pytest.mark.exhaustive),
     ],
     ids=str,
 )
