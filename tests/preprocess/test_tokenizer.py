@@ -20,7 +20,7 @@ from pipeline.errors import EncoderError
 from pipeline.plan import plan_embedding
 from pipeline.preprocess.chunking import PreprocessorRule, WordpieceRule, WordpieceSplitter
 from pipeline.preprocess.packing import pack_chunks
-from pipeline.preprocess.wordpiece import Tokenizer, Vocabulary
+from pipeline.preprocess.wordpiece import Tokenizer, Vocabulary, agrees_with_preprocessor
 from pipeline.records import Chunk, Document
 from tests.support.official import (
     INPUTS,
@@ -224,6 +224,20 @@ def planned_vocabulary(encoder: str, preprocessor: str = "") -> Vocabulary:
 @pytest.mark.parametrize("preprocessor", [PREPROCESSOR, ""], ids=["preprocessor", "encoder"])
 def test_the_vocabulary_and_the_case_rule_are_those_of_the_official_models(preprocessor):
     assert planned_vocabulary(ENCODER, preprocessor) == Vocabulary(tuple(vocabulary()), lower_case=True)
+
+
+@pytest.mark.parametrize("agrees", [True, False])
+def test_a_preprocessor_is_loaded_once_for_the_comparison_of_tokens(agrees, tmp_path, monkeypatch):
+    monkeypatch.setenv("EMBEAM_CACHE_DIR", str(tmp_path / "cache"))
+    load, loaded = tf.saved_model.load, []
+    monkeypatch.setattr(tf.saved_model, "load", lambda folder: loaded.append(folder) or load(folder))
+    compared = Vocabulary(tuple(vocabulary()), lower_case=agrees)
+    for _ in range(2):
+        assert agrees_with_preprocessor(compared, PREPROCESSOR) is agrees
+    assert loaded == [PREPROCESSOR]
+    monkeypatch.setattr(tensorflow_text, "__version__", "another")
+    assert agrees_with_preprocessor(compared, PREPROCESSOR) is agrees
+    assert loaded == [PREPROCESSOR] * 2
 
 
 def save_bert_preprocessor(folder: str, vocab_file: str, lower_case: bool) -> str:
