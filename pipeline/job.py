@@ -22,7 +22,6 @@ from pipeline.embed import Job, build_pipeline
 from pipeline.engine import is_local, make_runner, prepare_options
 from pipeline.errors import ConfigError, RunError, first_line
 from pipeline.failures import explain_failure, on_stop, watch_threads
-from pipeline.forecast import forecast_run
 from pipeline.logs import report_news
 from pipeline.progress import Progress
 from pipeline.report.progress import ProgressReporter
@@ -213,7 +212,6 @@ def prepare_job(settled: Settled, name: str, started: float, distributed: bool =
         takeover = prepare_joins(store, live, plan, form, config)
     else:
         takeover = prepare_takeover(store, live, plan, form, scratch, config.reindex.verify_live)
-    predicted = forecast_run(settled, takeover.rule, form, live)
     settings = config.flat() | {
         flag: absolute_path(path)  # a later query may run in another folder
         for flag in ("encoder", "preprocessor")
@@ -231,7 +229,6 @@ def prepare_job(settled: Settled, name: str, started: float, distributed: bool =
         "identity": plan.identity,
         "settings": settings,
         "parity": plan.encoder.parity._asdict() if plan.encoder.parity else {},
-        "predicted": predicted,
     }
     dead = config.write.max_dead_fraction
     previous = live.snapshot if live else ""

@@ -21,8 +21,6 @@ def format_summary(manifest: Manifest, table: str) -> str:
     batch, encode = manifest.counts.get("batch", {}), manifest.counts.get("encode", {})
     write = manifest.counts.get("write_embeddings", {})
     rate = manifest.rows / manifest.seconds if manifest.seconds else 0
-    from pipeline.forecast import format_forecast
-
     lines = [
         f"{table} is published: {manifest.rows:,} rows of {manifest.layout.dimension} x {manifest.layout.dtype}",
         f"  documents    {int(read.get('records', 0)):,} read in {format_seconds(manifest.seconds)}"
@@ -53,8 +51,6 @@ def format_summary(manifest: Manifest, table: str) -> str:
     }
     lines.append("  seconds      " + ", ".join(f"{value:.1f} {name}" for name, value in seconds.items()))
     lines.append(f"  encoder      {describe_graph(manifest)}")
-    if line := format_forecast(manifest.predicted, manifest):
-        lines.append(f"  {line}")
     return "\n".join(lines)
 
 

@@ -16,7 +16,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 from apache_beam.io.filesystems import FileSystems
@@ -66,7 +66,6 @@ class Manifest:
       counts: documents, tokens and so on, by stage.
       dead_letters: count by reason.
       previous: the snapshot that was live before, or "".
-      predicted: what the run expected to do, as `counts` tells what it did.
       seconds: wall-clock time of the run, from its start to its publication.
       parity: how near the fast graph came to the published one on this machine before the run (`precision`, `max_abs`,
         `min_cosine` over a few rows); empty where the published graph ran.
@@ -88,7 +87,6 @@ class Manifest:
     counts: dict[str, dict[str, float]]
     dead_letters: dict[str, int]
     previous: str = ""
-    predicted: dict[str, float] = field(default_factory=dict)
     seconds: float = 0.0
     parity: dict[str, Any] = field(default_factory=dict)
     format_version: int = field(default=FORMAT_VERSION)
@@ -112,7 +110,8 @@ class Manifest:
         values["layout"] = TableLayout.from_json(values["layout"])
         for name in ("files", "index_files", "dead_letter_files"):
             values[name] = tuple(TableFile(**entry) for entry in values[name])
-        return cls(**values)
+        known = {attribute.name for attribute in fields(cls)}
+        return cls(**{name: values[name] for name in known & set(values)})  # another embeam may write more
 
 
 def open_table(table: str) -> tuple[Manifest, str]:
