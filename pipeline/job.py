@@ -29,7 +29,6 @@ from pipeline.runtime import load_tensorflow
 from pipeline.saved_model import absolute_path
 from pipeline.settle import Settled, check_model, prepare_joins, prepare_takeover, settle
 from pipeline.sinks.writing import DeadLetterFormat
-from pipeline.sources.planning import estimate_documents
 from pipeline.tables.attempts import abandon_attempt, sweep_dead_attempts
 from pipeline.tables.folder import FolderStore
 from pipeline.tables.journal import flush_journals, journal_folder
@@ -192,7 +191,7 @@ def prepare_job(settled: Settled, name: str, started: float, distributed: bool =
     Raises:
       EmbeamError: if the run could not succeed.
     """
-    config, store, found, kept, plan = settled
+    config, store, found, n_documents, kept, plan = settled
     live, version = store.read_live()
     if config.read.limit and live:
         raise ConfigError(
@@ -202,7 +201,7 @@ def prepare_job(settled: Settled, name: str, started: float, distributed: bool =
     check_model(live, plan, config)
     layout = plan.layout(kept)
     row_bytes = _OTHER_ROW_BYTES + int(plan.dimension * _STORED_BYTES[layout.dtype])
-    check_free_space(store.work, estimate_documents(found, config.read), row_bytes)
+    check_free_space(store.work, n_documents, row_bytes)
     form = store.choose_form(config, layout)
     attempts = attempts_folder(store.work, name)
     make_folder(attempts)
