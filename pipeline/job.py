@@ -22,6 +22,8 @@ from pipeline.embed import Job, build_pipeline
 from pipeline.engine import is_local, make_runner, prepare_options
 from pipeline.errors import ConfigError, RunError, first_line
 from pipeline.failures import explain_failure, on_stop, watch_threads
+from pipeline.files import is_local as is_local_path
+from pipeline.files import join
 from pipeline.logs import report_news
 from pipeline.progress import Progress
 from pipeline.report.progress import ProgressReporter
@@ -31,13 +33,13 @@ from pipeline.settle import Settled, check_model, prepare_joins, prepare_takeove
 from pipeline.sinks.writing import DeadLetterFormat
 from pipeline.tables.attempts import abandon_attempt, sweep_dead_attempts
 from pipeline.tables.folder import FolderStore
-from pipeline.tables.journal import flush_journals, journal_folder
+from pipeline.tables.journal import journal_folder
+from pipeline.tables.journaling import flush_journals
 from pipeline.tables.lock import EXPIRY_SECONDS, LEASE_SECONDS, Lease, TableLock
 from pipeline.tables.manifest import Manifest, attempts_folder
 from pipeline.tables.pointer import is_gcs
 from pipeline.tables.publish import Publication, check_free_space, name_snapshot
-from pipeline.tables.storage import is_local as is_local_path
-from pipeline.tables.storage import join, make_folder
+from pipeline.tables.storage import make_folder
 from pipeline.tables.store import CommitPlan
 
 _LOGGER = logging.getLogger(__name__)

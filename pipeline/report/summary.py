@@ -12,7 +12,7 @@ from pipeline.records import REASONS
 from pipeline.report.progress import format_seconds
 from pipeline.tables.manifest import Manifest, snapshot_folder
 from pipeline.tables.read import iter_table, open_live
-from pipeline.tables.store import open_store
+from pipeline.tables.store import find_table
 
 
 def format_summary(manifest: Manifest, table: str) -> str:
@@ -37,8 +37,8 @@ def format_summary(manifest: Manifest, table: str) -> str:
         used = batch.get("used_tokens", 0) / padded
         lines.append(f"  batches      {int(batch.get('batches', 0)):,}, {used:.1%} of their {unit} are not padding")
     lines += describe_changes(manifest)
-    store = open_store(table)
-    where = f", in {store.locate_dead_letters(manifest, 'dead_letters-*').replace(store.work, table, 1)}"
+    found = find_table(table)
+    where = f", in {found.locate_dead_letters(manifest, 'dead_letters-*').replace(found.work, table, 1)}"
     n_dead = sum(manifest.dead_letters.values())
     lines.append(f"  dead letters {n_dead:,}" + (where if n_dead else ""))
     for reason, n in _by_count(manifest):

@@ -18,12 +18,12 @@ from typing import Any, NamedTuple
 import apache_beam as beam
 import numpy as np
 import pyarrow as pa
-from apache_beam.io.filesystems import FileSystems
 
 from pipeline.bigquery import BigQueryName, LoadParameters, client, make_merge
 from pipeline.config import EmbedConfig
 from pipeline.errors import ConfigError, GateError, TableError, first_line
 from pipeline.failures import PUBLISHING
+from pipeline.files import exists, is_local, join, open_file
 from pipeline.sinks.index import Index
 from pipeline.sinks.layout import TableLayout
 from pipeline.sinks.parquet import decode_stored, read_stored
@@ -48,7 +48,7 @@ from pipeline.tables.database import (
 from pipeline.tables.journal import delete_journals
 from pipeline.tables.manifest import Manifest, attempts_folder
 from pipeline.tables.readers import VectorReader
-from pipeline.tables.storage import create_file, delete_folder, is_local, join, read_text
+from pipeline.tables.storage import create_file, delete_folder, read_text
 from pipeline.tables.store import CommitPlan, Live
 
 _TYPES = {"string": "STRING", "int": "INTEGER", "float": "FLOAT", "bool": "BOOLEAN", "timestamp": "TIMESTAMP"}
@@ -168,7 +168,7 @@ class BigqueryCommit:
         publication = self.plan.publication
         folder = attempts_folder(publication.table, publication.name)
         path = str(join(folder, "changes.json"))
-        if not FileSystems.exists(path):  # else a repeated attempt at the same commit
+        if not exists(path):  # else a repeated attempt at the same commit
             completion = complete_changes(self.plan, results)
             manifest, letters = describe_run(completion)
             removed = list(list_removed(completion))
@@ -329,7 +329,7 @@ class ReadPart(beam.DoFn):
             for name in json.loads(read_text(path)):
                 yield {**nothing, "id": name, "embedding": [], _MARKER: True}
             return
-        with FileSystems.open(path, compression_type="uncompressed") as stream:
+        with open_file(path) as stream:
             for batch in read_stored(stream, layout):
                 columns = decode_stored(batch, layout)
                 vectors = columns.pop("embedding")

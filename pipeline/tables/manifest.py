@@ -19,9 +19,8 @@ import re
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
-from apache_beam.io.filesystems import FileSystems
-
 from pipeline.errors import TableError
+from pipeline.files import exists, join
 from pipeline.sinks.layout import TableLayout
 from pipeline.tables.storage import read_text
 
@@ -135,8 +134,8 @@ def open_table(table: str) -> tuple[Manifest, str]:
 
 def read_pointer(table: str) -> str:
     """The name of the live snapshot, or "" where nothing was published yet."""
-    path = FileSystems.join(table, POINTER)
-    if not FileSystems.exists(path):
+    path = join(table, POINTER)
+    if not exists(path):
         return ""
     try:
         name = read_text(path).strip()
@@ -148,8 +147,8 @@ def read_pointer(table: str) -> str:
 
 
 def read_manifest(table: str, name: str) -> Manifest:
-    path = FileSystems.join(snapshot_folder(table, name), MANIFEST)
-    if not FileSystems.exists(path):
+    path = join(snapshot_folder(table, name), MANIFEST)
+    if not exists(path):
         raise TableError(f"{table} is damaged: its live snapshot {name} has no {MANIFEST}; {_CURE}")
     try:
         return Manifest.from_json(read_text(path))
@@ -160,8 +159,8 @@ def read_manifest(table: str, name: str) -> Manifest:
 
 
 def snapshot_folder(table: str, name: str) -> str:
-    return FileSystems.join(table, SNAPSHOTS, name)
+    return join(table, SNAPSHOTS, name)
 
 
 def attempts_folder(table: str, name: str) -> str:
-    return FileSystems.join(table, ATTEMPTS, name)
+    return join(table, ATTEMPTS, name)

@@ -5,17 +5,19 @@ from __future__ import annotations
 import importlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, Optional, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Optional, Protocol
 
 from pipeline.config import EmbedConfig
-from pipeline.sinks.index import Index
 from pipeline.sinks.layout import TableLayout
-from pipeline.sinks.writing import DeadLetterFormat, RowFormat
-from pipeline.tables.joining import JoinRule
 from pipeline.tables.manifest import Manifest
-from pipeline.tables.publish import Publication
-from pipeline.tables.readers import VectorReader
-from pipeline.tables.recall import RecallRule
+
+if TYPE_CHECKING:  # what only a run needs
+    from pipeline.sinks.index import Index
+    from pipeline.sinks.writing import DeadLetterFormat, RowFormat
+    from pipeline.tables.joining import JoinRule
+    from pipeline.tables.publish import Publication
+    from pipeline.tables.readers import VectorReader
+    from pipeline.tables.recall import RecallRule
 
 
 @dataclass(frozen=True)
@@ -66,8 +68,8 @@ class Live(NamedTuple):
     version: str
 
 
-class Store(Protocol):
-    """A place for a table.
+class Table(Protocol):
+    """A place of a table, for readers.
 
     Attributes:
       shown: the table's name as the user gave it.
@@ -77,18 +79,32 @@ class Store(Protocol):
     shown: str
     work: str
 
-    def check(self, config: EmbedConfig) -> None:
-        """Checks before a run that the output can be written to, and that the settings fit it.
-
-        Raises:
-          ConfigError, TableError: if not.
-        """
-
     def read_live(self) -> Live:
         """What is live.
 
         Raises:
           TableError: if it cannot be read.
+        """
+
+    def locate_dead_letters(self, live: Manifest, name: str) -> str:
+        """Path or glob of the files with the dead letters of the last run."""
+
+    def read_columns(self, live: Manifest) -> Iterator[dict[str, list]]:
+        """Streams the live rows about a thousand at a time: column name to values, `embedding` as stored bytes.
+
+        Raises:
+          TableError: if the table is damaged.
+        """
+
+
+class Store(Table, Protocol):
+    """A place for a table, for runs."""
+
+    def check(self, config: EmbedConfig) -> None:
+        """Checks before a run that the output can be written to, and that the settings fit it.
+
+        Raises:
+          ConfigError, TableError: if not.
         """
 
     def find_damaged(self, live: Manifest, by_checksum: bool) -> set[str]:
@@ -120,18 +136,8 @@ class Store(Protocol):
     def live_files(self, live: Manifest) -> dict[str, tuple[int, str]]:
         """Size and checksum of the live table's files, by path; none for a database."""
 
-    def locate_dead_letters(self, live: Manifest, name: str) -> str:
-        """Path or glob of the files with the dead letters of the last run."""
-
     def choose_form(self, config: EmbedConfig, layout: TableLayout) -> RowFormat:
         """How a run writes its rows to files."""
-
-    def read_columns(self, live: Manifest) -> Iterator[dict[str, list]]:
-        """Streams the live rows about a thousand at a time: column name to values, `embedding` as stored bytes.
-
-        Raises:
-          TableError: if the table is damaged.
-        """
 
     def committer(self, plan: CommitPlan) -> Any:
         """The picklable object whose `commit(results)` publishes."""
@@ -143,6 +149,7 @@ STORES = {
     "bq://": ("pipeline.tables.bigquery", "BigqueryStore"),
     "": ("pipeline.tables.folder", "FolderStore"),
 }
+TABLES = STORES | {"": ("pipeline.tables.folder_table", "FolderTable")}  # the same, for readers
 
 
 def open_store(output: str, work_dir: str = "") -> Store:
@@ -155,6 +162,16 @@ def open_store(output: str, work_dir: str = "") -> Store:
     Raises:
       ConfigError: if it names none.
     """
-    module, name = next(place for scheme, place in STORES.items() if output.startswith(scheme))
-    store: Store = getattr(importlib.import_module(module), name)(output, work_dir)
+    store: Store = _find_class(STORES, output)(output, work_dir)
     return store
+
+
+def find_table(name: str) -> Table:
+    """As `open_store`, for readers: of a folder on a local disk, it loads neither Beam nor TensorFlow."""
+    table: Table = _find_class(TABLES, name)(name)
+    return table
+
+
+def _find_class(places: dict[str, tuple[str, str]], output: str) -> Any:
+    module, name = next(place for scheme, place in places.items() if output.startswith(scheme))
+    return getattr(importlib.import_module(module), name)

@@ -26,9 +26,10 @@ import pytest
 from apache_beam.io.filesystems import FileSystems
 
 from pipeline.cli import main
+from pipeline.files import join
 from pipeline.tables.lock import LOCK
 from pipeline.tables.manifest import open_table
-from pipeline.tables.storage import create_file, join
+from pipeline.tables.storage import create_file
 from tests.support.dataflow import (
     CANCELLED,
     FAILED,

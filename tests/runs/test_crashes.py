@@ -27,7 +27,7 @@ import tensorflow as tf
 
 from pipeline.errors import RunError
 from pipeline.records import Row
-from pipeline.tables import journal
+from pipeline.tables import journal, journaling
 from pipeline.tables.manifest import open_table
 from tests.support.paths import ENCODER
 from tests.support.processes import start_cli
@@ -332,7 +332,7 @@ def stopped(tmp_path) -> tuple[Path, Path]:
     table = tmp_path / "table"
     encode(write_corpus(tmp_path / "c.jsonl", range(20), "old"), table)
     corpus = write_corpus(tmp_path / "c.jsonl", range(5, 50), "old")  # 15 stay, 30 are new
-    with mock.patch.object(journal, "FLUSH_BYTES", 1), pytest.raises(RunError, match="max_delete_fraction"):
+    with mock.patch.object(journaling, "FLUSH_BYTES", 1), pytest.raises(RunError, match="max_delete_fraction"):
         run_embed(corpus, table, id_field="id", max_delete_fraction=0.1)
     assert [count_rows(path) for path in list_segments(table)] == [1] * 30
     return corpus, table

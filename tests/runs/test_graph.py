@@ -17,11 +17,12 @@ import pipeline.embed
 from pipeline.embed import build_pipeline
 from pipeline.job import prepare_job
 from pipeline.preprocess.chunking import Preprocess
+from pipeline.report.summary import format_table
 from pipeline.settle import settle
 from tests.support.corpora import as_records, some_texts, write_jsonl
 from tests.support.crossings import find_crossings, find_producers
 from tests.support.paths import ROOT
-from tests.support.runs import make_config
+from tests.support.runs import embed_records, make_config
 
 
 def build_proto(folder: Path, **settings: Any) -> beam_runner_api_pb2.Pipeline:
@@ -155,12 +156,21 @@ def test_the_search_finds_what_must_not_be(kind, tmp_path, monkeypatch):
 # --- what is imported when -------------------------------------------------------------------------------------------
 
 
-def list_modules(code: str) -> set[str]:
-    """The modules that a fresh Python has loaded after some code."""
+HEAVY = {"tensorflow", "tensorflow_text", "tensorflow_hub", "apache_beam", "keras"}
+
+
+def run_fresh(code: str) -> tuple[str, set[str]]:
+    """What some code prints in a fresh Python, and the modules that are loaded then."""
     script = f"import sys\ntry:\n    {code}\nexcept SystemExit:\n    pass\nprint('\\nMODULES', *sys.modules)"
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=True)
-    return set(done.stdout.rpartition("MODULES")[2].split())
+    printed, _, modules = done.stdout.rpartition("MODULES")
+    return printed + done.stderr, set(modules.split())
+
+
+def run_command(*arguments: str) -> tuple[str, set[str]]:
+    """As `run_fresh`, for the command line."""
+    return run_fresh(f"from pipeline.cli import main; main({list(arguments)})")
 
 
 @pytest.mark.parametrize(
@@ -175,13 +185,49 @@ def list_modules(code: str) -> set[str]:
     ],
 )
 def test_help_and_import_load_neither_tensorflow_nor_beam(code):
-    modules = list_modules(code)
+    _, modules = run_fresh(code)
     assert "pipeline" in modules
-    heavy = {"tensorflow", "tensorflow_text", "tensorflow_hub", "tfx_bsl", "apache_beam", "pyarrow", "keras"}
-    assert not heavy & modules
+    assert not (HEAVY | {"tfx_bsl", "pyarrow"}) & modules
 
 
 def test_importing_the_graph_loads_beam_but_not_tensorflow():
-    modules = list_modules("import pipeline.job")
+    _, modules = run_fresh("import pipeline.job")
     assert "apache_beam" in modules
     assert not {"tensorflow", "tensorflow_text", "tfx_bsl"} & modules
+
+
+@pytest.fixture(scope="module", params=["tfrecord", "parquet"])
+def table(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> str:
+    folder = tmp_path_factory.mktemp(request.param)
+    records = [record | {"year": 1999} for record in as_records(some_texts(5))]
+    embed_records(folder, records, output_format=request.param, keep_fields="year", encoder_graph="auto")
+    return str(folder / "table")
+
+
+def test_a_local_table_is_shown_and_read_without_tensorflow_and_beam(table):
+    said, modules = run_command("show", table, "--rows=2")
+    assert said.strip() == format_table(table, 2) and not HEAVY & modules
+    said, modules = run_command("rollback", table, "--list")
+    assert "5 rows  live" in said and not HEAVY & modules
+    said, modules = run_fresh(f"import pipeline; print(pipeline.read_table({table!r})[1].shape)")
+    assert said.strip() == "(5, 64)" and not HEAVY & modules
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["embed", "--inptu=a.txt"], "unknown flag --inptu; did you mean --input?"),
+        (["embed", "a.txt"], "unexpected argument 'a.txt'"),
+        (["embed", "--input=a.txt", "--output=t", "--dtype=float3"], "--dtype=float3"),
+        (["plan", "--inptu=a.txt"], "unknown flag --inptu; did you mean --input?"),
+        (["show", "t", "--rosw=3"], "unknown flag --rosw; did you mean --rows?"),
+        (["rollback", "t", "--lsit"], "unknown flag --lsit; did you mean --list?"),
+        (["show", "there/is/no/table"], "there/is/no/table is no table"),
+    ],
+)
+def test_a_wrong_flag_is_refused_without_tensorflow_and_beam(arguments, message, tmp_path, monkeypatch):
+    monkeypatch.setenv("EMBEAM_CACHE_DIR", str(tmp_path / "cache"))
+    first, _ = run_command(*arguments)  # which asks Beam for its flags, once on a machine
+    said, modules = run_command(*arguments)
+    assert message in said and said == first
+    assert not HEAVY & modules

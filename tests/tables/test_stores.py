@@ -21,9 +21,9 @@ import pipeline.job
 import pipeline.tables.bigquery
 from pipeline.bigquery import client
 from pipeline.errors import ConfigError, EmbeamError, RunError, TableError
+from pipeline.files import join
 from pipeline.tables.lock import LOCK, TableLock
 from pipeline.tables.manifest import Manifest
-from pipeline.tables.storage import join
 from pipeline.tables.store import open_store
 from tests.support import tables
 from tests.support.bigquery import BigQueryEmulator, start_bigquery
