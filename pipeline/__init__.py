@@ -38,9 +38,9 @@ _HOMES = {
     "ReadConfig": "config",
     "VectorConfig": "config",
     "WriteConfig": "config",
-    "DeadLetter": "records",
-    "Document": "records",
-    "Row": "records",
+    "DeadLetter": "coders",  # with what Beam has to know of records
+    "Document": "coders",
+    "Row": "coders",
     "EmbeamError": "errors",
     "EmbedDocuments": "embed",
     "build_table": "job",

@@ -8,8 +8,11 @@ import json
 import os
 import tempfile
 from collections.abc import Callable
+from typing import Any, TypeVar
 
 from pipeline.errors import EncoderError
+
+Found = TypeVar("Found")
 
 CHECKSUMS = "checksums.json"  # beside the files it lists: relative path to sha256
 
@@ -44,14 +47,23 @@ def cached_folder(name: str, make: Callable[[str], None]) -> str:
         ) from error
 
 
-def remembered(name: str, find_out: Callable[[], list]) -> list:
-    """Returns what was found out once, as JSON values, about something whose name tells all that it depends on."""
+def remembered(name: str, find_out: Callable[[], Found], is_valid: Callable[[Any], bool]) -> Found:
+    """Returns what was found out once, a JSON value, and finds it out again if the file that holds it is damaged.
+
+    Args:
+      name: tells all that the value depends on.
+      find_out: is called if no valid value is remembered.
+      is_valid: whether a JSON value is one that `find_out` may return.
+    """
     path = os.path.join(cache_dir(), "remembered", name)
     try:
         with open(path, encoding="utf-8") as file:
-            return list(json.load(file))
-    except (OSError, ValueError, TypeError):
-        found = find_out()
+            known = json.load(file)
+        if is_valid(known):
+            return known
+    except (OSError, ValueError):
+        pass
+    found = find_out()
     try:
         os.makedirs(os.path.dirname(path), exist_ok=True)
         partial = f"{path}.{os.getpid()}"

@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import apache_beam as beam
 
+import pipeline.coders  # noqa: F401  tells Beam how records travel
 from pipeline.config import EmbedConfig, KeptField
 from pipeline.encoders.handler import Encode
 from pipeline.handover import OnOwnWorkers
@@ -19,7 +20,7 @@ from pipeline.sources.planning import InputPlan
 from pipeline.sources.read import ReadDocuments
 from pipeline.tables.commit import Commit
 from pipeline.tables.joining import JoinByContent, JoinById, JoinRule
-from pipeline.tables.journal import Journal
+from pipeline.tables.journaling import Journal
 from pipeline.tables.lock import Lease
 from pipeline.tables.recall import Recall
 from pipeline.tables.store import CommitPlan, Committer

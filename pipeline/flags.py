@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import re
 import sys
 import tomllib
 from collections.abc import Iterable, Sequence
 from dataclasses import fields
+from importlib.metadata import version
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from pipeline.cache import remembered
 from pipeline.config import STAGE_CONFIGS
 from pipeline.errors import ConfigError
 
@@ -19,6 +22,7 @@ if TYPE_CHECKING:
     Verbs = argparse._SubParsersAction["Parser"]
 
 _PREFIX = "flag_"  # marks our flags in argparse's result, apart from verbs and Beam's
+_FLAG = re.compile(r"(--\w[\w-]*)(=|$)")  # what argparse takes for a flag wherever it stands
 
 
 class Parser(argparse.ArgumentParser):
@@ -88,20 +92,35 @@ def check_beam_flags(rest: Sequence[str], own: Sequence[str]) -> list[str]:
     Raises:
       ConfigError: for a flag that nobody knows, naming the nearest one that there is, or for a stray argument.
     """
+    if not rest:
+        return []
+    # Beam takes a second to import, and most wrong flags can be told by the names of its flags alone.
+    names = remembered(f"flags-of-beam-{version('apache-beam')}", lambda: _beam_parser().flags(), _are_names)
+    unknown = list(rest[:1])  # which is no flag's value
+    if rest[0].startswith("-"):
+        unknown = [argument for argument in rest if (flag := _FLAG.match(argument)) and flag[1] not in names]
+        unknown = unknown or _beam_parser().parse_known_args(list(rest))[1]
+    refuse(
+        unknown,
+        [*own, *names],
+        advice="; an option of the runner itself goes into --runner_option=NAME=VALUE",
+        stray="every setting is a flag, and a glob needs quotes: --input={}",
+    )
+    return list(rest)
+
+
+def _beam_parser() -> Parser:
     from apache_beam.options.pipeline_options import PipelineOptions
 
     parser = Parser(prog="embeam", add_help=False, conflict_handler="resolve")  # classes of options share flags
     for options in _subclasses(PipelineOptions):
         if "_add_argparse_args" in vars(options):
             options._add_argparse_args(parser)  # type: ignore[arg-type]  # Beam's own parser can do more than is asked
-    unknown = parser.parse_known_args(list(rest))[1]
-    refuse(
-        unknown,
-        [*own, *parser.flags()],
-        advice="; an option of the runner itself goes into --runner_option=NAME=VALUE",
-        stray="every setting is a flag, and a glob needs quotes: --input={}",
-    )
-    return list(rest)
+    return parser
+
+
+def _are_names(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(name, str) for name in value)
 
 
 def refuse(rest: Sequence[str], flags: Iterable[str], advice: str = "", stray: str = "leave it out") -> None:

@@ -1,7 +1,7 @@
 """What a run would do, without doing it: documents looked up in the index of known vectors, a sample of them tokenised.
 
-`forecast_table` reads the whole input, `forecast_run` a few thousand records of it. Neither encodes anything nor writes
-to the output; a running job is not disturbed, nor does it disturb.
+The whole input is read. Nothing is encoded, nothing is written to the output; a running job is not disturbed, nor does
+it disturb.
 """
 
 from __future__ import annotations
@@ -13,28 +13,23 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from io import BytesIO
-from typing import TYPE_CHECKING, Any, NamedTuple, Optional
+from typing import TYPE_CHECKING, NamedTuple, Optional
 
 import numpy as np
 
-from pipeline.config import EmbedConfig, ReadConfig
+from pipeline.config import EmbedConfig
 from pipeline.embed import SAFE_DOCUMENTS
 from pipeline.encoders.architecture import FAMILIES, Architecture
 from pipeline.errors import EmbeamError
 from pipeline.plan import EmbedPlan
 from pipeline.preprocess.batching import Batcher
-from pipeline.preprocess.chunking import PreprocessorRule, is_encodable
-from pipeline.records import Chunk, DeadLetter, Document, Row, digest_id
-from pipeline.report.progress import format_seconds
+from pipeline.preprocess.chunking import is_encodable
+from pipeline.records import Chunk, DeadLetter, Document, Row
 from pipeline.runtime import has_gpu, load_tensorflow
 from pipeline.sinks.index import ENTRY
 from pipeline.sinks.writing import RowFormat
-from pipeline.sources import SOURCES
-from pipeline.sources.planning import InputPlan, count_sample
-from pipeline.sources.read import read_range
-from pipeline.sources.source import FileRange
 from pipeline.tables.commit import check_counts
 from pipeline.tables.fates import CARRIED, check_deletes, decide_fates
 from pipeline.tables.folder import FolderStore
@@ -52,8 +47,6 @@ if TYPE_CHECKING:
     from pipeline.settle import Settled
 
 SAMPLE_TEXTS, SAMPLE_CHARACTERS = 2000, 16_000_000  # that are tokenised
-SAMPLE_RECORDS, SAMPLE_BYTES, SAMPLE_PLACES = 2000, 4 << 20, 16  # that a cheap forecast reads
-SAMPLE_COMPRESSED = 2  # files whose records are counted
 SAMPLE_ROWS, SAMPLE_ROW_BYTES = 256, 8 << 20  # that are written to memory, to see how large they get
 LEAST_TOKENS = 10_000  # padded ones of an earlier run whose rate is trusted
 SPEED_KEYS = ("encoder", "vector", "graph", "precision")  # of an identity
@@ -245,7 +238,7 @@ class Measured(NamedTuple):
       counts: their chunks, rows, content tokens, tokens that are cut, and tokens in batches (bytes for text encoders).
       lengths: chunks by the padded length of their bucket.
       made: content hash to the number of rows, or to why there is a dead letter instead.
-      row_bytes: of one row and its index entry; 0 if that was not measured.
+      row_bytes: of one row and its index entry; 0 if there is none.
     """
 
     documents: int
@@ -259,9 +252,7 @@ class Measured(NamedTuple):
         return [made for made in self.made.values() if isinstance(made, DeadLetter)]
 
 
-def measure_texts(
-    plan: EmbedPlan, form: RowFormat, documents: Sequence[Document], measures_rows: bool = True
-) -> Measured:
+def measure_texts(plan: EmbedPlan, form: RowFormat, documents: Sequence[Document]) -> Measured:
     """Tokenises texts, but encodes none."""
     rule, splitter = plan.vectors, plan.split.load()
     counts: Counter[str] = Counter()
@@ -284,7 +275,7 @@ def measure_texts(
             made[chunk.content_hash] = chunk.n_chunks if rule.chunked else 1
             if len(some) < SAMPLE_ROWS:
                 some.append(chunk)
-    row_bytes = measure_row(plan, form, some) if some and measures_rows else 0.0
+    row_bytes = measure_row(plan, form, some) if some else 0.0
     return Measured(len(documents), counts, lengths, made, row_bytes)
 
 
@@ -331,7 +322,7 @@ class Scaled(NamedTuple):
     source: str
 
 
-def scale_up(store: Store, plan: EmbedPlan, measured: Measured, n_texts: float) -> Scaled:
+def scale_up(store: Store, plan: EmbedPlan, measured: Measured, n_texts: int) -> Scaled:
     """From a sample to all texts."""
     if not measured.counts["chunks"] or not n_texts:
         return Scaled({}, 0, 0.0, "idle", "")
@@ -348,13 +339,13 @@ def scale_up(store: Store, plan: EmbedPlan, measured: Measured, n_texts: float) 
     return Scaled(counts, padded, padded / rate if rate else None, "rough" if rate else "unknown", source)
 
 
-def count_batches(plan: EmbedPlan, measured: Measured, n_texts: float) -> Counter[int]:
+def count_batches(plan: EmbedPlan, measured: Measured, n_texts: int) -> Counter[int]:
     """Rows of all batches, padding rows included, by length."""
     # As in the graph: what waits for its bucket to fill leaves with the bundle, or after so many documents.
     most = SAFE_DOCUMENTS if plan.vectors.average or plan.vectors.chunked else n_texts
     total: Counter[int] = Counter()
     n_full, rest = divmod(n_texts, most)
-    for n, times in ((most, int(n_full)), (rest, 1)):
+    for n, times in ((most, n_full), (rest, 1)):
         batcher = Batcher(plan.buckets)
         for length, n_chunks in measured.lengths.items():
             expected = round(n_chunks * n / measured.documents)
@@ -375,9 +366,7 @@ def find_rate(store: Store, plan: EmbedPlan) -> tuple[float, str, bool]:
     """
     best, rate, source = 0.0, 0.0, ""
     for manifest in read_manifests(store):
-        same = all(
-            manifest.identity.get(key) == plan.identity[key] for key in ("encoder", "vector", "graph", "precision")
-        )
+        same = all(manifest.identity.get(key) == plan.identity[key] for key in SPEED_KEYS)
         padded = manifest.counts.get("batch", {}).get("padded_tokens", 0.0)
         seconds = manifest.counts.get("encode", {}).get("encode_seconds", 0.0)
         if same and seconds > 0 and padded > best:
@@ -530,123 +519,6 @@ def find_stops(
             yield str(error)
 
 
-def forecast_run(settled: Settled, rule: Any, form: RowFormat, live: Manifest | None) -> dict[str, float]:
-    """A cheap forecast from a few thousand records, for the manifest of the run that is about to begin.
-
-    Args:
-      settled: the run.
-      rule: of the run, whose index of known vectors is there already; of another back end than the local one nothing
-        is forecast.
-      form: how rows are written.
-      live: the live table's manifest.
-
-    Returns:
-      `documents`, `to_encode`, `bytes`, and `tokens` and `seconds` (in the encoder, on one worker) if they can be told
-      without loading a model.
-    """
-    if not isinstance(rule, RecallRule):
-        return {}
-    plan = settled.plan
-    sampled = sample_input(settled.found, settled.config.read, settled.kept)
-    known = KnownVectors(rule.folder)
-    recaller = Recaller(known, rule)
-    to_encode = []
-    for block in _blocks(iter(sampled.documents)):
-        verdicts = recaller.judge(block)
-        to_encode += [block[i] for i in sorted(verdicts.to_encode)]
-    n_sampled = len(sampled.documents)
-    n_texts = sampled.n_documents * len(to_encode) / n_sampled if n_sampled else 0.0
-    predicted = {"documents": float(round(sampled.n_documents)), "to_encode": float(round(n_texts))}
-    each = known.n_live / known.count_live_ids() if known.n_live else 1.0
-    row_bytes = live_row_bytes(live, form)
-    if not isinstance(plan.split, PreprocessorRule):  # that would load a model, which takes as long as a small run
-        measured = measure_texts(plan, form, to_encode, measures_rows=not row_bytes)
-        each = measured.counts["rows"] / measured.documents if measured.documents else each
-        row_bytes = row_bytes or measured.row_bytes
-        scaled = scale_up(settled.store, plan, measured, n_texts)
-        if plan.vectors.counts_tokens:
-            predicted["tokens"] = float(round(scaled.counts.get("tokens", 0)))
-        if scaled.seconds is not None:
-            predicted["seconds"] = round(scaled.seconds, 3)
-    predicted["bytes"] = float(round(sampled.n_documents * each * (row_bytes or live_row_bytes(live))))
-    return predicted
-
-
-class SampledInput(NamedTuple):
-    """Some documents of an input, and about how many it has."""
-
-    documents: list[Document]
-    n_documents: float
-
-
-def sample_input(found: InputPlan, config: ReadConfig, kept: Sequence[Any]) -> SampledInput:
-    """Reads all of a small input, else the records at a few places that lie evenly over its bytes."""
-    if found.total_bytes <= SAMPLE_BYTES:
-        ranges = [file_range for split in found.splits for file_range in split]
-        read, is_whole = _read_some(ranges, config, kept, SAMPLE_RECORDS)
-        if is_whole:
-            return SampledInput(read.documents, len(read.documents))
-    documents: list[Document] = []
-    densities, compressed = [], []
-    for place in choose_places(found, config):
-        read, is_whole = _read_some([place], config, kept, SAMPLE_RECORDS // SAMPLE_PLACES)
-        documents += read.documents
-        if place.file.compression:  # only megabytes tell how many stored bytes a record has
-            if len(compressed) < SAMPLE_COMPRESSED:
-                n_records, n_bytes = count_sample(place, config)
-                compressed.append(n_records / n_bytes)
-            densities.append(compressed[-1])
-        else:
-            densities.append(len(read.documents) / (place.n_bytes if is_whole else max(read.n_bytes, 1)))
-    n = sum(densities) / len(densities) * found.total_bytes
-    unique = {digest_id(document.id): document for document in reversed(documents)}
-    n = min(n, config.limit) if config.limit else n
-    return SampledInput(list(reversed(unique.values())), n)
-
-
-def choose_places(found: InputPlan, config: ReadConfig) -> list[FileRange]:
-    """Pieces of files at even distances; a file that cannot be entered in its middle is read from its start."""
-    places: dict[tuple[int, int], FileRange] = {}
-    size = SAMPLE_BYTES // SAMPLE_PLACES
-    ends = np.cumsum([file.size for file in found.files])
-    for i in range(SAMPLE_PLACES):
-        at = int(found.total_bytes * i / SAMPLE_PLACES)
-        file = found.files[int(np.searchsorted(ends, at, "right"))]
-        start = at - int(ends[file.index] - file.size)
-        halves = replace(config, split_bytes=max(1, file.size // 2))
-        source = SOURCES[file.format]
-        enters = source.has_byte_positions and not file.compression and len(source.split_file(file, halves)) > 1
-        place = FileRange(file, start, min(start + size, file.size), min(size, file.size - start))
-        place = place if enters else FileRange.whole(file)
-        places[file.index, place.start] = place
-    return list(places.values())
-
-
-class _Read(NamedTuple):
-    documents: list[Document]
-    n_bytes: int
-
-
-def _read_some(ranges: Sequence[FileRange], config: ReadConfig, kept: Sequence[Any], most: int) -> tuple[_Read, bool]:
-    """Reads documents until there are enough; says whether that is all of the ranges."""
-    documents: dict[bytes, Document] = {}
-    n_records = n_bytes = n_characters = 0
-    limit = config.limit or -1
-    for file_range in ranges:
-        n_before = n_bytes
-        for item in read_range(file_range, config, kept):
-            if n_records >= most or n_characters >= SAMPLE_BYTES:
-                return _Read(list(documents.values()), n_bytes), False
-            n_records += 1
-            n_bytes = n_before + item.n_read
-            if isinstance(item.outcome, Document):
-                n_characters += _size(item.outcome)
-                documents.setdefault(digest_id(item.outcome.id), item.outcome)
-                if len(documents) == limit:
-                    return _Read(list(documents.values()), n_bytes), True
-    return _Read(list(documents.values()), n_bytes), True
-
-
 def _blocks(documents: Iterator[Document]) -> Iterator[list[Document]]:
     """Documents in lists of the sizes in which a run looks them up."""
     block: list[Document] = []
@@ -663,24 +535,3 @@ def _blocks(documents: Iterator[Document]) -> Iterator[list[Document]]:
 
 def _size(document: Document) -> int:
     return len(document.text) + len(document.pair or "")
-
-
-def format_forecast(predicted: dict[str, float], manifest: Manifest) -> str:
-    """One line: what was predicted of a run, and what it did; "" if nothing was predicted."""
-    if not predicted:
-        return ""
-    counts = manifest.counts
-    actual = {
-        "to_encode": counts.get("recall", {}).get("encoded", 0.0),
-        "tokens": counts.get("preprocess", {}).get("tokens", 0.0),
-        "seconds": counts.get("encode", {}).get("encode_seconds", 0.0),
-    }
-    expected = [f"{predicted['to_encode']:,.0f} documents to encode"]
-    found = [f"{actual['to_encode']:,.0f}"]
-    if "tokens" in predicted:
-        expected.append(f"{predicted['tokens']:,.0f} tokens")
-        found.append(f"{actual['tokens']:,.0f}")
-    if "seconds" in predicted:
-        expected.append(f"{format_seconds(predicted['seconds'])} of encoding")
-        found.append(format_seconds(actual["seconds"]))
-    return f"predicted    {', '.join(expected)}; actual {', '.join(found)}"

@@ -22,7 +22,8 @@ from pipeline.embed import Job, build_pipeline
 from pipeline.engine import is_local, make_runner, prepare_options
 from pipeline.errors import ConfigError, RunError, first_line
 from pipeline.failures import explain_failure, on_stop, watch_threads
-from pipeline.forecast import forecast_run
+from pipeline.files import is_local as is_local_path
+from pipeline.files import join
 from pipeline.logs import report_news
 from pipeline.progress import Progress
 from pipeline.report.progress import ProgressReporter
@@ -30,16 +31,15 @@ from pipeline.runtime import load_tensorflow
 from pipeline.saved_model import absolute_path
 from pipeline.settle import Settled, check_model, prepare_joins, prepare_takeover, settle
 from pipeline.sinks.writing import DeadLetterFormat
-from pipeline.sources.planning import estimate_documents
 from pipeline.tables.attempts import abandon_attempt, sweep_dead_attempts
 from pipeline.tables.folder import FolderStore
-from pipeline.tables.journal import flush_journals, journal_folder
+from pipeline.tables.journal import journal_folder
+from pipeline.tables.journaling import flush_journals
 from pipeline.tables.lock import EXPIRY_SECONDS, LEASE_SECONDS, Lease, TableLock
 from pipeline.tables.manifest import Manifest, attempts_folder
 from pipeline.tables.pointer import is_gcs
 from pipeline.tables.publish import Publication, check_free_space, name_snapshot
-from pipeline.tables.storage import is_local as is_local_path
-from pipeline.tables.storage import join, make_folder
+from pipeline.tables.storage import make_folder
 from pipeline.tables.store import CommitPlan
 
 _LOGGER = logging.getLogger(__name__)
@@ -193,7 +193,7 @@ def prepare_job(settled: Settled, name: str, started: float, distributed: bool =
     Raises:
       EmbeamError: if the run could not succeed.
     """
-    config, store, found, kept, plan = settled
+    config, store, found, n_documents, kept, plan = settled
     live, version = store.read_live()
     if config.read.limit and live:
         raise ConfigError(
@@ -203,7 +203,7 @@ def prepare_job(settled: Settled, name: str, started: float, distributed: bool =
     check_model(live, plan, config)
     layout = plan.layout(kept)
     row_bytes = _OTHER_ROW_BYTES + int(plan.dimension * _STORED_BYTES[layout.dtype])
-    check_free_space(store.work, estimate_documents(found, config.read), row_bytes)
+    check_free_space(store.work, n_documents, row_bytes)
     form = store.choose_form(config, layout)
     attempts = attempts_folder(store.work, name)
     make_folder(attempts)
@@ -213,7 +213,6 @@ def prepare_job(settled: Settled, name: str, started: float, distributed: bool =
         takeover = prepare_joins(store, live, plan, form, config)
     else:
         takeover = prepare_takeover(store, live, plan, form, scratch, config.reindex.verify_live)
-    predicted = forecast_run(settled, takeover.rule, form, live)
     settings = config.flat() | {
         flag: absolute_path(path)  # a later query may run in another folder
         for flag in ("encoder", "preprocessor")
@@ -231,7 +230,6 @@ def prepare_job(settled: Settled, name: str, started: float, distributed: bool =
         "identity": plan.identity,
         "settings": settings,
         "parity": plan.encoder.parity._asdict() if plan.encoder.parity else {},
-        "predicted": predicted,
     }
     dead = config.write.max_dead_fraction
     previous = live.snapshot if live else ""

@@ -4,16 +4,15 @@ Everything is a NamedTuple with primitive fields (Beam's RowCoder moves those ab
 pickles), except `Batch`, which is a list because Beam takes `len()` of it for its batch-size metric.
 
 Annotations are not postponed here and optional fields are `Optional[X]`: RowCoder silently pickles what it cannot read.
+`coders.py` tells Beam of them; here Beam is not imported, which takes a second that a reader of a table need not wait.
 """
 
 import hashlib
 import json
-import pickle
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple, Optional
 
 import numpy as np
-from apache_beam import coders
 
 
 class Origin(NamedTuple):
@@ -225,24 +224,3 @@ REASONS = {
     "encoder_error": "the encoder fails on this row",
     "not_finite": "the vector holds NaN or infinity",
 }
-
-
-class PackCoder(coders.Coder):
-    """Pickles a pack, in which chunks of one document share that document: a row coder would repeat its text."""
-
-    def encode(self, value: Pack) -> bytes:
-        return pickle.dumps(list(value), pickle.HIGHEST_PROTOCOL)
-
-    def decode(self, encoded: bytes) -> Pack:
-        return Pack(pickle.loads(encoded))
-
-    def is_deterministic(self) -> bool:
-        return False
-
-    def to_type_hint(self) -> type:
-        return Pack
-
-
-coders.registry.register_coder(Pack, PackCoder)
-for _record in (Origin, Document, Chunk, Row, DeadLetter, Tally):
-    coders.registry.register_coder(_record, coders.RowCoder)

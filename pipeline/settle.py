@@ -12,7 +12,8 @@ from pipeline.config import EmbedConfig, KeptField
 from pipeline.errors import ConfigError, InputError, RunError, TableError
 from pipeline.plan import EmbedPlan, plan_embedding
 from pipeline.sinks.writing import RowFormat
-from pipeline.sources.planning import InputPlan, infer_kept_fields, plan_dead_letters, plan_input
+from pipeline.sources.planning import InputPlan, plan_dead_letters, plan_input
+from pipeline.sources.sampling import infer_kept_fields, sample_input
 from pipeline.tables.folder import FolderStore
 from pipeline.tables.joining import JoinRule
 from pipeline.tables.journal import journal_folder, list_segments
@@ -31,6 +32,7 @@ class Settled(NamedTuple):
     config: EmbedConfig
     store: Store
     found: InputPlan
+    n_documents: int  # of the input, about
     kept: tuple[KeptField, ...]
     plan: EmbedPlan
 
@@ -55,8 +57,10 @@ def settle(config: EmbedConfig) -> Settled:
         raise InputError(f"--input={' '.join(config.read.input)} matches only empty files; give files with text")
     for path in found.empty_files:
         _LOGGER.warning("%s is empty and holds no documents", path)
-    kept = tuple(infer_kept_fields(found, config.read))
-    return Settled(config, store, found, kept, plan_embedding(config, find_device(config.workers)))
+    sample = sample_input(found, config.read)
+    kept = tuple(infer_kept_fields(sample.rows, config.read))
+    plan = plan_embedding(config, find_device(config.workers))
+    return Settled(config, store, found, sample.n_documents, kept, plan)
 
 
 def settle_retry(config: EmbedConfig, store: Store) -> Settled:
@@ -80,7 +84,8 @@ def settle_retry(config: EmbedConfig, store: Store) -> Settled:
     write = replace(config.write, max_dead_fraction=1.0)
     found = plan_dead_letters(files, read)
     plan = plan_embedding(config, find_device(config.workers))
-    return Settled(replace(config, read=read, write=write), store, found, live.layout.kept, plan)
+    n_documents = sum(live.dead_letters.values())
+    return Settled(replace(config, read=read, write=write), store, found, n_documents, live.layout.kept, plan)
 
 
 def check_model(live: Manifest | None, plan: EmbedPlan, config: EmbedConfig) -> None:

@@ -13,6 +13,7 @@ from pipeline.runtime import load_tensorflow
 
 load_tensorflow()  # as the product does, with the same kernels, whichever test comes first
 
+import pipeline.coders  # noqa: E402, F401  a transform that is tested by itself moves records as in a run
 from pipeline.encoders import load  # noqa: E402
 from tests.support.encoders import load_once  # noqa: E402
 from tests.support.processes import Call, call_cli  # noqa: E402

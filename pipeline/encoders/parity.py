@@ -64,10 +64,10 @@ def prove_parity(folder: str, architecture: Architecture, weights_hash: str, pre
     mode = choose_mode(precision)
     name = "-".join(map(str, ("parity", graph[:16], weights_hash[:16], *mode, VERSION, tf.__version__)))
     try:
-        figures = remembered(name, lambda: _measure(folder, architecture, mode))
+        difference, cosine = remembered(name, lambda: _measure(folder, architecture, mode), _are_figures)
     except Exception as error:
         return Parity(precision, float("inf"), 0.0, f"the probe failed: {first_line(error)}")
-    return Parity(precision, *figures)
+    return Parity(precision, difference, cosine)
 
 
 def _measure(folder: str, architecture: Architecture, mode: Mode) -> list[float]:
@@ -86,6 +86,10 @@ def _measure(folder: str, architecture: Architecture, mode: Mode) -> list[float]
         float(max(np.abs(theirs - our).max() for theirs, our in pairs)),
         float(min(_cosines(theirs, our).min() for theirs, our in pairs)),
     ]
+
+
+def _are_figures(value: Any) -> bool:
+    return isinstance(value, list) and [type(number) for number in value] == [float, float]
 
 
 def _run_published(model: Any, inputs: dict[str, np.ndarray]) -> list[np.ndarray]:

@@ -78,11 +78,16 @@ def find_vocabulary(spec: SavedModelSpec) -> Optional[Vocabulary]:
 
 def agrees_with_preprocessor(vocabulary: Vocabulary, folder: str) -> bool:
     """Whether our tokens equal those of a preprocessor SavedModel on a few hostile texts; remembered in the cache."""
+    import tensorflow_text as text
+
     graph = hash_file(str(Path(folder, "saved_model.pb")))
-    facts = [graph, *PROBE_TEXTS, str(vocabulary.lower_case), *vocabulary.pieces]
-    digest = hashlib.sha256("\n".join(facts).encode("utf-8", "surrogateescape")).hexdigest()[:24]
-    (agrees,) = remembered(f"tokenizer-{digest}", lambda: [_compare_tokens(vocabulary, folder)])
-    return agrees
+    ours = [text.__version__, _DIFFERENT, _DIFFERENT_CASED, str(vocabulary.lower_case), *vocabulary.pieces]
+    digest = hashlib.sha256("\n".join([graph, *PROBE_TEXTS, *ours]).encode("utf-8", "surrogateescape")).hexdigest()
+    return remembered(
+        f"tokenizer-{digest[:24]}",
+        lambda: _compare_tokens(vocabulary, folder),
+        lambda value: isinstance(value, bool),
+    )
 
 
 def _compare_tokens(vocabulary: Vocabulary, folder: str) -> bool:

@@ -12,7 +12,7 @@ from pipeline.records import REASONS
 from pipeline.report.progress import format_seconds
 from pipeline.tables.manifest import Manifest, snapshot_folder
 from pipeline.tables.read import iter_table, open_live
-from pipeline.tables.store import open_store
+from pipeline.tables.store import find_table
 
 
 def format_summary(manifest: Manifest, table: str) -> str:
@@ -21,8 +21,6 @@ def format_summary(manifest: Manifest, table: str) -> str:
     batch, encode = manifest.counts.get("batch", {}), manifest.counts.get("encode", {})
     write = manifest.counts.get("write_embeddings", {})
     rate = manifest.rows / manifest.seconds if manifest.seconds else 0
-    from pipeline.forecast import format_forecast
-
     lines = [
         f"{table} is published: {manifest.rows:,} rows of {manifest.layout.dimension} x {manifest.layout.dtype}",
         f"  documents    {int(read.get('records', 0)):,} read in {format_seconds(manifest.seconds)}"
@@ -39,8 +37,8 @@ def format_summary(manifest: Manifest, table: str) -> str:
         used = batch.get("used_tokens", 0) / padded
         lines.append(f"  batches      {int(batch.get('batches', 0)):,}, {used:.1%} of their {unit} are not padding")
     lines += describe_changes(manifest)
-    store = open_store(table)
-    where = f", in {store.locate_dead_letters(manifest, 'dead_letters-*').replace(store.work, table, 1)}"
+    found = find_table(table)
+    where = f", in {found.locate_dead_letters(manifest, 'dead_letters-*').replace(found.work, table, 1)}"
     n_dead = sum(manifest.dead_letters.values())
     lines.append(f"  dead letters {n_dead:,}" + (where if n_dead else ""))
     for reason, n in _by_count(manifest):
@@ -53,8 +51,6 @@ def format_summary(manifest: Manifest, table: str) -> str:
     }
     lines.append("  seconds      " + ", ".join(f"{value:.1f} {name}" for name, value in seconds.items()))
     lines.append(f"  encoder      {describe_graph(manifest)}")
-    if line := format_forecast(manifest.predicted, manifest):
-        lines.append(f"  {line}")
     return "\n".join(lines)
 
 

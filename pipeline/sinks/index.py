@@ -13,8 +13,8 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
-from apache_beam.io.filesystems import FileSystems
 
+from pipeline.files import open_file
 from pipeline.records import Row, digest_id
 
 SUFFIX = ".bin"
@@ -108,6 +108,6 @@ def read_index(path: str) -> Index:
 
 
 def read_bytes(path: str) -> bytes:
-    with FileSystems.open(path, compression_type="uncompressed") as stream:
+    with open_file(path) as stream:
         data: Any = stream.read()
     return bytes(data)

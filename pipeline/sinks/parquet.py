@@ -9,6 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.records import Row
+from pipeline.sinks.arrow import list_bytes
 from pipeline.sinks.layout import Columns, TableLayout
 from pipeline.sinks.table_format import ByteWriter
 from pipeline.sources.compression import ByteReader
@@ -85,5 +86,5 @@ def select_stored(batch: pa.RecordBatch, positions: np.ndarray) -> pa.RecordBatc
 
 def decode_stored(batch: pa.RecordBatch, layout: TableLayout) -> Columns:
     read = {name: batch.column(name).to_pylist() for name in layout.columns()}
-    read["embedding"] = [scalar.values.to_numpy(zero_copy_only=False).tobytes() for scalar in batch.column("embedding")]
+    read["embedding"] = list_bytes(batch.column("embedding"))
     return read

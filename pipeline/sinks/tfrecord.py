@@ -7,7 +7,6 @@ A null is a feature without values.
 from __future__ import annotations
 
 import functools
-import itertools
 import struct
 from collections.abc import Iterator
 from typing import Any
@@ -17,6 +16,7 @@ import numpy as np
 import pyarrow as pa
 
 from pipeline.records import Row
+from pipeline.sinks.arrow import list_bytes
 from pipeline.sinks.layout import Columns, TableLayout
 from pipeline.sinks.table_format import ByteWriter
 from pipeline.sources.compression import ByteReader
@@ -144,7 +144,7 @@ def _lists(values: pa.Array) -> pa.Array:
 
 
 def _read_batch(batch: pa.RecordBatch, layout: TableLayout) -> Columns:
-    read = {}
+    read: Columns = {}
     for name, kind in layout.columns().items():
         values = [lists[0] if lists else None for lists in batch.column(name).to_pylist()]
         if kind == "string":
@@ -154,9 +154,7 @@ def _read_batch(batch: pa.RecordBatch, layout: TableLayout) -> Columns:
         read[name] = values
     embedding = batch.column("embedding")
     if layout.dtype == "float32":
-        ends = embedding.offsets.to_numpy()
-        numbers = embedding.values.to_numpy()
-        read["embedding"] = [numbers[start:end].tobytes() for start, end in itertools.pairwise(ends)]
+        read["embedding"] = list_bytes(embedding)
     else:
         read["embedding"] = [lists[0] for lists in embedding.to_pylist()]
     return read

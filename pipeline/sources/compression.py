@@ -13,8 +13,8 @@ from collections.abc import Callable
 from typing import Any, BinaryIO, Optional, Protocol
 
 import zstandard
-from apache_beam.io.filesystem import CompressionTypes
-from apache_beam.io.filesystems import FileSystems
+
+from pipeline import files
 
 BUFFER_BYTES = 1 << 18
 CHUNK_BYTES = 1 << 16
@@ -215,7 +215,7 @@ def open_file(path: str) -> BinaryIO:
       UnreadableFile: if it cannot be opened.
     """
     try:
-        return FileSystems.open(path, compression_type=CompressionTypes.UNCOMPRESSED)
+        return files.open_file(path)
     except Exception as error:  # every file system has exceptions of its own
         raise UnreadableFile(f"cannot open {path}: {error}") from error
 

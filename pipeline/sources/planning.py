@@ -1,7 +1,7 @@
 """The plan of the input: which files there are, in which order, and the pieces that workers read.
 
 All of it happens before anything is encoded, so that a typo costs seconds: a glob that matches nothing, a format that
-nobody can guess, two files whose ids would collide, a field that does not exist.
+nobody can guess, two files whose ids would collide.
 """
 
 from __future__ import annotations
@@ -9,22 +9,18 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
-from itertools import islice
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from apache_beam.io.filesystems import FileSystems
 
 from pipeline.bigquery import SCHEME, BigQueryName
-from pipeline.config import KeptField, ReadConfig
+from pipeline.config import ReadConfig
 from pipeline.errors import ConfigError, InputError
 from pipeline.sources import SOURCES
 from pipeline.sources.bigquery import materialize_query, measure_table, require_id_field
-from pipeline.sources.compression import FileError
-from pipeline.sources.fields import infer_type
-from pipeline.sources.source import FileRange, InputFile, Record
+from pipeline.sources.source import FileRange, InputFile
 
 FORMATS = {
     ".txt": "text",
@@ -39,10 +35,6 @@ FORMATS = {
     ".tfrecords": "tfrecord",
 }
 COMPRESSIONS = {".gz": "gzip", ".bz2": "bzip2", ".zst": "zstd", ".zstd": "zstd"}
-SAMPLE_ROWS = 200
-SAMPLE_FILES = 10
-ESTIMATE_ROWS = 20_000
-ESTIMATE_BYTES = 1 << 22
 _SHARD = re.compile(r"-\d+-of-\d+")  # TensorFlow's and Beam's names may have it behind the extension
 
 
@@ -223,111 +215,5 @@ def group_ranges(ranges: Iterable[FileRange], split_bytes: int) -> list[tuple[Fi
     return [tuple(group) for group in groups]
 
 
-def infer_kept_fields(plan: InputPlan, config: ReadConfig) -> list[KeptField]:
-    """Fills in the types of the kept fields from the first rows, and checks that the columns exist.
-
-    Args:
-      plan: the input; files that cannot be read are passed over, they become dead letters later.
-      config: the kept fields, of which some may have a type.
-
-    Raises:
-      InputError: if a file of a column format lacks the id or a text column.
-      ConfigError: if a kept or pair field is in none of the sampled rows, or holds something that cannot be kept.
-    """
-    kept = config.kept_fields()
-    rows = list(sample_rows(plan, config))
-    values = {name: [row[name] for row in rows if name in row] for name in [config.pair_field, *(f.name for f in kept)]}
-    for name, found in values.items():
-        if name and rows and not found:
-            flag = "pair_field" if name == config.pair_field else "keep_fields"
-            there = ", ".join(sorted({str(key) for row in rows for key in row})[:20])
-            raise ConfigError(f"--{flag}={name} is in none of the first {len(rows)} rows; they have {there or 'none'}")
-    return [field if field.type else KeptField(field.name, _infer_field(field.name, values)) for field in kept]
-
-
-def sample_rows(plan: InputPlan, config: ReadConfig) -> Iterator[dict[str, Any]]:
-    """The fields of the first rows of the first readable files.
-
-    Raises:
-      InputError: if a file lacks the id or a text column.
-    """
-    wanted = SAMPLE_ROWS
-    with_fields = (file for file in plan.files if SOURCES[file.format].has_fields)
-    for file in islice(with_fields, SAMPLE_FILES):
-        for record in islice(read_readable(FileRange.whole(file), config), wanted):
-            if record.reason == "missing_field":
-                raise InputError(f"{file.path}: {record.message}")
-            if not record.reason:
-                wanted -= 1
-                values = dict(record.values)
-                yield _parse_strings(values) if SOURCES[file.format].values_are_strings else values
-        if not wanted:
-            return
-
-
-def read_readable(file_range: FileRange, config: ReadConfig) -> Iterator[Record]:
-    """The records of a range up to the point where it can be read no further."""
-    try:
-        yield from SOURCES[file_range.file.format].read_records(file_range, config)
-    except FileError:
-        return
-
-
-def estimate_documents(plan: InputPlan, config: ReadConfig) -> int:
-    """About how many documents the input has, from the first rows of each kind of file.
-
-    Args:
-      plan: the input.
-      config: as for reading; a limit caps the estimate.
-    """
-    kinds = defaultdict(list)
-    for file in plan.files:
-        kinds[file.format, file.compression].append(file)
-    total = 0.0
-    for files in kinds.values():
-        n_records, n_bytes = count_sample(FileRange.whole(files[0]), config)
-        total += sum(file.size for file in files) * n_records / n_bytes
-    return min(config.limit, round(total)) if config.limit else round(total)
-
-
-def count_sample(file_range: FileRange, config: ReadConfig) -> tuple[int, int]:
-    """Records and stored bytes of the first rows of a range."""
-    n_records, n_read = 0, 0
-    records = read_readable(file_range, config)
-    for record in islice(records, ESTIMATE_ROWS):
-        n_records, n_read = n_records + 1, record.n_read
-        if n_read >= ESTIMATE_BYTES:
-            break
-    is_whole = next(records, None) is None
-    return n_records, file_range.n_bytes if is_whole else max(n_read, 1)
-
-
 def _fixed_part(pattern: str) -> str:
     return re.split(r"[*?\[]", pattern, maxsplit=1)[0]
-
-
-def _infer_field(name: str, values: dict[str, list[Any]]) -> str:
-    kind = infer_type(values.get(name, []))
-    if not kind:
-        raise ConfigError(f"--keep_fields={name} holds lists, objects or dates; keep string, int, float or bool fields")
-    return kind
-
-
-def _parse_strings(row: dict[str, str]) -> dict[str, Any]:
-    """Cells of a text format as the values that their spelling suggests."""
-    return {name: _parse_string(value) for name, value in row.items()}
-
-
-def _parse_string(value: str) -> Any:
-    if not value:
-        return None
-    if value.lower() in ("true", "false"):
-        return value.lower() == "true"
-    for parse in (int, float):
-        try:
-            number = parse(value)
-        except ValueError:
-            continue
-        # Leading zeros, plus signs and underscores are spellings of names, not of numbers: 007 is no 7.
-        return number if re.fullmatch(r"-?(0|[1-9]\d*)(\.\d+)?([eE][-+]?\d+)?", value) else value
-    return value

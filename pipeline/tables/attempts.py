@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import os
 
-from apache_beam.io.filesystems import FileSystems
-
+from pipeline.files import exists, join
 from pipeline.tables.lock import can_lock
 from pipeline.tables.manifest import (
     ATTEMPTS,
@@ -19,7 +18,7 @@ from pipeline.tables.manifest import (
     read_pointer,
     snapshot_folder,
 )
-from pipeline.tables.storage import delete_file, delete_folder, join, list_files, list_folders
+from pipeline.tables.storage import delete_file, delete_folder, list_files, list_folders
 
 
 def sweep_dead_attempts(table: str) -> None:
@@ -30,7 +29,7 @@ def sweep_dead_attempts(table: str) -> None:
     for name in list_folders(join(table, ATTEMPTS)):
         folder = snapshot_folder(table, name)
         # Names sort by time: a finished snapshot of a dead run is newer than the live one if it never became that.
-        if name > live or not FileSystems.exists(join(folder, MANIFEST)):
+        if name > live or not exists(join(folder, MANIFEST)):
             delete_folder(folder)
         delete_folder(attempts_folder(table, name))
 

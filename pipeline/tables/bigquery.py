@@ -18,12 +18,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import apache_beam as beam
 import numpy as np
 import pyarrow as pa
-from apache_beam.io.filesystems import FileSystems
 
 from pipeline.bigquery import BigQueryName, LoadParameters, client, make_merge
 from pipeline.config import EmbedConfig
 from pipeline.errors import ConfigError, GateError, TableError, first_line
 from pipeline.failures import PUBLISHING
+from pipeline.files import exists, is_local, join, open_file
 from pipeline.sinks.index import Index
 from pipeline.sinks.layout import Columns, TableLayout
 from pipeline.sinks.parquet import decode_stored, read_stored
@@ -47,7 +47,7 @@ from pipeline.tables.database import (
 from pipeline.tables.journal import delete_journals
 from pipeline.tables.manifest import Manifest, attempts_folder
 from pipeline.tables.readers import VectorReader
-from pipeline.tables.storage import create_file, delete_folder, is_local, join, read_text
+from pipeline.tables.storage import create_file, delete_folder, read_text
 from pipeline.tables.store import CommitPlan, Committer, Live, Results
 
 if TYPE_CHECKING:
@@ -170,7 +170,7 @@ class BigqueryCommit(Committer):
         publication = self.plan.publication
         folder = attempts_folder(publication.table, publication.name)
         path = join(folder, "changes.json")
-        if not FileSystems.exists(path):  # else a repeated attempt at the same commit
+        if not exists(path):  # else a repeated attempt at the same commit
             completion = complete_changes(self.plan, results)
             manifest, letters = describe_run(completion)
             removed = list(list_removed(completion))
@@ -331,7 +331,7 @@ class ReadPart(beam.DoFn):
             for name in json.loads(read_text(path)):
                 yield {**nothing, "id": name, "embedding": [], _MARKER: True}
             return
-        with FileSystems.open(path, compression_type="uncompressed") as stream:
+        with open_file(path) as stream:
             for batch in read_stored(stream, layout):
                 columns = decode_stored(batch, layout)
                 vectors = columns.pop("embedding")

@@ -17,6 +17,7 @@ import numpy as np
 from pipeline.config import EmbedConfig
 from pipeline.errors import ConfigError, GateError, TableError, first_line
 from pipeline.failures import PUBLISHING
+from pipeline.files import join
 from pipeline.saved_model import absolute_path
 from pipeline.sinks.index import Index
 from pipeline.sinks.layout import Columns
@@ -39,7 +40,7 @@ from pipeline.tables.database import (
 from pipeline.tables.journal import delete_journals
 from pipeline.tables.manifest import Manifest, attempts_folder
 from pipeline.tables.readers import VectorReader
-from pipeline.tables.storage import delete_folder, join, write_atomically
+from pipeline.tables.storage import delete_folder, write_atomically
 from pipeline.tables.store import CommitPlan, Committer, Live, Results
 
 if TYPE_CHECKING:

@@ -8,9 +8,9 @@ from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import numpy as np
-from apache_beam.io.filesystems import FileSystems
 
 from pipeline.errors import RunError
+from pipeline.files import open_file
 from pipeline.records import digest_id
 from pipeline.sinks.index import read_bytes, unpack_records
 from pipeline.sinks.writing import Shard
@@ -28,7 +28,7 @@ def read_letters(shards: Iterable[Shard]) -> Letters:
     blind: set[str] = set()
     by_content: dict[str, list[dict[str, Any]]] = defaultdict(list)
     for shard in shards:
-        with FileSystems.open(shard.path, compression_type="uncompressed") as stream:
+        with open_file(shard.path) as stream:
             for line in stream:
                 letter = json.loads(line)
                 if letter["id"] is None:

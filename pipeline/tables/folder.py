@@ -1,4 +1,4 @@
-"""A table in a folder of snapshots, on any file system of Beam."""
+"""A table in a folder of snapshots, on any file system of Beam, as a run uses it."""
 
 from __future__ import annotations
 
@@ -7,54 +7,39 @@ import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-import numpy as np
-from apache_beam.io.filesystems import FileSystems
-
 from pipeline.config import EmbedConfig
 from pipeline.failures import PUBLISHING
-from pipeline.saved_model import absolute_path
+from pipeline.files import exists, join
 from pipeline.sinks.index import Index, read_index
-from pipeline.sinks.layout import Columns, TableLayout
+from pipeline.sinks.layout import TableLayout
 from pipeline.sinks.writing import RowFormat, Shard
 from pipeline.tables.commit import check_any_rows, complete, pass_gate
+from pipeline.tables.folder_table import FolderTable
 from pipeline.tables.joining import KnownFile
 from pipeline.tables.journal import delete_journals
 from pipeline.tables.known import ROWS, VectorFile
 from pipeline.tables.manifest import (
     MANIFEST,
-    POINTER,
     Manifest,
     attempts_folder,
-    read_manifest,
-    read_pointer,
     snapshot_folder,
 )
-from pipeline.tables.pointer import read_versioned
 from pipeline.tables.publish import build_manifest, check_folder, make_live, place_files
 from pipeline.tables.readers import FileReader, VectorReader, damaged
 from pipeline.tables.retention import expire_snapshots
-from pipeline.tables.storage import create_file, delete_folder, join, measure_files, read_checksum, read_text
-from pipeline.tables.store import CommitPlan, Committer, Live, Results
+from pipeline.tables.storage import create_file, delete_folder, measure_files, read_checksum, read_text
+from pipeline.tables.store import CommitPlan, Committer, Results
 
 # In the attempt's folder: the files of the new snapshot, so that a repeated commit takes the same.
 AGREED = "commit.json"
 _LOGGER = logging.getLogger(__name__)
 
 
-class FolderStore:
-    """A folder of snapshots, on any file system of Beam."""
-
-    def __init__(self, output: str, work_dir: str = "") -> None:
-        self.shown = output
-        self.work = absolute_path(output)
+class FolderStore(FolderTable):
+    """A folder of snapshots, with what a run does in it."""
 
     def check(self, config: EmbedConfig) -> None:
         check_folder(self.work)
-
-    def read_live(self) -> Live:
-        _, version = read_versioned(join(self.work, POINTER))
-        name = read_pointer(self.work)
-        return Live(read_manifest(self.work, name) if name else None, version)
 
     def find_damaged(self, live: Manifest, by_checksum: bool) -> set[str]:
         root = snapshot_folder(self.work, live.snapshot)
@@ -90,18 +75,8 @@ class FolderStore:
         theirs: tuple[str, str, TableLayout] = live.file_format, live.compression, live.layout
         return theirs == (form.name, form.compression, form.layout)
 
-    def locate_dead_letters(self, live: Manifest, name: str) -> str:
-        return join(snapshot_folder(self.work, live.snapshot), name)
-
     def choose_form(self, config: EmbedConfig, layout: TableLayout) -> RowFormat:
         return RowFormat(config.write.output_format, layout, config.write.compression)
-
-    def read_columns(self, live: Manifest) -> Iterator[Columns]:
-        reader, none = FileReader(live.file_format, live.layout, live.compression), np.zeros(0, int)
-        for file in live.files:
-            path = join(snapshot_folder(self.work, live.snapshot), file.name)
-            for stored in reader.read(VectorFile(path, ROWS, 0, file.rows), none):
-                yield reader.columns(stored, np.arange(len(stored.numbers)))
 
     def committer(self, plan: CommitPlan) -> FolderCommit:
         return FolderCommit(plan)
@@ -143,7 +118,7 @@ class FolderCommit(Committer):
         """
         plan = self.plan.publication
         folder = snapshot_folder(plan.table, plan.name)
-        if not FileSystems.exists(join(folder, MANIFEST)):  # else a repeated attempt at the same commit
+        if not exists(join(folder, MANIFEST)):  # else a repeated attempt at the same commit
             shards, counts = self._agree(results)
             manifest = build_manifest(plan, shards, counts)
             with PUBLISHING:
@@ -158,7 +133,7 @@ class FolderCommit(Committer):
     def _agree(self, results: Results) -> tuple[list[Shard], dict[str, dict[str, float]]]:
         publication = self.plan.publication
         path = join(attempts_folder(publication.table, publication.name), AGREED)
-        if FileSystems.exists(path):
+        if exists(path):
             values = json.loads(read_text(path))
             shards = [Shard(*fields)._replace(index_size=tuple(fields[8])) for fields in values["shards"]]
             return shards, values["counts"]

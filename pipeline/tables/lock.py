@@ -23,8 +23,8 @@ from types import TracebackType
 from typing import Any, NamedTuple, Optional
 
 from pipeline.errors import TableError, first_line
+from pipeline.files import is_local, join
 from pipeline.tables.pointer import GcsObject, StoredObject, is_gcs
-from pipeline.tables.storage import is_local, join
 
 LOCK = "lock"
 HEARTBEAT_SECONDS = 20.0

@@ -16,12 +16,11 @@ from __future__ import annotations
 import json
 import os
 import re
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
-from apache_beam.io.filesystems import FileSystems
-
 from pipeline.errors import TableError
+from pipeline.files import exists, join
 from pipeline.sinks.layout import TableLayout
 from pipeline.tables.storage import read_text
 
@@ -66,7 +65,6 @@ class Manifest:
       counts: documents, tokens and so on, by stage.
       dead_letters: count by reason.
       previous: the snapshot that was live before, or "".
-      predicted: what the run expected to do, as `counts` tells what it did.
       seconds: wall-clock time of the run, from its start to its publication.
       parity: how near the fast graph came to the published one on this machine before the run (`precision`, `max_abs`,
         `min_cosine` over a few rows); empty where the published graph ran.
@@ -88,7 +86,6 @@ class Manifest:
     counts: dict[str, dict[str, float]]
     dead_letters: dict[str, int]
     previous: str = ""
-    predicted: dict[str, float] = field(default_factory=dict)
     seconds: float = 0.0
     parity: dict[str, Any] = field(default_factory=dict)
     format_version: int = field(default=FORMAT_VERSION)
@@ -112,7 +109,8 @@ class Manifest:
         values["layout"] = TableLayout.from_json(values["layout"])
         for name in ("files", "index_files", "dead_letter_files"):
             values[name] = tuple(TableFile(**entry) for entry in values[name])
-        return cls(**values)
+        known = {attribute.name for attribute in fields(cls)}
+        return cls(**{name: values[name] for name in known & set(values)})  # another embeam may write more
 
 
 def open_table(table: str) -> tuple[Manifest, str]:
@@ -136,8 +134,8 @@ def open_table(table: str) -> tuple[Manifest, str]:
 
 def read_pointer(table: str) -> str:
     """The name of the live snapshot, or "" where nothing was published yet."""
-    path = FileSystems.join(table, POINTER)
-    if not FileSystems.exists(path):
+    path = join(table, POINTER)
+    if not exists(path):
         return ""
     try:
         name = read_text(path).strip()
@@ -149,8 +147,8 @@ def read_pointer(table: str) -> str:
 
 
 def read_manifest(table: str, name: str) -> Manifest:
-    path = FileSystems.join(snapshot_folder(table, name), MANIFEST)
-    if not FileSystems.exists(path):
+    path = join(snapshot_folder(table, name), MANIFEST)
+    if not exists(path):
         raise TableError(f"{table} is damaged: its live snapshot {name} has no {MANIFEST}; {_CURE}")
     try:
         return Manifest.from_json(read_text(path))
@@ -161,8 +159,8 @@ def read_manifest(table: str, name: str) -> Manifest:
 
 
 def snapshot_folder(table: str, name: str) -> str:
-    return FileSystems.join(table, SNAPSHOTS, name)
+    return join(table, SNAPSHOTS, name)
 
 
 def attempts_folder(table: str, name: str) -> str:
-    return FileSystems.join(table, ATTEMPTS, name)
+    return join(table, ATTEMPTS, name)

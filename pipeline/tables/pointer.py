@@ -16,9 +16,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple, Optional
 
-from apache_beam.io.filesystems import FileSystems
-
-from pipeline.tables.storage import is_local, write_atomically
+from pipeline.files import exists, file_systems, is_local, open_file
+from pipeline.tables.storage import write_atomically
 
 _GCS = "gs://"
 _WRITER = "embeam-writer"
@@ -79,9 +78,9 @@ def _read_bytes(path: str) -> Optional[bytes]:
             return Path(path).read_bytes()
         except FileNotFoundError:
             return None
-    if not FileSystems.exists(path):
+    if not exists(path):
         return None
-    with FileSystems.open(path, compression_type="uncompressed") as file:
+    with open_file(path) as file:
         return bytes(file.read())
 
 
@@ -117,7 +116,7 @@ class GcsObject:
         from google.cloud.storage.retry import DEFAULT_RETRY
 
         # Beam's own client: the same credentials, options and emulator as for all other files.
-        options = getattr(FileSystems.get_filesystem(path), "_pipeline_options", None)
+        options = getattr(file_systems().get_filesystem(path), "_pipeline_options", None)
         bucket, self._name = gcsio.parse_gcs_path(path)
         self._bucket: Any = gcsio.GcsIO(pipeline_options=options).client.bucket(bucket)
         self._request = {"timeout": timeout_seconds, "retry": DEFAULT_RETRY if persistent else None}

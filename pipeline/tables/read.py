@@ -10,10 +10,10 @@ import numpy as np
 from pipeline.errors import TableError
 from pipeline.sinks.layout import Columns
 from pipeline.tables.manifest import Manifest
-from pipeline.tables.store import Store, open_store
+from pipeline.tables.store import Table, find_table
 
 
-def open_live(table: str) -> tuple[Manifest, Store]:
+def open_live(table: str) -> tuple[Manifest, Table]:
     """The manifest of what readers see of a table, and where the table is kept.
 
     Args:
@@ -22,11 +22,11 @@ def open_live(table: str) -> tuple[Manifest, Store]:
     Raises:
       TableError: if there is no such table.
     """
-    store = open_store(table)
-    manifest = store.read_live().manifest
+    found = find_table(table)
+    manifest = found.read_live().manifest
     if manifest is None:
         raise TableError(f"{table} is no table: nothing was published there; embeam embed --output={table} makes one")
-    return manifest, store
+    return manifest, found
 
 
 def read_table(table: str) -> tuple[list[str], np.ndarray]:
@@ -79,9 +79,9 @@ def iter_columns(table: str) -> Iterator[tuple[Columns, np.ndarray | None]]:
 
     The matrix is None for token matrices, which are only given as stored bytes in `embedding`.
     """
-    manifest, store = open_live(table)
+    manifest, found = open_live(table)
     layout = manifest.layout
-    for columns in store.read_columns(manifest):
+    for columns in found.read_columns(manifest):
         if layout.tokens:
             yield columns, None
         else:

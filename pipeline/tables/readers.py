@@ -8,10 +8,9 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
-from apache_beam.io.filesystems import FileSystems
 
 from pipeline.errors import TableError
-from pipeline.runtime import load_tensorflow
+from pipeline.files import open_file
 from pipeline.sinks import SINKS
 from pipeline.sinks.layout import Columns, TableLayout
 from pipeline.sinks.table_format import StoredRows
@@ -70,9 +69,8 @@ class FileReader:
 
     def read(self, file: VectorFile, wanted: np.ndarray) -> Iterator[Stored]:
         first = file.first
-        load_tensorflow()  # tfx-bsl would import it with all its noise
         try:
-            with FileSystems.open(file.path, compression_type="uncompressed") as raw:
+            with open_file(file.path) as raw:
                 stream = gzip.GzipFile(fileobj=raw) if self.compression == "gzip" else raw
                 for rows in SINKS[self.file_format].read(stream, self.layout):
                     yield Stored(np.arange(first, first + len(rows)), rows)

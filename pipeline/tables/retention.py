@@ -6,9 +6,8 @@ import datetime
 import time
 import uuid
 
-from apache_beam.io.filesystems import FileSystems
-
 from pipeline.errors import TableError
+from pipeline.files import exists, join
 from pipeline.tables.lock import TableLock
 from pipeline.tables.manifest import (
     MANIFEST,
@@ -21,13 +20,13 @@ from pipeline.tables.manifest import (
     snapshot_folder,
 )
 from pipeline.tables.pointer import read_versioned, replace_if
-from pipeline.tables.storage import delete_folder, join, list_folders
+from pipeline.tables.storage import delete_folder, list_folders
 
 
 def list_snapshots(table: str) -> list[str]:
     """Names of the finished snapshots of a table, oldest first."""
     names = list_folders(join(table, SNAPSHOTS))
-    return [name for name in names if FileSystems.exists(join(snapshot_folder(table, name), MANIFEST))]
+    return [name for name in names if exists(join(snapshot_folder(table, name), MANIFEST))]
 
 
 def expire_snapshots(table: str, keep: int, grace_seconds: float) -> list[str]:

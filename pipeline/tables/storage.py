@@ -8,25 +8,20 @@ import shutil
 import uuid
 from contextlib import suppress
 
-from apache_beam.io.filesystems import FileSystems
+from pipeline.files import exists, file_systems, is_local, open_file
 
-join = FileSystems.join
 _READ_BYTES = 1 << 20
 
 
-def is_local(path: str) -> bool:
-    return "://" not in path
-
-
 def read_text(path: str) -> str:
-    with FileSystems.open(path, compression_type="uncompressed") as f:
+    with open_file(path) as f:
         return f.read().decode()
 
 
 def create_file(path: str, data: bytes) -> None:
     """Writes a file so that readers see all of it or nothing: by rename on a local disk, in one request elsewhere."""
     if not is_local(path):
-        with FileSystems.create(path, compression_type="uncompressed") as f:
+        with file_systems().create(path, compression_type="uncompressed") as f:
             f.write(data)
         return
     partial = f"{path}.{uuid.uuid4().hex[:8]}.new"
@@ -53,32 +48,32 @@ def write_atomically(path: str, text: str) -> None:
 
 
 def make_folder(path: str) -> None:
-    if not FileSystems.exists(path):
+    if not exists(path):
         try:
-            FileSystems.mkdirs(path)
+            file_systems().mkdirs(path)
         except OSError:
-            if not FileSystems.exists(path):
+            if not exists(path):
                 raise
 
 
 def list_files(folder: str) -> list[str]:
     """Paths of the files in a folder; none if there is no such folder."""
     if not is_local(folder):
-        return [found.path for found in FileSystems.match([folder + "/*"])[0].metadata_list]
+        return [found.path for found in file_systems().match([folder + "/*"])[0].metadata_list]
     return [entry.path for entry in os.scandir(folder) if entry.is_file()] if os.path.isdir(folder) else []
 
 
 def measure_files(folder: str) -> dict[str, int]:
     """Sizes in bytes of the files in a folder, by path."""
     if not is_local(folder):
-        return {found.path: found.size_in_bytes for found in FileSystems.match([folder + "/*"])[0].metadata_list}
+        return {found.path: found.size_in_bytes for found in file_systems().match([folder + "/*"])[0].metadata_list}
     return {path: os.path.getsize(path) for path in list_files(folder)}
 
 
 def read_checksum(path: str) -> tuple[str, int]:
     """Reads a file: its sha256 as hexadecimal digits, and its size in bytes."""
     digest, size = hashlib.sha256(), 0
-    with FileSystems.open(path, compression_type="uncompressed") as stream:
+    with open_file(path) as stream:
         while data := stream.read(_READ_BYTES):
             digest.update(data)
             size += len(data)
@@ -89,7 +84,7 @@ def list_folders(folder: str) -> list[str]:
     """Names of the folders in a folder that hold anything, sorted."""
     if is_local(folder):
         return sorted(entry.name for entry in os.scandir(folder) if entry.is_dir()) if os.path.isdir(folder) else []
-    paths = [found.path[len(folder) + 1 :] for found in FileSystems.match([folder + "/**"])[0].metadata_list]
+    paths = [found.path[len(folder) + 1 :] for found in file_systems().match([folder + "/**"])[0].metadata_list]
     return sorted({path.partition("/")[0] for path in paths if "/" in path})
 
 
@@ -98,15 +93,15 @@ def delete_file(path: str) -> None:
     if is_local(path):
         os.remove(path)
     else:
-        FileSystems.delete([path])
+        file_systems().delete([path])
 
 
 def delete_folder(path: str) -> None:
     """Removes a folder and what is in it; one that is not there is no error."""
     if is_local(path):
         shutil.rmtree(path, ignore_errors=True)
-    elif FileSystems.match([path + "/**"])[0].metadata_list:
-        FileSystems.delete([path + "/"])
+    elif file_systems().match([path + "/**"])[0].metadata_list:
+        file_systems().delete([path + "/"])
 
 
 def copy_file(source: str, target: str) -> None:
@@ -120,4 +115,4 @@ def copy_file(source: str, target: str) -> None:
         except OSError:  # a file system without links
             shutil.copyfile(source, target)
     else:
-        FileSystems.copy([source], [target])
+        file_systems().copy([source], [target])

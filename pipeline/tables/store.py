@@ -4,20 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple, Optional, Protocol
-
-import apache_beam as beam
+from typing import TYPE_CHECKING, NamedTuple, Optional, Protocol
 
 from pipeline.config import EmbedConfig
-from pipeline.records import Row, Tally
-from pipeline.sinks.index import Index
 from pipeline.sinks.layout import Columns, TableLayout
-from pipeline.sinks.writing import DeadLetterFormat, RowFormat, Shard
-from pipeline.tables.joining import JoinRule
 from pipeline.tables.manifest import Manifest
-from pipeline.tables.publish import Publication
-from pipeline.tables.readers import VectorReader
-from pipeline.tables.recall import Note, RecallRule
+
+if TYPE_CHECKING:  # what only a run needs
+    import apache_beam as beam
+
+    from pipeline.records import Row, Tally
+    from pipeline.sinks.index import Index
+    from pipeline.sinks.writing import DeadLetterFormat, RowFormat, Shard
+    from pipeline.tables.joining import JoinRule
+    from pipeline.tables.publish import Publication
+    from pipeline.tables.readers import VectorReader
+    from pipeline.tables.recall import Note, RecallRule
 
 
 @dataclass(frozen=True)
@@ -113,8 +115,8 @@ class Live(NamedTuple):
     version: str
 
 
-class Store(Protocol):
-    """A place for a table.
+class Table(Protocol):
+    """A place of a table, for readers.
 
     Attributes:
       shown: the table's name as the user gave it.
@@ -124,18 +126,32 @@ class Store(Protocol):
     shown: str
     work: str
 
-    def check(self, config: EmbedConfig) -> None:
-        """Checks before a run that the output can be written to, and that the settings fit it.
-
-        Raises:
-          ConfigError, TableError: if not.
-        """
-
     def read_live(self) -> Live:
         """What is live.
 
         Raises:
           TableError: if it cannot be read.
+        """
+
+    def locate_dead_letters(self, live: Manifest, name: str) -> str:
+        """Path or glob of the files with the dead letters of the last run."""
+
+    def read_columns(self, live: Manifest) -> Iterator[Columns]:
+        """Streams the live rows about a thousand at a time: column name to values, `embedding` as stored bytes.
+
+        Raises:
+          TableError: if the table is damaged.
+        """
+
+
+class Store(Table, Protocol):
+    """A place for a table, for runs."""
+
+    def check(self, config: EmbedConfig) -> None:
+        """Checks before a run that the output can be written to, and that the settings fit it.
+
+        Raises:
+          ConfigError, TableError: if not.
         """
 
     def find_damaged(self, live: Manifest, by_checksum: bool) -> set[str]:
@@ -167,18 +183,8 @@ class Store(Protocol):
     def live_files(self, live: Manifest) -> dict[str, tuple[int, str]]:
         """Size and checksum of the live table's files, by path; none for a database."""
 
-    def locate_dead_letters(self, live: Manifest, name: str) -> str:
-        """Path or glob of the files with the dead letters of the last run."""
-
     def choose_form(self, config: EmbedConfig, layout: TableLayout) -> RowFormat:
         """How a run writes its rows to files."""
-
-    def read_columns(self, live: Manifest) -> Iterator[Columns]:
-        """Streams the live rows about a thousand at a time: column name to values, `embedding` as stored bytes.
-
-        Raises:
-          TableError: if the table is damaged.
-        """
 
     def committer(self, plan: CommitPlan) -> Committer:
         """What publishes the run."""
@@ -222,3 +228,12 @@ def open_store(output: str, work_dir: str = "") -> Store:
     """
     opens = next(opens for scheme, opens in STORES.items() if output.startswith(scheme))
     return opens(output, work_dir)
+
+
+def find_table(name: str) -> Table:
+    """As `open_store`, for readers: of a folder on a local disk, it loads neither Beam nor TensorFlow."""
+    if any(scheme and name.startswith(scheme) for scheme in STORES):
+        return open_store(name)
+    from pipeline.tables.folder_table import FolderTable
+
+    return FolderTable(name)

@@ -15,11 +15,11 @@ from itertools import islice
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
-from apache_beam.io.filesystems import FileSystems
 from apache_beam.pvalue import TaggedOutput
 
 from pipeline.config import EmbedConfig, KeptField, ReadConfig
 from pipeline.errors import ConfigError, GateError, InputError
+from pipeline.files import join, open_file
 from pipeline.preprocess.chunking import hash_content
 from pipeline.records import DeadLetter, Document, Row, Tally, digest_id, pack_kept
 from pipeline.sinks.index import ENTRY, Index, digest_kept, read_index, whole_digest
@@ -30,7 +30,7 @@ from pipeline.tables.gate import compare_row, restore_row
 from pipeline.tables.known import ROWS, KnownVectors, VectorFile, build_known
 from pipeline.tables.manifest import MANIFEST, TableFile, open_table
 from pipeline.tables.readers import FileReader, Stored
-from pipeline.tables.storage import join, list_files, list_folders, read_checksum
+from pipeline.tables.storage import list_files, list_folders, read_checksum
 from pipeline.vectors.storing import STORED_DTYPES, quantize_vectors
 
 if TYPE_CHECKING:
@@ -202,7 +202,7 @@ class Verification:
                 continue
             n_lines = 0
             try:
-                with FileSystems.open(there[file.name], compression_type="uncompressed") as stream:
+                with open_file(there[file.name]) as stream:
                     for line in stream:
                         letter = json.loads(line)
                         self._letters.add(letter["id"], letter["reason"], letter["file"])

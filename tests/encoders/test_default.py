@@ -126,3 +126,26 @@ class TestCache:
         monkeypatch.setenv("EMBEAM_CACHE_DIR", str(tmp_path / "file"))
         with pytest.raises(EncoderError, match="set EMBEAM_CACHE_DIR"):
             cache.cached_folder("model", self.make)
+
+    @pytest.mark.parametrize("found", [True, False, [0.5, float("inf")], []])
+    def test_what_was_found_out_is_not_found_out_again(self, found):
+        calls = []
+        for _ in range(2):
+            assert cache.remembered("fact", lambda: calls.append(1) or found, lambda value: value == found) == found
+        assert len(calls) == 1
+
+    @pytest.mark.parametrize("content", [b"", b"[1.0, ", b"null", b"0", b'"true"', b"\xff", None])
+    def test_what_is_damaged_is_found_out_again(self, content):
+        calls = []
+
+        def remember():
+            return cache.remembered("fact", lambda: calls.append(1) or True, lambda value: isinstance(value, bool))
+
+        remember()
+        path = Path(cache.cache_dir(), "remembered", "fact")
+        if content is None:
+            path.unlink()
+        else:
+            path.write_bytes(content)
+        assert remember() is True and len(calls) == 2
+        assert remember() is True and len(calls) == 2  # as the file is whole again

@@ -391,6 +391,14 @@ def test_a_proof_is_remembered_but_not_for_other_arithmetic(own_cache, monkeypat
     assert describe(ENCODER).graph == "fast" and len(calls) == 1
 
 
+@pytest.mark.parametrize("figures", ["[0.0]", "[0.0, 1.0, 2.0]", "[0.0, null]", "true"])
+def test_a_damaged_proof_is_made_again(figures, own_cache, tmp_path):
+    proven = describe(ENCODER).parity
+    (path,) = (tmp_path / "cache" / "remembered").iterdir()
+    path.write_text(figures)
+    assert describe(ENCODER).parity == proven
+
+
 def test_a_probe_that_cannot_run_is_no_proof_and_is_not_remembered(own_cache, monkeypatch, caplog):
     def fail(*arguments: Any) -> list[float]:
         raise MemoryError("no room")

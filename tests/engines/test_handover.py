@@ -11,6 +11,7 @@ import pytest
 from apache_beam.runners.portability.fn_api_runner import fn_runner
 from apache_beam.testing.util import assert_that, equal_to
 
+from pipeline.coders import PackCoder
 from pipeline.config import WorkerConfig
 from pipeline.embed import build_pipeline
 from pipeline.encoders.spec import describe_encoder
@@ -19,7 +20,7 @@ from pipeline.handover import PACK_BYTES, PACK_ELEMENTS, PackElements, ends_docu
 from pipeline.job import prepare_job
 from pipeline.plan import GPU_BATCH_TOKENS, plan_embedding
 from pipeline.preprocess.batching import COMPILED_STEPS, bucket_lengths
-from pipeline.records import Chunk, Document, Pack, PackCoder
+from pipeline.records import Chunk, Document, Pack
 from pipeline.settle import settle
 from pipeline.workers import PRESETS, find_device, resource_hints, share_memory
 from tests.support.corpora import as_records, some_texts, write_jsonl

@@ -242,6 +242,20 @@ def test_the_vocabulary_and_the_case_rule_are_those_of_the_official_models(prepr
     assert planned_vocabulary(ENCODER, preprocessor) == Vocabulary(tuple(vocabulary()), lower_case=True)
 
 
+@pytest.mark.parametrize("agrees", [True, False])
+def test_a_preprocessor_is_loaded_once_for_the_comparison_of_tokens(agrees, tmp_path, monkeypatch):
+    monkeypatch.setenv("EMBEAM_CACHE_DIR", str(tmp_path / "cache"))
+    load, loaded = tf.saved_model.load, []
+    monkeypatch.setattr(tf.saved_model, "load", lambda folder: loaded.append(folder) or load(folder))
+    compared = Vocabulary(tuple(vocabulary()), lower_case=agrees)
+    for _ in range(2):
+        assert agrees_with_preprocessor(compared, PREPROCESSOR) is agrees
+    assert loaded == [PREPROCESSOR]
+    monkeypatch.setattr(tensorflow_text, "__version__", "another")
+    assert agrees_with_preprocessor(compared, PREPROCESSOR) is agrees
+    assert loaded == [PREPROCESSOR] * 2
+
+
 def save_bert_preprocessor(folder: str, vocab_file: str, lower_case: bool) -> str:
     """A preprocessor of the BERT family made of tensorflow_text's own layers, as anybody may export one."""
 

@@ -6,19 +6,9 @@ import json
 import pytest
 
 from pipeline.errors import RunError
-from pipeline.forecast import (
-    ThinnedSample,
-    forecast_run,
-    forecast_table,
-    format_forecast,
-    measure_texts,
-    sample_input,
-    scale_up,
-    text_flops,
-)
+from pipeline.forecast import ThinnedSample, forecast_table, measure_texts, scale_up, text_flops
 from pipeline.records import Document
-from pipeline.settle import prepare_takeover, settle
-from pipeline.sources.planning import infer_kept_fields, plan_input
+from pipeline.settle import settle
 from pipeline.tables.lock import TableLock
 from pipeline.tables.manifest import open_table
 from tests.support.corpora import some_texts, write_jsonl
@@ -230,66 +220,6 @@ def test_flops_are_those_of_the_layers():
     dense = 4 * 2 * d * d + 3 * 2 * d * f  # query, key, value, output; up, gate, down
     attention = 2 * 2 * n * d + 2 * 2 * h * h * n  # scores, context; two mixes of the heads
     assert text_flops(a, n) == 2 * n * (dense + attention) + 2 * d * d
-
-
-# The cheap forecast of a run.
-
-
-def cheap(folder, tmp, **settings):
-    settled = settle(make_config(folder, **settings))
-    live = settled.store.read_live().manifest
-    form = settled.store.choose_form(settled.config, settled.plan.layout(settled.kept))
-    takeover = prepare_takeover(settled.store, live, settled.plan, form, str(tmp))
-    return forecast_run(settled, takeover.rule, form, live)
-
-
-def test_a_small_run_is_forecast_exactly(tmp_path, tmp_path_factory):
-    records = make_records()
-    write_jsonl(tmp_path / "corpus.jsonl", records)
-    for n_new in (60, 3):
-        predicted = cheap(tmp_path, tmp_path_factory.mktemp("scratch"))
-        _, manifest = embed_records(tmp_path, records)
-        assert predicted["documents"] == manifest.counts["recall"]["documents"] == len(records)
-        assert predicted["to_encode"] == manifest.counts["recall"]["encoded"] == n_new
-        assert predicted["tokens"] == manifest.counts["preprocess"]["tokens"]
-        assert predicted["bytes"] == pytest.approx(
-            sum(file.n_bytes + 52 * file.rows for file in manifest.files), rel=0.1
-        )
-        assert predicted["seconds"] >= 0
-        line = format_forecast(predicted, manifest)
-        tokens = f"{predicted['tokens']:,.0f} tokens"
-        assert line.startswith(f"predicted    {n_new} documents to encode, {tokens}, ")
-        assert f"; actual {n_new}, {predicted['tokens']:,.0f}, " in line
-        records = [*records, *make_records(3, start=900)]
-        write_jsonl(tmp_path / "corpus.jsonl", records)
-    assert format_forecast({}, manifest) == ""
-
-
-@pytest.mark.parametrize("kind", ["one file", "many files", "gzip", "text"])
-def test_a_large_input_is_judged_by_a_few_places(tmp_path, monkeypatch, kind):
-    monkeypatch.setattr("pipeline.forecast.SAMPLE_BYTES", 16 << 10)
-    records = make_records(4000)
-    settings = {}
-    if kind == "many files":
-        for i in range(40):
-            write_jsonl(tmp_path / f"{i:02d}.jsonl", records[100 * i : 100 * i + 100])
-    elif kind == "gzip":
-        import gzip
-
-        lines = "".join(json.dumps(record) + "\n" for record in records)
-        (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(lines.encode()))
-        settings = {"input": str(tmp_path / "a.jsonl.gz")}
-    elif kind == "text":
-        (tmp_path / "a.txt").write_text("\n".join(record["text"] for record in records))
-        settings = {"input": str(tmp_path / "a.txt"), "id_field": ""}
-    else:
-        write_jsonl(tmp_path / "a.jsonl", records)
-    config = make_config(tmp_path, **settings).read
-    found = plan_input(config)
-    sampled = sample_input(found, config, infer_kept_fields(found, config))
-    assert sampled.n_documents == pytest.approx(4000, rel=0.15)
-    assert 50 < len(sampled.documents) < 2200
-    assert len({document.id for document in sampled.documents}) == len(sampled.documents)
 
 
 # The verb.

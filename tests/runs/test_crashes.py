@@ -28,7 +28,7 @@ import tensorflow as tf
 
 from pipeline.errors import RunError, TableError
 from pipeline.records import Row
-from pipeline.tables import journal
+from pipeline.tables import journal, journaling
 from pipeline.tables.manifest import open_table
 from tests.support.paths import ENCODER
 from tests.support.processes import kill_group, start_cli, start_python, wait_for
@@ -200,7 +200,7 @@ import sys, threading
 from pathlib import Path
 from pipeline import cli
 from pipeline.encoders.handler import LoadedEncoder
-from pipeline.tables import journal
+from pipeline.tables import journaling
 
 told, encode, seen = Path(sys.argv.pop(1)), LoadedEncoder.encode, []
 
@@ -211,7 +211,7 @@ def encode_four(self, batch):
         threading.Event().wait()
     return encode(self, batch)
 
-LoadedEncoder.encode, journal.FLUSH_BYTES = encode_four, 1
+LoadedEncoder.encode, journaling.FLUSH_BYTES = encode_four, 1
 cli.run()
 """
 
@@ -369,10 +369,10 @@ def test_a_run_that_is_stopped_keeps_all_that_it_finished(tmp_path, number, to_g
 
 def test_the_journal_holds_back_neither_much_nor_for_half_a_minute(tmp_path, monkeypatch):
     now = [0.0]
-    monkeypatch.setattr(journal, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    monkeypatch.setattr(journaling, "time", SimpleNamespace(monotonic=lambda: now[0]))
     folder = tmp_path / "journal" / "fingerprint"
     folder.mkdir(parents=True)
-    writer = journal.JournalWriter(str(folder))
+    writer = journaling.JournalWriter(str(folder))
 
     def add(number: int, seconds: float, n_bytes: int = 256) -> list[int]:
         """How many rows each segment has after another row, so many seconds later."""
@@ -396,7 +396,7 @@ def stopped_run(tmp_path_factory) -> tuple[Path, Path, Contents]:
     table = folder / "table"
     encode(write_corpus(folder / "c.jsonl", range(20), "old"), table)
     corpus = write_corpus(folder / "c.jsonl", range(5, 50), "old")  # 15 stay, 30 are new
-    with mock.patch.object(journal, "FLUSH_BYTES", 1), pytest.raises(RunError, match="max_delete_fraction"):
+    with mock.patch.object(journaling, "FLUSH_BYTES", 1), pytest.raises(RunError, match="max_delete_fraction"):
         run_embed(corpus, table, id_field="id", max_delete_fraction=0.1)
     assert [count_rows(path) for path in list_segments(table)] == [1] * 30
     encode(corpus, folder / "fresh")

@@ -26,6 +26,11 @@ def demo(tmp_path_factory):
     return table, said.getvalue()
 
 
+def list_labels(summary):
+    """What the lines of a summary are about: they begin with a label, or with a count and a reason."""
+    return [re.match(r"(\d* *[a-z_]+)", line.strip())[1] for line in summary.splitlines()[1:]]
+
+
 def test_the_demo_embeds_its_corpus_and_names_every_hostile_row(demo):
     table, said = demo
     manifest, _ = pipeline.open_table(str(table))
@@ -35,6 +40,8 @@ def test_the_demo_embeds_its_corpus_and_names_every_hostile_row(demo):
     assert len(ids) == len(vectors) == manifest.rows > 400
     assert f"{manifest.rows:,} rows" in said
     assert all(f"1 {reason}" in said for reason in reasons)
+    shown = (ROOT / "README.md").read_text().partition(" is published: ")[2].partition("\n$")[0]
+    assert list_labels(shown) == list_labels(said.partition(" is published: ")[2])
 
 
 def test_a_query_finds_the_very_text_first(demo, capsys):

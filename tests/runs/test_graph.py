@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import apache_beam as beam
 import pytest
@@ -15,11 +15,12 @@ import pipeline.embed
 from pipeline.embed import build_pipeline
 from pipeline.job import prepare_job
 from pipeline.preprocess.chunking import Preprocess
+from pipeline.report.summary import format_table
 from pipeline.settle import settle
 from tests.support.corpora import as_records, some_texts, write_jsonl
 from tests.support.crossings import find_crossings, find_producers
 from tests.support.processes import start_python
-from tests.support.runs import make_config
+from tests.support.runs import embed_records, make_config
 
 
 def build_proto(folder: Path, **settings: Any) -> beam_runner_api_pb2.Pipeline:
@@ -153,7 +154,7 @@ def test_the_search_finds_what_must_not_be(kind, tmp_path, monkeypatch):
 # --- what is imported when -------------------------------------------------------------------------------------------
 
 
-HEAVY = {"tensorflow", "tensorflow_text", "tensorflow_hub", "tfx_bsl", "keras", "apache_beam", "pyarrow", "numpy"}
+HEAVY = {"tensorflow", "tensorflow_text", "tensorflow_hub", "tfx_bsl", "keras", "apache_beam"}
 LIGHT = ["import pipeline", "from pipeline import EmbedConfig"]
 LIGHT += [
     f"from pipeline.cli import main; main({arguments})"
@@ -161,25 +162,78 @@ LIGHT += [
 ]
 
 
-def list_modules(*statements: str) -> dict[str, set[str]]:
-    """What a fresh Python has loaded after each of some statements, of which some exit."""
-    script = "import json, sys\nloaded = {}\n"
-    for statement in statements:
-        script += f"try:\n    {statement}\nexcept SystemExit:\n    pass\nloaded[{statement!r}] = list(sys.modules)\n"
-    script += "print('\\n' + json.dumps(loaded))"
-    done = start_python("-c", script)
-    out, err = done.communicate()
-    assert done.returncode == 0, err
-    return {statement: set(names) for statement, names in json.loads(out.splitlines()[-1]).items()}
+class After(NamedTuple):
+    """What a statement has told, and the modules that are loaded since."""
+
+    told: str
+    modules: set[str]
+
+
+def run_fresh(*statements: str) -> list[After]:
+    """Runs statements one after the other in a fresh Python; some of them exit."""
+    script = """
+import contextlib, io, json, sys
+done = []
+for statement in json.loads(sys.argv[1]):
+    told = io.StringIO()
+    with contextlib.redirect_stdout(told), contextlib.redirect_stderr(told):
+        try:
+            exec(statement)
+        except SystemExit:
+            pass
+    done.append((told.getvalue(), list(sys.modules)))
+print(json.dumps(done))
+"""
+    process = start_python("-c", script, json.dumps(statements))
+    out, err = process.communicate()
+    assert process.returncode == 0, err
+    return [After(told, set(modules)) for told, modules in json.loads(out.splitlines()[-1])]
+
+
+def run_commands(*commands: list[str]) -> list[After]:
+    """As `run_fresh`, for the command line."""
+    return run_fresh(*(f"from pipeline.cli import main; main({command})" for command in commands))
 
 
 def test_help_and_import_load_neither_tensorflow_nor_beam_nor_numpy():
     """NumPy starts threads when it is imported, which would take the signals that a run waits for."""
-    for statement, modules in list_modules(*LIGHT).items():
-        assert "pipeline" in modules and not HEAVY & modules, statement
+    for statement, after in zip(LIGHT, run_fresh(*LIGHT), strict=True):
+        assert "pipeline" in after.modules and not (HEAVY | {"pyarrow", "numpy"}) & after.modules, statement
 
 
 def test_importing_the_graph_loads_beam_but_not_tensorflow():
-    (modules,) = list_modules("import pipeline.job").values()
-    assert "apache_beam" in modules
-    assert not {"tensorflow", "tensorflow_text", "tfx_bsl"} & modules
+    (after,) = run_fresh("import pipeline.job")
+    assert "apache_beam" in after.modules
+    assert not {"tensorflow", "tensorflow_text", "tfx_bsl"} & after.modules
+
+
+@pytest.mark.parametrize("output_format", ["tfrecord", "parquet"])
+def test_a_local_table_is_shown_and_read_without_tensorflow_and_beam(tmp_path, output_format):
+    records = [record | {"year": 1999} for record in as_records(some_texts(5))]
+    embed_records(tmp_path, records, output_format=output_format, keep_fields="year", encoder_graph="auto")
+    table = str(tmp_path / "table")
+    shown, listed = run_commands(["show", table, "--rows=2"], ["rollback", table, "--list"])
+    assert shown.told.strip() == format_table(table, 2)
+    assert "5 rows  live" in listed.told and not HEAVY & listed.modules
+    (read,) = run_fresh(f"import pipeline; print(pipeline.read_table({table!r})[1].shape)")
+    assert read.told.strip() == "(5, 64)" and not HEAVY & read.modules
+
+
+WRONG = [
+    (["embed", "--inptu=a.txt"], "unknown flag --inptu; did you mean --input?"),
+    (["embed", "a.txt"], "unexpected argument 'a.txt'"),
+    (["embed", "--input=a.txt", "--output=t", "--dtype=float3"], "--dtype=float3"),
+    (["plan", "--inptu=a.txt"], "unknown flag --inptu; did you mean --input?"),
+    (["show", "t", "--rosw=3"], "unknown flag --rosw; did you mean --rows?"),
+    (["rollback", "t", "--lsit"], "unknown flag --lsit; did you mean --list?"),
+    (["show", "there/is/no/table"], "there/is/no/table is no table"),
+]
+
+
+def test_a_wrong_flag_is_refused_without_tensorflow_and_beam(tmp_path, monkeypatch):
+    monkeypatch.setenv("EMBEAM_CACHE_DIR", str(tmp_path / "cache"))
+    commands = [command for command, _ in WRONG]
+    first = run_commands(*commands)  # which asks Beam for its flags, once on a machine
+    for after, again, (command, message) in zip(run_commands(*commands), first, WRONG, strict=True):
+        assert message in after.told and after.told == again.told, command
+        assert not HEAVY & after.modules, command

@@ -19,8 +19,9 @@ from pipeline.config import KeptField, ReadConfig
 from pipeline.records import Document
 from pipeline.sources import SOURCES
 from pipeline.sources.lines import iterate_lines, join_paragraphs, read_whole
-from pipeline.sources.planning import infer_kept_fields, plan_input
+from pipeline.sources.planning import plan_input
 from pipeline.sources.read import ReadSplit, read_range
+from pipeline.sources.sampling import infer_kept_fields, sample_input
 
 DOCUMENTS = [
     {"key": "a", "body": "plain words", "other": "second", "year": 1999, "score": 0.5, "ok": True, "lang": "en"},
@@ -75,9 +76,13 @@ def write_tfrecord(rows, folder):
     return path.read_bytes()
 
 
+def infer(plan, config):
+    return infer_kept_fields(sample_input(plan, config).rows, config)
+
+
 def read_outcomes(config, kept_fields=None):
     plan = plan_input(config)
-    kept_fields = infer_kept_fields(plan, config) if kept_fields is None else kept_fields
+    kept_fields = infer(plan, config) if kept_fields is None else kept_fields
     return [i.outcome for split in plan.splits for r in split for i in read_range(r, config, kept_fields)]
 
 
@@ -106,7 +111,7 @@ def test_every_format_and_compression_gives_the_same_documents(tmp_path, kind, s
         keep_fields=TYPED if kind == "tfrecord" else KEPT,  # a tf.Example has no booleans to infer
     )
     plan = plan_input(config)
-    assert infer_kept_fields(plan, config) == [KeptField.parse(text) for text in TYPED]
+    assert infer(plan, config) == [KeptField.parse(text) for text in TYPED]
     documents = read_outcomes(config)
     assert [(d.id, d.text, d.pair) for d in documents] == [(r["key"], r["body"], r["other"]) for r in rows]
     assert [json.loads(d.kept) for d in documents] == [[r[name] for name in KEPT] for r in rows]

@@ -1,15 +1,12 @@
 """What is found, refused, cut up and inferred before anything is read."""
 
 import gzip
-import json
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 
-from pipeline.config import KeptField, ReadConfig
+from pipeline.config import ReadConfig
 from pipeline.errors import ConfigError, InputError
-from pipeline.sources.planning import detect_format, estimate_documents, infer_kept_fields, plan_input
+from pipeline.sources.planning import detect_format, plan_input
 from pipeline.sources.source import TO_THE_END
 
 
@@ -120,57 +117,3 @@ def test_large_files_are_split_and_small_ones_grouped(tmp_path):
     assert shape[12:] == [[("e.txt.gz", 0, TO_THE_END)]]
     assert len(plan(tmp_path, "a.txt", split_bytes=100, text_mode="paragraph").splits) == 1
     assert len(plan(tmp_path, "*", split_bytes=100, limit=5).splits) == 1
-
-
-def infer(folder, pattern, **settings):
-    config = ReadConfig(input=(str(folder / pattern),), **settings)
-    return infer_kept_fields(plan_input(config), config)
-
-
-def test_types_are_inferred_from_the_first_rows(tmp_path):
-    rows = [
-        {"text": "a", "i": 1, "w": 1, "f": 0.5, "b": True, "s": "x", "n": None, "m": 1, "t": 1},
-        {"text": "b", "i": 2, "w": 1.5, "f": 2.5, "b": False, "s": None, "n": None, "m": "x", "t": 1},
-    ]
-    write(tmp_path, a_jsonl="{\n", b_jsonl="\n".join(map(json.dumps, rows)))
-    names = ("i", "w", "f", "b", "s", "n", "m", "t:float")
-    kinds = ["int", "float", "float", "bool", "string", "string", "string", "float"]
-    assert infer(tmp_path, "*.jsonl", keep_fields=names) == [
-        KeptField(name.partition(":")[0], kind) for name, kind in zip(names, kinds, strict=True)
-    ]
-
-
-def test_types_of_csv_fields(tmp_path):
-    write(tmp_path, a_csv="text,i,f,b,s,z,e\nt,1,1,true,x,007,\nt,,2.5,False,1,1,\n")
-    kinds = [kind for _, kind in infer(tmp_path, "a.csv", keep_fields=tuple("ifbsze"))]
-    assert kinds == ["int", "float", "bool", "string", "string", "string"]
-
-
-def test_fields_that_are_nowhere(tmp_path):
-    write(tmp_path, a_jsonl='{"text": "a", "year": 1, "tags": [1]}\n')
-    with pytest.raises(ConfigError, match=r"--keep_fields=yaer is in none of the first 1 rows; they have .*year"):
-        infer(tmp_path, "*", keep_fields=("yaer:int",))
-    with pytest.raises(ConfigError, match="--pair_field=other is in none"):
-        infer(tmp_path, "*", pair_field="other")
-    with pytest.raises(ConfigError, match="--keep_fields=tags holds lists"):
-        infer(tmp_path, "*", keep_fields=("tags",))
-
-
-def test_columns_that_are_missing(tmp_path):
-    write(tmp_path, a_csv="id,body\n1,x\n")
-    pq.write_table(pa.table({"id": [1], "body": ["x"]}), tmp_path / "a.parquet")
-    for pattern in ("a.csv", "a.parquet"):
-        with pytest.raises(InputError, match=r"column 'text' is missing, the file has id, body; see --text_field"):
-            infer(tmp_path, pattern, id_field="id")
-        with pytest.raises(InputError, match="--id_field"):
-            infer(tmp_path, pattern, id_field="key", text_field=("body",))
-
-
-def test_the_number_of_documents_is_estimated(tmp_path):
-    line = json.dumps({"text": "hello world, this is a line"}) + "\n"
-    write(tmp_path, a_jsonl=line * 30_000, b_jsonl=line * 50_000, c_jsonl_gz=gzip.compress(line.encode() * 100))
-    pq.write_table(pa.table({"text": ["x"] * 1234}), tmp_path / "d.parquet")
-    config = ReadConfig(input=(str(tmp_path / "*"),))
-    assert estimate_documents(plan_input(config), config) == pytest.approx(81_334, rel=0.01)
-    limited = ReadConfig(input=(str(tmp_path / "*"),), limit=10)
-    assert estimate_documents(plan_input(limited), limited) == 10

@@ -71,6 +71,16 @@ def test_a_repeated_publication_leaves_no_file_that_a_glob_would_read(tmp_path):
     assert names == ["embeddings-00000-of-00001.parquet", "index-00000-of-00001.bin", "manifest.json"]
 
 
+def test_a_manifest_may_hold_fields_of_another_version(tmp_path):
+    manifest = build(tmp_path, [{"text": "a"}])
+    path = tmp_path / "table" / "snapshots" / manifest.snapshot / "manifest.json"
+    values = json.loads(path.read_text())
+    path.write_text(json.dumps(values | {"predicted": {"documents": 1.0}}))
+    assert pipeline.open_table(str(tmp_path / "table"))[0] == manifest
+    again = build(tmp_path, [{"text": "a"}])
+    assert (again.previous, again.counts["recall"]["unchanged"]) == (manifest.snapshot, 1)
+
+
 def test_a_home_folder_may_be_written_as_a_tilde(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     (tmp_path / "a.txt").write_text("a dog\n")

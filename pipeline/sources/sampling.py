@@ -1,0 +1,128 @@
+"""The first records of the input, read once before a run: what its fields hold, and about how many documents it has."""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+from pipeline.config import KeptField, ReadConfig
+from pipeline.errors import ConfigError, InputError
+from pipeline.sources import SOURCES
+from pipeline.sources.compression import FileError
+from pipeline.sources.fields import infer_type
+from pipeline.sources.planning import InputPlan
+from pipeline.sources.source import FileRange, InputFile, Record
+
+SAMPLE_FILES = 10  # of each kind
+SAMPLE_ROWS = 200  # whose fields are looked at
+SAMPLE_RECORDS, SAMPLE_BYTES = 20_000, 4 << 20  # of each kind of file: whichever comes first, after `SAMPLE_ROWS`
+
+
+class InputSample(NamedTuple):
+    """What the first records of an input tell.
+
+    Attributes:
+      rows: the fields of the first good records, of files that have fields.
+      n_documents: about how many documents the input has.
+    """
+
+    rows: list[dict[str, Any]]
+    n_documents: int
+
+
+def sample_input(plan: InputPlan, config: ReadConfig) -> InputSample:
+    """Reads the first records of the first files of each kind.
+
+    Args:
+      plan: the input; files that cannot be read are passed over, they become dead letters later.
+      config: as for reading; a limit caps the number of documents.
+
+    Raises:
+      InputError: if a file of a column format lacks the id or a text column.
+    """
+    kinds = defaultdict(list)
+    for file in plan.files:
+        kinds[file.format, file.compression].append(file)
+    rows: list[dict[str, Any]] = []
+    n_documents = 0.0
+    for files in kinds.values():
+        n_records, n_bytes = _sample_files(files[:SAMPLE_FILES], config, rows)
+        n_documents += sum(file.size for file in files) * n_records / n_bytes
+    return InputSample(rows, min(config.limit or round(n_documents), round(n_documents)))
+
+
+def _sample_files(files: Sequence[InputFile], config: ReadConfig, rows: list[dict[str, Any]]) -> tuple[int, int]:
+    """Adds to the rows; returns how many records were read, and how many stored bytes."""
+    n_records = n_bytes = 0
+    for file in files:
+        source = SOURCES[file.format]
+        for record in read_readable(FileRange.whole(file), config):
+            n_records += 1
+            if source.has_fields and len(rows) < SAMPLE_ROWS:
+                if record.reason == "missing_field":
+                    raise InputError(f"{file.path}: {record.message}")
+                if not record.reason:
+                    values = dict(record.values)
+                    rows.append(_parse_strings(values) if source.values_are_strings else values)
+            n_read = n_bytes + record.n_read
+            if n_records >= SAMPLE_RECORDS or (n_read >= SAMPLE_BYTES and n_records >= SAMPLE_ROWS):
+                return n_records, max(n_read, 1)
+        n_bytes += file.size
+    return n_records, n_bytes
+
+
+def read_readable(file_range: FileRange, config: ReadConfig) -> Iterator[Record]:
+    """The records of a range up to the point where it can be read no further."""
+    try:
+        yield from SOURCES[file_range.file.format].read_records(file_range, config)
+    except FileError:
+        return
+
+
+def infer_kept_fields(rows: Sequence[dict[str, Any]], config: ReadConfig) -> list[KeptField]:
+    """Fills in the types of the kept fields from the first rows, and checks that the columns exist.
+
+    Args:
+      rows: from `sample_input`.
+      config: the kept fields, of which some may have a type.
+
+    Raises:
+      ConfigError: if a kept or pair field is in none of the rows, or holds something that cannot be kept.
+    """
+    kept = config.kept_fields()
+    values = {name: [row[name] for row in rows if name in row] for name in [config.pair_field, *(f.name for f in kept)]}
+    for name, found in values.items():
+        if name and rows and not found:
+            flag = "pair_field" if name == config.pair_field else "keep_fields"
+            there = ", ".join(sorted({str(key) for row in rows for key in row})[:20])
+            raise ConfigError(f"--{flag}={name} is in none of the first {len(rows)} rows; they have {there or 'none'}")
+    return [field if field.type else KeptField(field.name, _infer_field(field.name, values)) for field in kept]
+
+
+def _infer_field(name: str, values: dict[str, list[Any]]) -> str:
+    kind = infer_type(values.get(name, []))
+    if not kind:
+        raise ConfigError(f"--keep_fields={name} holds lists, objects or dates; keep string, int, float or bool fields")
+    return kind
+
+
+def _parse_strings(row: dict[str, str]) -> dict[str, Any]:
+    """Cells of a text format as the values that their spelling suggests."""
+    return {name: _parse_string(value) for name, value in row.items()}
+
+
+def _parse_string(value: str) -> Any:
+    if not value:
+        return None
+    if value.lower() in ("true", "false"):
+        return value.lower() == "true"
+    for parse in (int, float):
+        try:
+            number = parse(value)
+        except ValueError:
+            continue
+        # Leading zeros, plus signs and underscores are spellings of names, not of numbers: 007 is no 7.
+        return number if re.fullmatch(r"-?(0|[1-9]\d*)(\.\d+)?([eE][-+]?\d+)?", value) else value
+    return value
