@@ -8,6 +8,7 @@ import json
 import os
 import tempfile
 from collections.abc import Callable
+from typing import Any
 
 from pipeline.errors import EncoderError
 
@@ -44,7 +45,7 @@ def cached_folder(name: str, make: Callable[[str], None]) -> str:
         ) from error
 
 
-def remembered(name: str, find_out: Callable[[], list]) -> list:
+def remembered(name: str, find_out: Callable[[], list[Any]]) -> list[Any]:
     """Returns what was found out once, as JSON values, about something whose name tells all that it depends on."""
     path = os.path.join(cache_dir(), "remembered", name)
     try:

@@ -587,7 +587,8 @@ def sample_input(found: InputPlan, config: ReadConfig, kept: Sequence[Any]) -> S
         if is_whole:
             return SampledInput(read.documents, len(read.documents))
     documents: list[Document] = []
-    densities, compressed = [], []
+    densities: list[float] = []
+    compressed: list[float] = []
     for place in choose_places(found, config):
         read, is_whole = _read_some([place], config, kept, SAMPLE_RECORDS // SAMPLE_PLACES)
         documents += read.documents

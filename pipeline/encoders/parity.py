@@ -67,7 +67,7 @@ def prove_parity(folder: str, architecture: Architecture, weights_hash: str, pre
         figures = remembered(name, lambda: _measure(folder, architecture, mode))
     except Exception as error:
         return Parity(precision, float("inf"), 0.0, f"the probe failed: {first_line(error)}")
-    return Parity(precision, *figures)
+    return Parity(precision, figures[0], figures[1])
 
 
 def _measure(folder: str, architecture: Architecture, mode: Mode) -> list[float]:

@@ -81,7 +81,7 @@ def agrees_with_preprocessor(vocabulary: Vocabulary, folder: str) -> bool:
     graph = hash_file(str(Path(folder, "saved_model.pb")))
     facts = [graph, *PROBE_TEXTS, str(vocabulary.lower_case), *vocabulary.pieces]
     digest = hashlib.sha256("\n".join(facts).encode("utf-8", "surrogateescape")).hexdigest()[:24]
-    return remembered(f"tokenizer-{digest}", lambda: _compare_tokens(vocabulary, folder))
+    return bool(remembered(f"tokenizer-{digest}", lambda: [_compare_tokens(vocabulary, folder)])[0])
 
 
 def _compare_tokens(vocabulary: Vocabulary, folder: str) -> bool:
