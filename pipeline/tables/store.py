@@ -7,13 +7,13 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple, Optional, Protocol
 
 from pipeline.config import EmbedConfig
+from pipeline.records import Row, Tally
 from pipeline.sinks.layout import Columns, TableLayout
 from pipeline.tables.manifest import Manifest
 
 if TYPE_CHECKING:  # what only a run needs
     import apache_beam as beam
 
-    from pipeline.records import Row, Tally
     from pipeline.sinks.index import Index
     from pipeline.sinks.writing import DeadLetterFormat, RowFormat, Shard
     from pipeline.tables.joining import JoinRule
@@ -208,12 +208,19 @@ def open_folder(output: str, work_dir: str) -> Store:
     return FolderStore(output, work_dir)
 
 
+def open_folder_table(output: str, work_dir: str) -> Table:
+    from pipeline.tables.folder_table import FolderTable
+
+    return FolderTable(output, work_dir)
+
+
 # By scheme; the first that fits counts. A kind of table is imported when one is opened.
 STORES: dict[str, Callable[[str, str], Store]] = {
     "duckdb://": open_duckdb,
     "bq://": open_bigquery,
     "": open_folder,
 }
+TABLES: dict[str, Callable[[str, str], Table]] = {**STORES, "": open_folder_table}  # the same, for readers
 
 
 def open_store(output: str, work_dir: str = "") -> Store:
@@ -232,8 +239,5 @@ def open_store(output: str, work_dir: str = "") -> Store:
 
 def find_table(name: str) -> Table:
     """As `open_store`, for readers: of a folder on a local disk, it loads neither Beam nor TensorFlow."""
-    if any(scheme and name.startswith(scheme) for scheme in STORES):
-        return open_store(name)
-    from pipeline.tables.folder_table import FolderTable
-
-    return FolderTable(name)
+    opens = next(opens for scheme, opens in TABLES.items() if name.startswith(scheme))
+    return opens(name, "")
