@@ -13,9 +13,10 @@ from hypothesis import strategies as st
 
 from pipeline.records import Document, Origin, Row, digest_id
 from pipeline.sinks.index import Index, SourceNumbers, index_rows
-from pipeline.tables import journal, recall
+from pipeline.tables import journaling, recall
 from pipeline.tables.joining import read_journal, select_whole_rows
-from pipeline.tables.journal import JournalWriter, flush_journals, list_folder, read_segment, write_segment
+from pipeline.tables.journal import list_folder, read_segment, write_segment
+from pipeline.tables.journaling import JournalWriter, flush_journals
 from pipeline.tables.known import ROWS, SEGMENT, KnownVectors, build_known
 from pipeline.tables.recall import DigestSet, ProbePicker, Wish
 from tests.support.steps import SteppedTable, make_document
@@ -178,7 +179,7 @@ def test_a_segment_that_is_torn_or_damaged_is_none(tmp_path):
 
 
 def test_a_journal_is_written_once_there_is_enough(tmp_path, monkeypatch):
-    monkeypatch.setattr(journal, "FLUSH_BYTES", 20)
+    monkeypatch.setattr(journaling, "FLUSH_BYTES", 20)
     writer = JournalWriter(str(tmp_path), seconds=1e9)
     writer.add(make_row("a", 1))
     writer.add(make_row("b", 2))

@@ -33,14 +33,15 @@ from pipeline.sinks.layout import TableLayout
 from pipeline.sinks.writing import DeadLetterFormat, RowFormat, Shard, ShardWriter
 from pipeline.tables import joining
 from pipeline.tables.attempts import abandon_attempt, sweep_dead_attempts
-from pipeline.tables.commit import Commit, Results
+from pipeline.tables.bigquery import BigqueryCommit
+from pipeline.tables.commit import Commit
 from pipeline.tables.folder import FolderStore
 from pipeline.tables.journal import journal_folder, list_folder, write_segment
 from pipeline.tables.manifest import Manifest, attempts_folder, snapshot_folder
 from pipeline.tables.publish import Publication, build_manifest, make_live, name_snapshot, place_files
 from pipeline.tables.recall import RecallDocuments
 from pipeline.tables.storage import make_folder
-from pipeline.tables.store import CommitPlan, Store, Takeover, open_store
+from pipeline.tables.store import CommitPlan, Committer, Results, Store, Takeover, open_store
 from pipeline.vectors.finishing import VectorRule, finish_chunks
 from tests.support.tables import Rows, read_rows
 
@@ -313,9 +314,9 @@ class Outputs:
 flatten = chain.from_iterable
 
 
-def commit(committer: Any, results: Results) -> None:
+def commit(committer: Committer, results: Results) -> None:
     """The end of a run; Beam takes part only where a store has more to do than one worker can."""
-    if not hasattr(committer, "finish"):
+    if not isinstance(committer, BigqueryCommit):
         committer.commit(results)
         return
     options = PipelineOptions([f"--project={committer.name.project}"])

@@ -20,9 +20,9 @@ import pipeline.tables.bigquery
 from pipeline.bigquery import BigQueryName, client
 from pipeline.cli import main
 from pipeline.errors import ConfigError, EmbeamError, TableError
+from pipeline.files import join
 from pipeline.tables.bigquery import make_index_statement, make_search_query
 from pipeline.tables.lock import LOCK, TableLock
-from pipeline.tables.storage import join
 from pipeline.tables.store import open_store
 from tests.support.bigquery import BigQueryEmulator, start_bigquery
 from tests.support.corpora import write_jsonl
