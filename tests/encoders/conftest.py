@@ -9,10 +9,15 @@ def loaded_encoders() -> None:
 
 
 @pytest.fixture(scope="module")
-def module_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """A cache for the tests of one module, which keep nothing of their models in the user's."""
+def _module_folder(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return str(tmp_path_factory.mktemp("cache"))
+
+
+@pytest.fixture
+def module_cache(_module_folder: str) -> Iterator[None]:
+    """One cache for the tests of a module that make models: the user's would keep what is found out of each."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("EMBEAM_CACHE_DIR", str(tmp_path_factory.mktemp("cache")))
+        patch.setenv("EMBEAM_CACHE_DIR", _module_folder)
         yield
 
 

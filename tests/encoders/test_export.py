@@ -72,7 +72,8 @@ class TestEncoderNumbers:
                 np.testing.assert_allclose(np.stack(outputs[name]), golden[f"{case}/{name}"], rtol=0, atol=TOLERANCE)
 
     @pytest.mark.parametrize(
-        "layers, width, heads", [(1, 6, 3), (3, 40, 5), pytest.param(11, 16, 1, marks=pytest.mark.exhaustive)]
+        "layers, width, heads",
+        [(1, 6, 3), *(pytest.param(*sizes, marks=pytest.mark.exhaustive) for sizes in ((3, 40, 5), (11, 16, 1)))],
     )
     def test_equals_the_definition_in_numpy(self, tmp_path, layers, width, heads):
         weights = initial_weights(layers, width, heads, vocabulary_size=50, positions=20, seed=layers)

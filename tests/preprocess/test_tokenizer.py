@@ -282,7 +282,10 @@ def save_bert_preprocessor(folder: str, vocab_file: str, lower_case: bool) -> st
     return folder
 
 
-@both_cases
+@pytest.mark.parametrize(
+    "lower_case",
+    [pytest.param(True, id="uncased", marks=pytest.mark.exhaustive), pytest.param(False, id="cased")],
+)
 def test_the_case_rule_is_read_from_the_preprocessors_graph(lower_case, tmp_path):
     folder = save_bert_preprocessor(str(tmp_path / "bert"), f"{ENCODER}/assets/vocab.txt", lower_case)
     assert planned_vocabulary(ENCODER, folder) == Vocabulary(tuple(vocabulary()), lower_case)

@@ -25,7 +25,7 @@ from tests.support.tables import assert_close, assert_official_segments, read_de
 pytestmark = pytest.mark.numeric
 
 # More than one bucket, more than one batch of some, texts of every script, one without tokens and some that are cut.
-TEXTS = [*golden_texts(), *some_texts(150)]
+TEXTS = [*golden_texts(), *some_texts(60)]
 
 
 @pytest.mark.parametrize("graph", ["fast", "published"])

@@ -264,20 +264,21 @@ def test_a_preprocessor_without_packing_is_called_as_it_is_and_a_token_beyond_th
         assert row["n_truncated"] is None  # it does not tell
 
 
-@pytest.mark.parametrize("max_tokens", [20, 512])
+@pytest.mark.parametrize("max_tokens", [20, pytest.param(512, marks=pytest.mark.exhaustive)])
 def test_an_unknown_preprocessor_with_packing_packs_to_the_limit(max_tokens, packing):
-    pairs = list(zip(some_texts(30, seed=11), some_texts(30, seed=12), strict=True))
-    segments: dict[str, tuple[str, ...]] = {str(i): pair for i, pair in enumerate(pairs)}
-    segments["7"] = segments["7"][:1]
-    documents = [Document(name, *texts) for name, texts in segments.items()]
+    segments = [list(pair) for pair in zip(some_texts(30, seed=11), some_texts(30, seed=12), strict=True)]
+    singles = some_texts(5, seed=14)
+    documents = [*(Document(f"pair{i}", *pair) for i, pair in enumerate(segments)), *as_documents(singles)]
+    np.random.default_rng(5).shuffle(documents)
     rows = embed_directly(documents, preprocessor=packing, pair_field="other", max_tokens=max_tokens).rows
     assert len(rows) == len(documents)
     preprocessor = tf.saved_model.load(packing)
-    for name, texts in segments.items():
-        tokens = [preprocessor.tokenize(tf.constant([text])) for text in texts]
+    for name, columns in (("pair", list(zip(*segments, strict=True))), ("", [singles])):
+        tokens = [preprocessor.tokenize(tf.constant(column)) for column in columns]
         packed = preprocessor.bert_pack_inputs(tokens, seq_length=tf.constant(max_tokens))
-        expected = expected_vector({key: tensor.numpy() for key, tensor in packed.items()}, "pooled_output")
-        assert_close(rows[name, 0]["embedding"], expected, texts)
+        for i in range(len(columns[0])):
+            alone = {key: tensor[i : i + 1].numpy() for key, tensor in packed.items()}
+            assert_close(rows[f"{name}{i}", 0]["embedding"], expected_vector(alone, "pooled_output"), (name, i))
 
 
 def test_a_preprocessor_that_cannot_pack_pairs_is_refused_for_pairs(calling_only):
