@@ -286,6 +286,16 @@ def test_the_index_says_where_a_document_was_last_seen(table):
     assert_rows(outcome.rows, documents("a"))
 
 
+def test_rows_that_were_kept_go_once_deletions_are_applied(table):
+    table.run(documents(*"abcd"))
+    for _ in range(2):
+        outcome = table.run(documents("a", "x"), deletes="keep")
+        assert_rows(outcome.rows, documents(*"abcdx"))
+    outcome = table.run(documents("a", "x", "b"))
+    assert outcome.encoded == [] and outcome.count("deleted", "kept") == {"deleted": 2, "kept": 0}
+    assert_rows(outcome.rows, documents(*"abx"))
+
+
 # Other models
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import duckdb
@@ -11,14 +12,14 @@ import numpy as np
 import pytest
 
 import pipeline.tables.duckdb
-from pipeline.config import EmbedConfig
+from pipeline.config import EmbedConfig, KeptField
 from pipeline.errors import ConfigError, TableError
 from pipeline.report.query import find_nearest
 from pipeline.report.summary import format_table
 from pipeline.tables.manifest import Manifest
 from pipeline.tables.store import open_store
-from tests.support.reruns import assert_rows, documents
-from tests.support.steps import DIMENSION, SteppedTable, draw_vector
+from tests.support.reruns import assert_rows, dated, documents
+from tests.support.steps import DIMENSION, LAYOUT, SteppedTable, draw_vector
 from tests.support.stores import first_records, run
 from tests.support.tables import read_rows
 
@@ -48,7 +49,7 @@ def test_a_table_of_somebody_else_is_left_alone(table, tmp_path):
     with duckdb.connect(str(tmp_path / "v.duckdb")) as connection:
         connection.execute("CREATE TABLE notes (id VARCHAR)")
     with pytest.raises(TableError, match="that embeam did not make"):
-        check(table.output)
+        run(tmp_path, first_records(), output=table.output)
 
 
 def test_other_tables_of_the_file_stay(table, tmp_path):
@@ -91,6 +92,20 @@ def test_every_run_is_written_down(table, tmp_path):
     assert [(name, run) for name, run, _ in rows] == [("a", names[0]), ("b", names[0]), ("d", names[2])]
     assert {fingerprint for _, _, fingerprint in rows} == {Manifest.from_json(runs[2][1]).fingerprint}
     assert all(comment for (comment,) in comments)
+
+
+def test_columns_and_dead_letters_of_earlier_runs_are_gone(table, tmp_path):
+    table.layout = replace(LAYOUT, kept=(KeptField("year", "int"),), keep_text=True)
+    table.run(dated(1, "a", "b"), fails=["text b"])
+    work = tmp_path / "v.duckdb.embeam" / "notes"
+    assert len(list((work / "dead_letters").iterdir())) == 1
+    table.layout = LAYOUT
+    table.run(documents("a", "b"))
+    assert not list(work.rglob("*.jsonl"))
+    with duckdb.connect(str(tmp_path / "v.duckdb")) as connection:
+        columns = [row[0] for row in connection.execute("DESCRIBE notes").fetchall()]
+    own = {"id", "chunk", "n_tokens", "n_truncated", "content_hash", "source", "embedding"}
+    assert set(columns) == own | {"fingerprint", "run_id", "embedded_at"}
 
 
 # Vector indexes
