@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 from pipeline.cache import cache_dir
 
 _LOGGER = logging.getLogger(__name__)
+_WITHOUT_BFLOAT16 = ("SSE41", "AVX", "AVX2", "AVX2_VNNI", "AVX2_VNNI_2", "AVX512_CORE", "AVX512_CORE_VNNI")
 
 
 def load_tensorflow(gpu_memory_mib: int = 0) -> Any:
@@ -81,12 +82,24 @@ def native_half_precision() -> str:
     if gpus:
         capability = tf.config.experimental.get_device_details(gpus[0]).get("compute_capability", (0, 0))
         return "bfloat16" if capability >= (8, 0) else "float16" if capability >= (7, 0) else ""
+    return "bfloat16" if {"amx_bf16", "avx512_bf16"} & _cpu_flags() and not _is_held_back() else ""
+
+
+def _is_held_back() -> bool:
+    """Whether oneDNN is held to instructions without bfloat16.
+
+    TensorFlow asks the processor alone, and a matmul in bfloat16 then ends the process.
+    """
+    return os.environ.get("ONEDNN_MAX_CPU_ISA", "").upper() in _WITHOUT_BFLOAT16
+
+
+def _cpu_flags() -> set[str]:
+    """What the processor can do, in Linux's words; nothing where that is not told."""
     try:
         with open("/proc/cpuinfo", encoding="utf-8", errors="replace") as file:
-            flags = next((line.split() for line in file if line.startswith("flags")), [])
+            return set(next((line.split() for line in file if line.startswith("flags")), []))
     except OSError:
-        flags = []
-    return "bfloat16" if {"amx_bf16", "avx512_bf16"} & set(flags) else ""
+        return set()
 
 
 @functools.cache
@@ -94,6 +107,8 @@ def hear_onednn_out() -> None:
     """Lets oneDNN print, where nobody reads it, what it says once of a processor without bfloat16."""
     import tensorflow as tf
 
+    if _is_held_back():
+        return
     with _silent_stderr():
         tf.function(lambda x: tf.cast(x, tf.bfloat16) @ tf.cast(x, tf.bfloat16))(tf.ones([2, 2]))
 

@@ -4,6 +4,7 @@ import functools
 import os
 
 import pytest
+from hypothesis import settings
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # the processes share the cores
     for name in ("TF_NUM_INTRAOP_THREADS", "TF_NUM_INTEROP_THREADS", "OMP_NUM_THREADS"):
@@ -17,6 +18,9 @@ import pipeline.coders  # noqa: E402, F401  a transform that is tested by itself
 from pipeline.encoders import load  # noqa: E402
 from tests.support.encoders import load_once  # noqa: E402
 from tests.support.processes import Call, call_cli  # noqa: E402
+
+settings.register_profile("tests", deadline=None)  # how long an example takes says how busy the machine is
+settings.load_profile("tests")
 
 
 @pytest.fixture(autouse=True)

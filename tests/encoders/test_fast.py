@@ -258,8 +258,7 @@ def test_layers_may_be_numbered_from_anywhere_and_a_language_model_head_be_besid
     assert plain.graph == moved.graph == "fast"
     assert plain.identity == moved.identity
     batch = {name: np.ones((2, 9), np.int32) for name in INPUTS}
-    a, b = (load_encoder(found).run(batch) for found in (plain, moved))
-    assert np.array_equal(a, b)
+    assert_close(*(load_encoder(found).run(batch) for found in (plain, moved)))
 
 
 def test_layers_are_numbered_from_0_whatever_number_they_have():
@@ -355,6 +354,23 @@ def test_erf_instead_of_tanh_is_noticed(tmp_path, monkeypatch):
 def test_auto_takes_the_precision_of_the_machine():
     found = describe(ENCODER, precision="auto")
     assert found.precision == (native_half_precision() or "float32") and found.native
+
+
+@pytest.mark.parametrize(
+    ("flags", "most", "expected"),
+    [
+        ({"avx2", "avx512_bf16"}, "", "bfloat16"),
+        ({"avx2", "amx_bf16"}, "AVX512_CORE_AMX", "bfloat16"),
+        ({"avx2", "avx512_bf16"}, "avx2", ""),
+        ({"avx2", "avx512_bf16"}, "AVX512_CORE_VNNI", ""),
+        ({"avx2", "avx512f"}, "", ""),
+    ],
+)
+def test_a_processor_has_bfloat16_unless_onednn_is_held_to_older_instructions(flags, most, expected, monkeypatch):
+    monkeypatch.setattr(tf.config, "list_physical_devices", lambda kind: [])
+    monkeypatch.setattr(runtime, "_cpu_flags", lambda: flags)
+    monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", most)
+    assert native_half_precision() == expected
 
 
 def test_graph_and_precision_are_part_of_the_fingerprint():

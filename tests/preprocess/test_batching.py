@@ -52,7 +52,6 @@ def bundles(draw) -> tuple[Buckets, list[int]]:
     return buckets, sizes
 
 
-@settings(deadline=None)
 @given(bundles())
 def test_every_chunk_is_in_one_batch(bundle):
     buckets, sizes = bundle
@@ -61,7 +60,6 @@ def test_every_chunk_is_in_one_batch(bundle):
     assert all(batches)  # none is empty
 
 
-@settings(deadline=None)
 @given(bundles())
 def test_batches_fit_their_chunks_and_the_budget(bundle):
     buckets, sizes = bundle
@@ -72,7 +70,6 @@ def test_batches_fit_their_chunks_and_the_budget(bundle):
         assert batch.rows == 1 or batch.rows * batch.length <= buckets.budget
 
 
-@settings(deadline=None)
 @given(GRIDS, st.lists(st.lists(st.integers(2, 700), max_size=150), max_size=4))
 def test_shapes_come_from_a_small_fixed_grid(buckets, many_bundles):
     """However many bundles there are: for each length a full batch, and powers of two below it."""
@@ -87,7 +84,6 @@ def test_shapes_come_from_a_small_fixed_grid(buckets, many_bundles):
     assert len(bucket_lengths(512)) <= 40
 
 
-@settings(deadline=None)
 @given(bundles())
 def test_no_more_chunks_wait_than_fit_into_one_batch_of_each_length(bundle):
     buckets, sizes = bundle
@@ -136,7 +132,7 @@ IDS = st.lists(st.integers(5, 999), min_size=1, max_size=14)
 
 
 @pytest.mark.numeric
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.lists(IDS, min_size=1, max_size=7), st.integers(0, 3), st.sampled_from([16, 32]), st.randoms())
 def test_vectors_do_not_depend_on_padding_company_or_order(encoder, texts, n_padding, length, random):
     chunks = [
@@ -178,7 +174,6 @@ def make_batch(n: int, length: int = 16, rows: int = 0) -> Batch:
     return Batch([make_chunk(i, length) for i in range(n)], length, rows)
 
 
-@settings(deadline=None)
 @given(st.integers(1, 40), st.integers(0, 24), st.integers(16, 800), st.frozensets(st.integers(0, 39), max_size=5))
 def test_whatever_fails_every_other_row_gets_its_own_vector(n, n_padding, memory_tokens, bad):
     batch = make_batch(n, rows=n + n_padding)

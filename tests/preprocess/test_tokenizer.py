@@ -200,13 +200,13 @@ TEXTS = st.lists(
 ).map("".join)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(st.lists(TEXTS, min_size=1, max_size=20))
 def test_any_texts_have_the_official_preprocessors_tokens(texts):
     assert to_lists(*tokenizer().tokenize(texts)) == tokenize_together(texts)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(st.lists(TEXTS, min_size=2, max_size=2), st.integers(4, 60))
 def test_any_pair_is_packed_as_the_official_preprocessor_packs_it(segments, length):
     preprocessor = official_preprocessor()

@@ -147,7 +147,7 @@ def test_importing_the_sources_does_not_import_tensorflow():
 LINE_BYTES = st.lists(st.sampled_from([b"\n", b"\r\n", b"a", b"\r", b"\xff", b"\0", b"bcd", b" "])).map(b"".join)
 
 
-@settings(deadline=None, max_examples=300)
+@settings(max_examples=300)
 @given(data=LINE_BYTES, split_bytes=st.integers(1, 20), limit=st.integers(1, 12))
 def test_any_split_gives_the_same_lines(data, split_bytes, limit):
     expected, offset = [], 0
@@ -166,7 +166,7 @@ def test_any_split_gives_the_same_lines(data, split_bytes, limit):
     assert [(line.position, None if line.too_large else line.data) for line in found] == expected
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(data=LINE_BYTES.filter(bool), split_bytes=st.integers(1, 20))
 def test_any_split_bytes_gives_the_same_outcomes(tmp_path_factory, data, split_bytes):
     folder = tmp_path_factory.mktemp("split")

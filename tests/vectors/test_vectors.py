@@ -102,7 +102,7 @@ def test_dimensions_are_cut_before_normalizing(vectors, dimensions, normalize):
     assert shaped.tobytes() == alone.tobytes()
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(
     st_np.arrays(np.float32, (3, 4, 2), elements=st.floats(-100, 100, width=32)),
     st.lists(st.integers(1, 4), min_size=3, max_size=3),
