@@ -3,8 +3,8 @@
 Without a lane those that need nothing but the environment, which is what `make test` means. A lane is a marker of
 pyproject.toml; `lanes` means all of them, and then those that compare numbers once more with older instructions.
 
-Tests run in as many processes as there are cores, and at most four, since each takes a gigabyte. Those marked `alone`
-come after that, one by one.
+Tests run in as many processes as there are cores, and at most four, since each takes a gigabyte. Those of a lane that
+are marked `alone` come after that, one by one.
 """
 
 import os
@@ -23,13 +23,14 @@ def main(asked: list[str]) -> int:
     lanes = read_lanes()
     if unknown := set(asked) - {*lanes, "lanes"}:
         return fail(f"{', '.join(sorted(unknown))} is no lane; there are {', '.join(lanes)}")
-    chosen = lanes if "lanes" in asked else asked
-    which = f"({' or '.join(chosen)})" if chosen else f"not ({' or '.join(lanes)})"
-    codes = [run_pytest(f"{which} and not alone", *PROCESSES), run_pytest(f"{which} and alone")]
+    if not asked:
+        return run_pytest(f"not ({' or '.join(lanes)})", *PROCESSES)
+    which = " or ".join(lanes if "lanes" in asked else asked)
+    codes = [run_pytest(f"({which}) and not alone", *PROCESSES), run_pytest(f"({which}) and alone")]
     if all(code == NO_TESTS for code in codes):
-        return fail(f"no test is marked {' or '.join(chosen)}")
+        return fail(f"no test is marked {which}")
     if "lanes" in asked:
-        codes.append(run_pytest("numeric and not alone", *PROCESSES, environment=OLD_PROCESSOR))
+        codes.append(run_pytest("numeric", *PROCESSES, environment=OLD_PROCESSOR))
     return next((code for code in codes if code not in (0, NO_TESTS)), 0)
 
 
