@@ -92,7 +92,7 @@ def plan(encoder):
     return plan_embedding(EmbedConfig.from_flat({"encoder": str(encoder)}))
 
 
-pytestmark = [pytest.mark.training, pytest.mark.timeout(300)]  # the first to ask for the folder waits for the page
+pytestmark = [pytest.mark.training, pytest.mark.timeout(600)]  # the first to ask for the folder waits for the page
 
 
 def test_training_lowers_the_loss_and_changes_every_weight(folder, facts):
