@@ -43,7 +43,7 @@ def set_up_logging(debug: bool = False, form: str = "text") -> None:
             handler.setFormatter(JsonFormatter())
         logging.getLogger(PROGRESS).setLevel(logging.INFO)
     if not debug:
-        logging.getLogger("apache_beam").setLevel(logging.CRITICAL)
+        logging.getLogger("apache_beam").setLevel(logging.CRITICAL + 1)  # a job that is refused is critical to Beam
         logging.getLogger().addFilter(_is_no_job_message)
 
 

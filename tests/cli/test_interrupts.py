@@ -78,8 +78,8 @@ def test_a_signal_ends_a_run_soon_and_cleanly(corpus, table, number, flags, to_g
         ("show", ""),
         ("query", ""),
         ("embed", "libtensorflow"),
-        pytest.param("show", "pyarrow", marks=CRASH),
-        pytest.param("query", "libtensorflow", marks=CRASH),
+        pytest.param("show", "pyarrow", marks=pytest.mark.crash),
+        pytest.param("query", "libtensorflow", marks=pytest.mark.crash),
     ],
 )
 def test_ctrl_c_while_a_command_starts_is_one_line(corpus, table, verb, library):

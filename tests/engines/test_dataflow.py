@@ -60,8 +60,9 @@ MEMORY = {"min_ram_bytes": str(24 * 10**9)}
 
 
 def read_sentence(err: str) -> str:
-    """The one line on stderr beside the one that says where the job can be looked at."""
-    return assert_one_line("".join(line for line in err.splitlines(True) if " runs: https://console" not in line))
+    """The one line on stderr beside those that say where the job and its dead letters can be looked at."""
+    places = " runs: https://console", "embeam: the dead letters of the failed run are in gs://"
+    return assert_one_line("".join(line for line in err.splitlines(True) if not any(place in line for place in places)))
 
 
 @pytest.fixture(scope="module")
@@ -401,7 +402,7 @@ def test_ctrl_c_cancels_the_job(gcs: Gcs, dataflow: DataflowService, cancel_seco
     dataflow.run, dataflow.cancel_seconds = wait_for_cancel, cancel_seconds
     table = f"stopped-{cancel_seconds}"
     with start_cli("embed", *make_flags(gcs, table, dataflow_endpoint=dataflow.url), env=gcs.environment) as process:
-        wait_until(lambda: dataflow.jobs)
+        wait_until(lambda: dataflow.jobs and dataflow.job.followed.is_set())
         create_file(gcs.path(table, "attempts", "of-the-job", "x"), b"")
         process.send_signal(signal.SIGINT)
         out, err = process.communicate()

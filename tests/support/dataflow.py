@@ -56,6 +56,7 @@ class Job:
       description: what the client sent.
       state: the current one.
       errors: with the times at which they were told.
+      followed: set when the client first asks how it is.
       cancelled: set when the client asks for its end.
     """
 
@@ -64,6 +65,7 @@ class Job:
     description: dict[str, Any]
     state: str = RUNNING
     errors: list[tuple[str, str]] = field(default_factory=list)
+    followed: threading.Event = field(default_factory=threading.Event)
     cancelled: threading.Event = field(default_factory=threading.Event)
 
     @property
@@ -121,6 +123,8 @@ class DataflowService:
         job = self.jobs.get(job_id)
         if job is None:
             return _error(404, "NOT_FOUND", f"there is no job {job_id!r}")
+        if method == "GET":
+            job.followed.set()
         if method == "PUT" and body.get("requestedState") in _CANCEL:
             self._cancel(job)
         elif method != "GET" or part not in ("", "messages", "metrics"):
