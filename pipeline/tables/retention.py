@@ -14,6 +14,7 @@ from pipeline.tables.manifest import (
     POINTER,
     SNAPSHOTS,
     Manifest,
+    attempts_folder,
     open_table,
     read_manifest,
     read_pointer,
@@ -79,6 +80,8 @@ def roll_back(table: str, to: str = "") -> Manifest:
             wanted = f"no other snapshot {name}" if name else "no snapshot before the live one"
             raise TableError(f"{table} has {wanted}; there are: {others}; name one with --to=NAME")
         older = read_manifest(table, name)
+        # A run that died once it was live: the next one would take its snapshot for one that never was.
+        delete_folder(attempts_folder(table, manifest.snapshot))
         if not replace_if(join(table, POINTER), name + "\n", version):
             raise TableError(f"{table} was changed at the same time; run embeam rollback again")
         return older

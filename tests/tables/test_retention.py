@@ -155,6 +155,24 @@ def test_a_run_that_ends_while_it_publishes(table, monkeypatch, point, dies, joi
     assert not os.listdir(Path(table.output, "attempts")) and not Path(table.output, "journal").exists()
 
 
+def test_a_snapshot_whose_run_ended_too_early_may_be_rolled_back_from(table, monkeypatch):
+    first, step = publish(table), pipeline.tables.folder.make_live
+
+    def broken(plan: object) -> None:
+        step(plan)
+        raise OSError("the disk is gone")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pipeline.tables.folder, "make_live", broken)
+        with pytest.raises(OSError, match="the disk is gone"):
+            publish(table, 5)
+    second = live(table)
+    assert roll_back(table.output).snapshot == first != second
+    publish(table, 4)
+    assert second in list_snapshots(table.output), "it was live, whatever became of its run"
+    assert roll_back(table.output, second).snapshot == second and len(read_rows(table.output)) == 5
+
+
 @pytest.mark.parametrize("joins", [False, True], ids=["index", "joins"])
 def test_of_two_runs_that_began_together_the_first_to_end_is_live(table, joins):
     """They cannot while the lock holds; and if it does not, the pointer tells."""
