@@ -1,13 +1,15 @@
 """Runs the tests: `python scripts/run_tests.py [LANE ...]`.
 
 Without a lane those that need nothing but the environment, which is what `make test` means. A lane is a marker of
-pyproject.toml; `lanes` means all of them, and then those that compare numbers once more with older instructions.
+pyproject.toml; `lanes` means all of them, and then those that compare numbers once more with older instructions. A lane
+that needs programs which this machine has not is left out of `lanes`, with a line that says so.
 
 Tests run in as many processes as there are cores, and at most four, since each takes a gigabyte. Those of a lane that
 are marked `alone` come after that, one by one.
 """
 
 import os
+import shutil
 import subprocess
 import sys
 import tomllib
@@ -15,6 +17,7 @@ from pathlib import Path
 
 NO_LANES = {"alone", "numeric"}  # markers that say something else
 PROCESSES = ("-n", "logical", "--maxprocesses=4", "--dist=worksteal")
+TOOLS = ("systemd-analyze", "terraform")  # of the lane `tools`
 OLD_PROCESSOR = {"ONEDNN_MAX_CPU_ISA": "AVX2"}
 NO_TESTS = 5  # pytest's exit code if it finds none
 
@@ -25,6 +28,9 @@ def main(asked: list[str]) -> int:
         return fail(f"{', '.join(sorted(unknown))} is no lane; there are {', '.join(lanes)}")
     if not asked:
         return run_pytest(f"not ({' or '.join(lanes)})", *PROCESSES)
+    if "lanes" in asked and (missing := [name for name in TOOLS if not shutil.which(name)]):
+        print(f"the lane tools is left out, as this machine has no {' and no '.join(missing)}")
+        lanes.remove("tools")
     which = " or ".join(lanes if "lanes" in asked else asked)
     codes = [run_pytest(f"({which}) and not alone", *PROCESSES), run_pytest(f"({which}) and alone")]
     if all(code == NO_TESTS for code in codes):

@@ -123,7 +123,7 @@ def test_the_units_hold_what_systemd_knows(file):
             assert set(settings) <= KEYS.get(section, set()), section
 
 
-@pytest.mark.package
+@pytest.mark.tools
 @pytest.mark.parametrize("file", UNIT_FILES)
 def test_systemd_verifies_the_units(file, names, tmp_path):
     """It knows more than the table above."""
@@ -520,7 +520,7 @@ def test_the_names_to_change_are_the_same_everywhere():
     assert dict(re.findall(r'^(PROJECT|REGION|BUCKET) = "(.+)"$', dag, re.M)) == script
 
 
-@pytest.mark.package
+@pytest.mark.tools
 def test_terraform_finds_nothing_to_format():
     """Terraform itself reads the file; its parser in Python does so in the tests above."""
     terraform = find_program("terraform")
