@@ -84,6 +84,7 @@ def folder(base, tmp_path) -> Path:
 # What is encoded again
 
 
+@pytest.mark.numeric
 def test_new_changed_moved_and_deleted_documents(folder):
     old = read_rows(str(folder / "table"))
     records = change(RECORDS, n3="another text", n50="a new document", n51="a new document", n52=RECORDS[0]["text"])
