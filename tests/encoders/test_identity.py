@@ -2,6 +2,7 @@
 
 import shutil
 
+import numpy as np
 import pytest
 import tensorflow as tf
 
@@ -9,6 +10,7 @@ from pipeline.config import EmbedConfig
 from pipeline.encoders import export, parity
 from pipeline.encoders.export import export_encoder, initial_weights
 from pipeline.plan import plan_embedding
+from pipeline.saved_model import list_variables
 from tests.support.exports import some_vocabulary
 from tests.support.official import official_encoder, vocabulary
 from tests.support.paths import ENCODER
@@ -21,9 +23,9 @@ def fingerprint(encoder, **settings):
 class Hashed(tf.Module):
     """An encoder of strings whose two variables have no names of their own."""
 
-    def __init__(self, first, second, path):
+    def __init__(self, path):
         super().__init__()
-        self.first, self.second = tf.Variable(first), tf.Variable(second)
+        self.first, self.second = tf.Variable(1.0), tf.Variable(2.0)
         self.words = tf.saved_model.Asset(str(path))
 
     @tf.function(input_signature=[tf.TensorSpec([None], tf.string)])
@@ -32,13 +34,17 @@ class Hashed(tf.Module):
         return tf.stack([length * self.first, length + self.second], 1)
 
 
-def save_hashed(tmp_path, name, first=1.0, second=2.0, words="a"):
-    path = tmp_path / f"{name}.txt"
-    path.write_text(words)
-    (tmp_path / name).mkdir()
-    shutil.move(path, tmp_path / name / "words.txt")
-    tf.saved_model.save(Hashed(first, second, tmp_path / name / "words.txt"), str(tmp_path / name / "model"))
-    return tmp_path / name / "model"
+def copy_model(folder, copy, change=lambda values: None):
+    """Copies a SavedModel, byte by byte but for its weights, whose values by checkpoint key may be changed."""
+    shutil.copytree(folder, copy)
+    prefix = f"{copy}/variables/variables"
+    reader = tf.train.load_checkpoint(prefix)
+    values = {key: reader.get_tensor(key) for key in reader.get_variable_to_shape_map()}
+    change(values)
+    tf.raw_ops.SaveV2(
+        prefix=prefix, tensor_names=list(values), shape_and_slices=[""] * len(values), tensors=list(values.values())
+    )
+    return copy
 
 
 SETTINGS = [
@@ -75,6 +81,18 @@ def test_a_copy_and_a_new_export_of_the_same_encoder_have_the_same(tmp_path, mon
     assert fingerprint(tmp_path / "copy") == fingerprint(tmp_path / "again") == fingerprint(ENCODER)
 
 
+@pytest.mark.usefixtures("module_cache")
+def test_one_weight_changes_it(tmp_path, monkeypatch):
+    monkeypatch.setattr(parity, "_measure", lambda *_: [0.0, 1.0])
+
+    def change(values):
+        (key,) = (key for key, shape in list_variables(ENCODER).values() if shape == (512, 64))
+        values[key][3, 5] += 1e-6
+
+    same, other = copy_model(ENCODER, tmp_path / "same"), copy_model(ENCODER, tmp_path / "other", change)
+    assert fingerprint(same) == fingerprint(ENCODER) != fingerprint(other)
+
+
 @pytest.mark.exhaustive
 @pytest.mark.usefixtures("module_cache")
 def test_one_weight_changes_it_and_so_does_a_graph_that_computes_something_else(tmp_path, monkeypatch):
@@ -88,12 +106,19 @@ def test_one_weight_changes_it_and_so_does_a_graph_that_computes_something_else(
     assert len({fingerprint(tmp_path / name) for name in ("one", "graph", "weight")}) == 3
 
 
-@pytest.mark.usefixtures("module_cache")
 def test_variables_without_names_and_assets_count(tmp_path):
-    found = [
-        fingerprint(save_hashed(tmp_path, "a")),
-        fingerprint(save_hashed(tmp_path, "b", first=3.0)),
-        fingerprint(save_hashed(tmp_path, "c", second=3.0)),
-        fingerprint(save_hashed(tmp_path, "d", words="b")),
-    ]
-    assert len(set(found)) == 4
+    (tmp_path / "words.txt").write_text("a")
+    model = tmp_path / "model"
+    tf.saved_model.save(Hashed(tmp_path / "words.txt"), str(model))
+    first, second = (f"{name}/.ATTRIBUTES/VARIABLE_VALUE" for name in ("first", "second"))
+    changes = {
+        "first": lambda values: values.update({first: np.float32(3)}),
+        "second": lambda values: values.update({second: np.float32(3)}),
+        "swapped": lambda values: values.update({first: values[second], second: values[first]}),
+    }
+    copies = [copy_model(model, tmp_path / name, change) for name, change in changes.items()]
+    asset = copy_model(model, tmp_path / "asset")
+    (asset / "assets" / "words.txt").write_text("b")
+    found = [fingerprint(folder) for folder in (model, *copies, asset)]
+    assert len(set(found)) == len(found)
+    assert fingerprint(copy_model(model, tmp_path / "same")) == found[0]

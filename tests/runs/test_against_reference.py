@@ -7,6 +7,7 @@ from typing import Any
 import apache_beam as beam
 import numpy as np
 import pytest
+import tensorflow as tf
 from apache_beam.options.pipeline_options import PipelineOptions
 from apache_beam.testing.util import assert_that
 
@@ -16,6 +17,7 @@ from pipeline.encoders.parity import LARGEST_DIFFERENCE
 from pipeline.engine import make_runner
 from pipeline.tables.embedder import load_embedder
 from tests.support.corpora import as_records, some_texts, write_jsonl
+from tests.support.models import save_hashing_preprocessor, save_text_encoder
 from tests.support.official import count_tokens, expected_vector, golden_texts, official_tokens, pack_alone, pack_ids
 from tests.support.paths import PREPROCESSOR
 from tests.support.runs import embed_records, make_config, run_pipeline
@@ -61,7 +63,9 @@ def test_pairs_and_the_prefix_reach_the_encoder(tmp_path):
     records = [{"id": str(i), "text": a, "other": b} for i, (a, b) in enumerate(zip(texts, seconds, strict=True))]
     del records[3]["other"]  # a single text
     settings = {"pair_field": "other", "text_prefix": "query: ", "max_tokens": 16}
-    rows, _ = embed_records(tmp_path, records, **settings)
+    rows, manifest = embed_records(tmp_path, records, **settings)
+    n_cut = sum(row["n_truncated"] for row in rows.values())
+    assert manifest.counts["preprocess"]["truncated_tokens"] == n_cut > 0
     expected = {r["id"]: [f"query: {r['text']}", *([r["other"]] if "other" in r else [])] for r in records}
     assert_official_segments(rows, expected, "pooled_output", 16)
 
@@ -78,6 +82,30 @@ def test_long_texts_that_are_rejected_are_dead_letters_of_the_table(tmp_path):
     assert manifest.dead_letters == {"too_long": len(too_long)}
     kept = {str(i): [text] for i, text in enumerate(texts) if str(i) not in too_long}
     assert_official_segments(rows, kept, "pooled_output", 32)
+
+
+def test_a_preprocessor_of_an_unknown_kind_is_called_as_it_is(tmp_path):
+    folder = save_hashing_preprocessor(tmp_path / "hashing", 1000, can_pack=False)
+    texts = ["", "one", *some_texts(10, seed=10)]
+    rows, _ = embed_records(tmp_path, as_records(texts), preprocessor=folder)
+    preprocessor = tf.saved_model.load(folder)
+    assert len(rows) == len(texts)
+    for i, text in enumerate(texts):
+        packed = {name: tensor.numpy() for name, tensor in preprocessor(tf.constant([text])).items()}
+        assert_close(rows[str(i), 0]["embedding"], expected_vector(packed, "pooled_output"), text)
+        assert (rows[str(i), 0]["n_tokens"], rows[str(i), 0]["n_truncated"]) == (packed["input_mask"].sum(), None)
+
+
+def test_an_encoder_of_strings_gets_the_texts_themselves(tmp_path):
+    folder = save_text_encoder(tmp_path / "encoder", named=True)
+    texts = golden_texts()[::5]
+    settings = {"encoder": folder, "text_prefix": "q: ", "vector": "other", "batch_tokens": 300}
+    rows, manifest = embed_records(tmp_path, as_records(texts), **settings)
+    expected = tf.saved_model.load(folder)(tf.constant(["q: " + text for text in texts]))["other"].numpy()
+    assert len(rows) == len(texts) and manifest.counts["batch"]["batches"] > 1
+    for i, text in enumerate(texts):
+        assert_close(rows[str(i), 0]["embedding"], expected[i], text)
+        assert not {"n_tokens", "n_truncated"} & set(rows[str(i), 0])
 
 
 def test_the_table_says_which_graph_and_how_near_it_is_and_a_query_runs_the_same(tmp_path):

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -15,6 +13,7 @@ from pipeline.errors import ConfigError
 from pipeline.plan import plan_embedding
 from pipeline.records import Document
 from tests.support.corpora import some_texts
+from tests.support.models import save_hashing_preprocessor, save_text_encoder
 from tests.support.official import (
     expected_vector,
     golden_texts,
@@ -22,7 +21,6 @@ from tests.support.official import (
     official_preprocessor,
     official_tokens,
     pack_ids,
-    save_module,
 )
 from tests.support.paths import ENCODER, PREPROCESSOR
 from tests.support.stages import as_documents, embed_directly
@@ -194,40 +192,6 @@ def test_rejecting_looks_at_both_segments_of_a_pair():
 # --- preprocessors of another kind: called as they are ---------------------------------------------------------------
 
 
-def save_hashing_preprocessor(folder: Path, n_ids: int, can_pack: bool) -> str:
-    """A preprocessor that is no WordPiece: words between blanks, hashed to ids; pads with 1 to 128 tokens."""
-
-    def tokenize(texts: tf.Tensor) -> tf.RaggedTensor:
-        words = tf.strings.split(texts, " ")
-        return words.with_flat_values(5 + tf.strings.to_hash_bucket_fast(words.flat_values, n_ids - 5))
-
-    def pack(segments: list[tf.RaggedTensor], length: Any) -> dict[str, tf.Tensor]:
-        room = tf.cast(length, tf.int64) // len(segments) - 2
-        parts = [tf.cast(segment[:, :room], tf.int32) for segment in segments]
-        ends = [tf.fill([tf.shape(part)[0], 1], 3) for part in parts]
-        starts = [tf.fill([tf.shape(part)[0], 1 - i], 2) for i, part in enumerate(parts)]
-        full = [tf.concat(three, 1) for three in zip(starts, parts, ends, strict=True)]
-        types = tf.concat([tf.zeros_like(part) + i for i, part in enumerate(full)], 1)
-        ids = tf.concat(full, 1)
-        shape = tf.stack([tf.constant(-1, tf.int64), tf.cast(length, tf.int64)])
-        return {
-            "input_word_ids": ids.to_tensor(1, shape=shape),
-            "input_mask": tf.ones_like(ids).to_tensor(0, shape=shape),
-            "input_type_ids": types.to_tensor(0, shape=shape),
-        }
-
-    strings = tf.TensorSpec([None], tf.string)
-    call = tf.function(lambda texts: pack([tokenize(texts)], 128), input_signature=[strings])
-    if not can_pack:
-        return save_module(folder, call=call)
-    spec = tf.RaggedTensorSpec([None, None], tf.int64)
-    pack_any = tf.function(lambda inputs, seq_length: pack(inputs, seq_length))
-    for n in (1, 2):
-        pack_any.get_concrete_function([spec] * n, seq_length=tf.TensorSpec([], tf.int32))
-    tokenizing = tf.function(tokenize, input_signature=[strings])
-    return save_module(folder, call=call, tokenize=tokenizing, bert_pack_inputs=pack_any)
-
-
 @pytest.fixture(scope="module")
 def calling_only(tmp_path_factory: pytest.TempPathFactory) -> str:
     return save_hashing_preprocessor(tmp_path_factory.mktemp("hashing") / "model", 1200, can_pack=False)
@@ -288,18 +252,6 @@ def test_a_preprocessor_that_cannot_pack_pairs_is_refused_for_pairs(calling_only
 
 
 # --- encoders that take strings --------------------------------------------------------------------------------------
-
-
-def save_text_encoder(folder: Path, named: bool) -> str:
-    """Strings to `[B, 5]`: lengths and hashes of each text by itself."""
-
-    def encode(texts: tf.Tensor) -> Any:
-        sizes = tf.cast(tf.strings.length(texts), tf.float32)
-        hashes = [tf.cast(tf.strings.to_hash_bucket_strong(texts, 97, [1, i]), tf.float32) for i in range(4)]
-        vectors = tf.stack([sizes, *hashes], 1)
-        return {"default": vectors, "other": vectors + 1} if named else vectors
-
-    return save_module(folder, call=tf.function(encode, input_signature=[tf.TensorSpec([None], tf.string)]))
 
 
 @pytest.fixture(scope="module")
