@@ -15,6 +15,7 @@ from apache_beam.io.localfilesystem import LocalFileSystem
 from pipeline.errors import TableError
 from pipeline.tables.lock import LOCK, TableLock
 from pipeline.tables.pointer import read_versioned, replace_if
+from tests.support.pointers import check_pointer
 
 # Starts a process for each line that it reads: forked, because every new Python takes seconds to import Beam.
 FORK = """
@@ -218,20 +219,7 @@ def _strip(path):
 @pytest.mark.parametrize("prefix", ["", "kept:/"], ids=["local", "other"])
 def test_a_pointer_is_replaced_only_if_it_is_what_was_read(tmp_path, prefix):
     path = f"{prefix}{tmp_path}/CURRENT"
-    assert read_versioned(path) == ("", "")
-    assert not replace_if(path, "a\n", "some version")
-    assert read_versioned(path) == ("", "")
-
-    assert replace_if(path, "a\n", "")
-    text, first = read_versioned(path)
-    assert text == "a\n" and first
-    assert not replace_if(path, "b\n", "")  # it exists by now
-
-    assert replace_if(path, "b\n", first)
-    text, second = read_versioned(path)
-    assert text == "b\n" and second not in ("", first)
-    assert not replace_if(path, "c\n", first)
-    assert read_versioned(path) == ("b\n", second)
+    check_pointer(path, "some version")
     assert sorted(os.listdir(tmp_path)) == ["CURRENT"]
 
 
