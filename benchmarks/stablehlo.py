@@ -21,7 +21,9 @@ def export_programs(encoder: str, precision: str, tokens: int, output: str) -> N
     from benchmarks.encoder import text_flops
     from pipeline.config import VectorChoice
     from pipeline.encoders.architecture import Architecture, recognise_architecture
-    from pipeline.encoders.fast import Mode, define_graph, read_weights
+    from pipeline.encoders.fast import define_graph
+    from pipeline.encoders.mode import Mode
+    from pipeline.encoders.weights import read_weights
     from pipeline.runtime import load_tensorflow
     from pipeline.saved_model import describe_saved_model
 
@@ -29,7 +31,7 @@ def export_programs(encoder: str, precision: str, tokens: int, output: str) -> N
     a = recognise_architecture(describe_saved_model(encoder).variables)
     if not isinstance(a, Architecture):
         raise SystemExit(f"--encoder={encoder} has no fast graph: {a}")
-    choice, mode = VectorChoice("pooled_output"), Mode(precision, packed=False)
+    choice, mode = VectorChoice("pooled_output"), Mode(precision, precision, compiled=True, packed=False)
     weights = read_weights(encoder, a, choice, mode)
     flat = [tensor for tensor in tf.nest.flatten(weights) if tensor is not None]
     os.makedirs(output, exist_ok=True)

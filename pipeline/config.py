@@ -63,6 +63,10 @@ class VectorChoice:
     layer: Optional[int] = None
     pooling: str = ""
 
+    @property
+    def is_pooled_output(self) -> bool:
+        return self.output in ("pooled_output", "default")
+
     @classmethod
     def parse(cls, text: str) -> VectorChoice:
         head, _, pooling = text.partition(":")

@@ -17,6 +17,8 @@ import numpy as np
 from pipeline.config import VectorChoice
 from pipeline.encoders import fast
 from pipeline.encoders.architecture import PLAIN, TALKING_HEADS, Architecture, infer_architecture, weight_shapes
+from pipeline.encoders.mode import Mode
+from pipeline.encoders.weights import arrange_weights
 from pipeline.vectors.pooling import pool_tokens
 
 if TYPE_CHECKING:
@@ -77,11 +79,11 @@ def make_forward(variables: Mapping[str, tf.Variable], a: Architecture) -> Calla
     """
     import tensorflow as tf
 
-    mode = fast.Mode()
+    mode = Mode()
     both = VectorChoice("pooled_output")  # needs all layers and the pooler
 
     def forward(ids: tf.Tensor, mask: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
-        w = fast.arrange_weights(lambda name: tf.convert_to_tensor(variables[name]), a, both, mode)
+        w = arrange_weights(lambda name: tf.convert_to_tensor(variables[name]), a, both, mode)
         assert w.pooler is not None
         x, rows = fast.run_layers(ids, mask, tf.zeros_like(ids), w, a, mode, first_only=False)  # [N, D]
         pooled = fast.pool_first(tf.gather(x, rows.first), w.pooler, mode)

@@ -3,8 +3,8 @@
 What it saves: queries, keys and values come from one matmul; all dense layers are 2-D matmuls over tokens; heads are
 mixed by a small matmul without transposing the scores; only the output that is asked for is computed, and where that is
 the first token's, the last layer after its keys and values runs for that token alone. On processors, padding is taken
-out between the rows for everything but attention itself. On GPUs every layer is compiled by XLA, once for each shape of
-batches, as all layers share one function.
+out between the rows for everything but attention itself, and dense layers and layer norms are single kernels of oneDNN.
+On GPUs every layer is compiled by XLA, once for each shape of batches, as all layers share one function.
 
 One letter glossary: B batch, L tokens, N tokens of all rows together, D width, A heads, K head size, F feed-forward.
 
@@ -16,155 +16,19 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from pipeline.config import VectorChoice
-from pipeline.encoders.architecture import FAMILIES, Architecture, canonical_names
+from pipeline.encoders.architecture import Architecture
 from pipeline.encoders.export import LAYER_NORM_EPSILON, MASKED_LOGIT
-from pipeline.runtime import has_gpu, hear_onednn_out, load_tensorflow, native_half_precision
-from pipeline.saved_model import list_variables, tensor_reader
+from pipeline.encoders.mode import Mode
+from pipeline.encoders.onednn import fused_dense, layer_norm
+from pipeline.encoders.weights import Dense, Layer, Norm, Weights
+from pipeline.runtime import load_tensorflow
 from pipeline.vectors.pooling import pool_tokens
 
 if TYPE_CHECKING:
     import tensorflow as tf
-
-VERSION = 1  # of the arithmetic: raise it when numbers may change, so that remembered proofs are made again
-
-
-class Dense(NamedTuple):
-    kernel: tf.Tensor  # [inputs, outputs], in the precision of the matmuls
-    bias: tf.Tensor  # [outputs], float32 like all other weights
-
-
-class Norm(NamedTuple):
-    gamma: tf.Tensor  # [D]
-    beta: tf.Tensor  # [D]
-
-
-class Layer(NamedTuple):
-    """One layer's weights, in the shapes that the graph multiplies by."""
-
-    qkv: Dense  # [D, 3D]: queries, already divided by the root of K, keys, values
-    mix_before: tf.Tensor | None  # [A (out), A (in)]
-    mix_after: tf.Tensor | None
-    attended: Dense  # [D, D]
-    attended_norm: Norm
-    up: Dense  # [D, F]
-    gate: Dense | None  # [D, F]
-    down: Dense  # [F, D]
-    norm: Norm
-
-
-class Weights(NamedTuple):
-    words: tf.Tensor  # [vocabulary, D]
-    positions: tf.Tensor  # [positions, D]
-    types: tf.Tensor  # [types, D]
-    norm: Norm
-    layers: tuple[Layer, ...]
-    pooler: Dense | None  # [D, D], where it is asked for
-
-
-class Mode(NamedTuple):
-    """How the graph runs on one kind of device.
-
-    Attributes:
-      precision: of the matmuls; norms, softmax and the residual stream stay in float32.
-      compiled: each layer goes through XLA.
-      packed: padding is taken out of the dense layers. Their shapes then vary with every batch, which XLA cannot have.
-      frozen: weights are constants of the graph, so that oneDNN lays them out once, for one more copy in memory; and
-        the GELU is part of the matmul before it. Both pay in bfloat16, where a matmul takes less time than either.
-      emulated: the device lacks the precision: numbers are rounded to it and multiplied in float32, at its speed.
-    """
-
-    precision: str = "float32"
-    compiled: bool = False
-    packed: bool = True
-    frozen: bool = False
-    emulated: bool = False
-
-
-def choose_mode(precision: str) -> Mode:
-    """The mode for this machine's devices."""
-    native = native_half_precision() == precision
-    emulated = precision != "float32" and not native
-    if emulated:
-        hear_onednn_out()
-    if has_gpu():
-        return Mode(precision, compiled=True, packed=False, emulated=emulated)
-    return Mode(precision, frozen=native, emulated=emulated)
-
-
-def read_weights(folder: str, a: Architecture, choice: VectorChoice, mode: Mode) -> Weights:
-    """Reads the weights that an output needs, a layer at a time, so that there is never a second copy of them all."""
-    tf = load_tensorflow()
-    names = {official: given for given, official in canonical_names(list_variables(folder)).items()}
-    read_tensor = tensor_reader(folder)
-    with tf.device("CPU"):  # a GPU would get every array in float32 first
-        weights = arrange_weights(lambda name: read_tensor(names[name]), a, choice, mode)
-    if not has_gpu():
-        return weights
-    with tf.device("GPU"):
-        return tf.nest.map_structure(lambda tensor: None if tensor is None else tf.identity(tensor), weights)
-
-
-def arrange_weights(
-    read_tensor: Callable[[str], tf.Tensor], a: Architecture, choice: VectorChoice, mode: Mode
-) -> Weights:
-    """Brings the weights that an output needs, by official name, into the shapes that the graph multiplies by."""
-    import tensorflow as tf
-
-    family = FAMILIES[a.family]
-
-    def read(prefix: str, *wanted: str) -> list[tf.Tensor]:
-        return [read_tensor(f"{prefix}/{name}") for name in wanted]
-
-    def make_dense(kernel: tf.Tensor, bias: tf.Tensor) -> Dense:
-        kernel = tf.cast(kernel, mode.precision)
-        return Dense(tf.cast(kernel, tf.float32) if mode.emulated else kernel, bias)
-
-    def dense(prefix: str, n_inputs: int = a.width) -> Dense:
-        kernel, bias = read(prefix, "kernel", "bias")
-        return make_dense(tf.reshape(kernel, [n_inputs, -1]), tf.reshape(bias, [-1]))
-
-    def norm(prefix: str) -> Norm:
-        return Norm(*read(prefix, "gamma", "beta"))
-
-    def queries_keys_values(prefix: str) -> Dense:
-        kernels, biases = [], []
-        for name, scale in (("query", 1 / math.sqrt(a.head_size)), ("key", 1.0), ("value", 1.0)):
-            kernel, bias = read(f"{prefix}/{name}", "kernel", "bias")  # [D, A, K], [A, K]
-            kernels.append(tf.reshape(kernel, [a.width, -1]) * scale)
-            biases.append(tf.reshape(bias, [-1]) * scale)
-        return make_dense(tf.concat(kernels, 1), tf.concat(biases, 0))
-
-    def layer(prefix: str) -> Layer:
-        attention = f"{prefix}/self_attention"
-        mixing = read(attention, "pre_softmax_weight", "post_softmax_weight") if family.talks else (None, None)
-        before, after = (None if mix is None else tf.transpose(mix) for mix in mixing)
-        return Layer(
-            qkv=queries_keys_values(attention),
-            mix_before=before,
-            mix_after=after,
-            attended=dense(f"{attention}/attention_output", a.heads * a.head_size),
-            attended_norm=norm(f"{prefix}/self_attention_layer_norm"),
-            up=dense(f"{prefix}/{family.up}"),
-            gate=dense(f"{prefix}/{family.gate}") if family.gate else None,
-            down=dense(f"{prefix}/{family.down}", a.feedforward),
-            norm=norm(f"{prefix}/{family.forward_norm}"),
-        )
-
-    def table(name: str) -> tf.Tensor:
-        return read(name, "embeddings")[0]
-
-    n_layers = a.layers if choice.layer is None else choice.layer + 1
-    return Weights(
-        words=table("word_embeddings"),
-        positions=table("position_embedding"),
-        types=table("type_embeddings"),
-        norm=norm("embeddings/layer_norm"),
-        layers=tuple(layer(family.layer_name(i)) for i in range(n_layers)),
-        pooler=dense(family.pooler) if _is_pooled(choice) else None,
-    )
 
 
 def build_graph(weights: Weights, a: Architecture, choice: VectorChoice, mode: Mode) -> Callable[..., tf.Tensor]:
@@ -181,15 +45,12 @@ def build_graph(weights: Weights, a: Architecture, choice: VectorChoice, mode: M
 def define_graph(weights: Weights, a: Architecture, choice: VectorChoice, mode: Mode) -> Callable[..., tf.Tensor]:
     """The Python function that `build_graph` makes a graph of."""
     load_tensorflow()
-    import tensorflow as tf
-
-    first_only = _is_pooled(choice) or choice.pooling == "cls"
+    first_only = choice.is_pooled_output or choice.pooling == "cls"
 
     def run(input_word_ids: tf.Tensor, input_mask: tf.Tensor, input_type_ids: tf.Tensor) -> tf.Tensor:
-        w = tf.nest.map_structure(_freeze, weights) if mode.frozen else weights
-        x, rows = run_layers(input_word_ids, input_mask, input_type_ids, w, a, mode, first_only)
-        if w.pooler is not None:
-            return pool_first(x, w.pooler, mode)
+        x, rows = run_layers(input_word_ids, input_mask, input_type_ids, weights, a, mode, first_only)
+        if weights.pooler is not None:
+            return pool_first(x, weights.pooler, mode)
         if first_only:
             return x  # [B, D]
         return pool_tokens(spread(x, rows), input_mask, choice.pooling)
@@ -207,31 +68,35 @@ def run_layers(
     if mode.compiled:
         run_layer = tf.function(run_layer, jit_compile=True, autograph=False)
     present = tf.cast(mask, tf.float32)  # [B, L]
-    rows = lay_out_rows(present, mode.packed)
+    rows = lay_out_rows(present, a, mode.packed)
     logit_mask = ((1.0 - present) * MASKED_LOGIT)[:, None, None, :]  # [B, 1, 1, L]
-    x = embed_tokens(ids, types, rows, w)  # [N, D]
+    x = embed_tokens(ids, types, rows, w, mode)  # [N, D]
     for i, layer in enumerate(w.layers):
         x = run_layer(x, logit_mask, rows, layer, first=first_only and i + 1 == len(w.layers))
     return x, rows
 
 
 class Rows(NamedTuple):
-    """Where the tokens of a batch are.
+    """Where the tokens of a batch are, and where each of their heads is wanted.
 
     Attributes:
       shape: B and L.
-      kept: [N] which of the B x L places are computed, or None for all.
-      slots: [B x L] which of the N computed tokens stands in a place; 0 in places without one.
       first: [B] which of the N computed tokens is a row's first.
+      kept: [N] which of the B x L places are computed, or None for all, as are the next three.
+      slots: [B, L] which of the N computed tokens stands in a place; 0 in places without one.
+      to_heads: [3, B, A, L] where attention finds its queries, keys and values in [N x 3 x A, K].
+      to_tokens: [N, A] where the tokens find their context in [B x A x L, K].
     """
 
     shape: tf.Tensor
-    kept: tf.Tensor | None
-    slots: tf.Tensor | None
     first: tf.Tensor
+    kept: tf.Tensor | None = None
+    slots: tf.Tensor | None = None
+    to_heads: tf.Tensor | None = None
+    to_tokens: tf.Tensor | None = None
 
 
-def lay_out_rows(mask: tf.Tensor, packed: bool) -> Rows:
+def lay_out_rows(mask: tf.Tensor, a: Architecture, packed: bool) -> Rows:
     """Finds the tokens that must be computed: all, or those that are not padding.
 
     A row's first token is computed in any case, and all of a row in which nothing may be attended to, as its softmax
@@ -241,13 +106,19 @@ def lay_out_rows(mask: tf.Tensor, packed: bool) -> Rows:
 
     shape = tf.shape(mask)
     if not packed:
-        return Rows(shape, None, None, tf.range(shape[0]) * shape[1])
+        return Rows(shape, tf.range(shape[0]) * shape[1])
+    length = shape[1]
     blank = tf.logical_not(tf.reduce_any(mask > 0, 1, keepdims=True))  # [B, 1]
-    keep = (mask > 0) | blank | (tf.range(shape[1]) == 0)  # [B, L]
-    flat = tf.reshape(keep, [-1])
-    slots = tf.where(flat, tf.cumsum(tf.cast(flat, tf.int32)) - 1, 0)  # [B L]
+    keep = (mask > 0) | blank | (tf.range(length) == 0)  # [B, L]
+    flat = tf.reshape(keep, [-1])  # [B L]
     kept = tf.cast(tf.where(flat)[:, 0], tf.int32)  # [N]
-    return Rows(shape, kept, slots, tf.gather(slots, tf.range(shape[0]) * shape[1]))
+    slots = tf.reshape(tf.where(flat, tf.cumsum(tf.cast(flat, tf.int32)) - 1, 0), shape)  # [B, L]
+    heads = tf.range(a.heads)  # [A]
+    part = tf.range(3)[:, None, None, None] * a.heads + heads[:, None]  # [3, 1, A, 1]
+    to_heads = slots[:, None, :] * (3 * a.heads) + part  # [3, B, A, L]
+    row, place = kept // length, kept % length  # [N] each
+    to_tokens = ((row * a.heads)[:, None] + heads) * length + place[:, None]  # [N, A]
+    return Rows(shape, slots[:, 0], kept, slots, to_heads, to_tokens)
 
 
 def spread(x: tf.Tensor, rows: Rows) -> tf.Tensor:
@@ -255,11 +126,32 @@ def spread(x: tf.Tensor, rows: Rows) -> tf.Tensor:
     import tensorflow as tf
 
     if rows.slots is not None:
-        x = tf.gather(x, rows.slots)
+        return tf.gather(x, rows.slots)
     return tf.reshape(x, tf.concat([rows.shape, [x.shape[-1]]], 0))
 
 
-def embed_tokens(ids: tf.Tensor, types: tf.Tensor, rows: Rows, w: Weights) -> tf.Tensor:
+def split_heads(qkv: tf.Tensor, rows: Rows, a: Architecture) -> tf.Tensor:
+    """Puts the tokens' queries, keys and values [N, 3D] where attention reads them: [3, B, A, L, K]."""
+    import tensorflow as tf
+
+    if rows.to_heads is not None:
+        return tf.gather(tf.reshape(qkv, [-1, a.head_size]), rows.to_heads)
+    qkv = tf.reshape(qkv, [rows.shape[0], rows.shape[1], 3, a.heads, a.head_size])
+    return tf.transpose(qkv, [2, 0, 3, 1, 4])
+
+
+def join_heads(context: tf.Tensor, rows: Rows, a: Architecture) -> tf.Tensor:
+    """Puts the heads of a token side by side: [B, A, L, K] to [N, D]."""
+    import tensorflow as tf
+
+    if rows.to_tokens is not None:
+        context = tf.gather(tf.reshape(context, [-1, a.head_size]), rows.to_tokens)  # [N, A, K]
+    else:
+        context = tf.transpose(context, [0, 2, 1, 3])  # [B, L, A, K]
+    return tf.reshape(context, [-1, a.heads * a.head_size])
+
+
+def embed_tokens(ids: tf.Tensor, types: tf.Tensor, rows: Rows, w: Weights, mode: Mode) -> tf.Tensor:
     """Adds up the embeddings of words, places and types and normalises: ids and types [B, L] int32 to [N, D]."""
     import tensorflow as tf
 
@@ -270,7 +162,7 @@ def embed_tokens(ids: tf.Tensor, types: tf.Tensor, rows: Rows, w: Weights) -> tf
     ids, places, types = parts  # [N] each
     x = tf.gather(w.words, ids) + tf.gather(w.positions, places)  # [N, D]
     x += tf.one_hot(types, w.types.shape[0]) @ w.types  # a type beyond adds nothing
-    return normalise(x, w.norm)
+    return normalise(x, w.norm, mode)
 
 
 def forward_layer(
@@ -280,11 +172,11 @@ def forward_layer(
     import tensorflow as tf
 
     rows = rows._replace(shape=tf.gather(tf.shape(logit_mask), [0, 3]))  # XLA must know it, and knows no arguments
-    attended = attend(x, logit_mask, rows, w, a, mode, first)  # [N, D] or [B, D], like all that follows
+    context = attend(x, logit_mask, rows, w, a, mode, first)  # [N, D] or [B, D], like all that follows
     if first:
         x = tf.gather(x, rows.first)  # [B, D]
-    x = normalise(x, w.attended_norm, attended)
-    return normalise(x, w.norm, feed_forward(x, w, mode))
+    x = normalise(multiply_and_add(context, w.attended, x, mode), w.attended_norm, mode)
+    return normalise(multiply_and_add(feed_forward(x, w, mode), w.down, x, mode), w.norm, mode)
 
 
 def attend(
@@ -292,27 +184,27 @@ def attend(
 ) -> tf.Tensor:
     """Multi-head attention, whose heads are mixed before and after the softmax where there are weights for it.
 
-    Between the matmuls of the scores and of the context all is float32. On processors these two are as well: they are a
-    few percent of the work, and rounding here costs more accuracy than anywhere else.
+    On GPUs, all between the matmuls of the scores and of the context is float32, which XLA gets for nothing. On
+    processors it is in the precision of these two: they are a few percent of the work, and rounding here costs more
+    accuracy than anywhere else.
+
+    Returns:
+      The context of all tokens [N, D], or of the first ones [B, D].
     """
     import tensorflow as tf
 
-    batch, length = rows.shape[0], rows.shape[1]
-    qkv = spread(multiply(x, w.qkv, mode), rows)  # [B, L, 3D]
-    qkv = tf.cast(qkv, w.qkv.kernel.dtype if mode.compiled else tf.float32)
-    qkv = tf.transpose(tf.reshape(qkv, [batch, length, 3, a.heads, a.head_size]), [2, 0, 3, 1, 4])
-    query, key, value = qkv[0], qkv[1], qkv[2]  # [B, A, L, K]
+    query, key, value = tf.unstack(tf.cast(split_heads(multiply(x, w.qkv, mode), rows, a), mode.attention))
     if first:
         query = query[:, :, :1]  # [B, A, 1, K]
-    scores = tf.cast(tf.matmul(query, key, transpose_b=True), tf.float32)  # [B, A, L (query), L]
-    shares = tf.nn.softmax(mix_heads(scores, w.mix_before) + logit_mask)  # [B, A, L, L]
-    shares = mix_heads(shares, w.mix_after)  # [B, A, L, L], may be negative
+    scores = tf.matmul(query, key, transpose_b=True)  # [B, A, L (query), L]
+    if mode.compiled:
+        scores = tf.cast(scores, tf.float32)
+    scores = mix_heads(scores, w.mix_before) + tf.cast(logit_mask, scores.dtype)  # [B, A, L, L]
+    shares = mix_heads(tf.nn.softmax(scores), w.mix_after)  # [B, A, L, L], may be negative
     context = tf.matmul(tf.cast(shares, value.dtype), value)  # [B, A, L, K]
-    context = tf.transpose(context, [0, 2, 1, 3])  # [B, L, A, K]
-    context = tf.reshape(context, [-1, a.heads * a.head_size])  # [B L, D]
-    if rows.kept is not None and not first:
-        context = tf.gather(context, rows.kept)  # [N, D]
-    return multiply(context, w.attended, mode)
+    if first:
+        return tf.reshape(context, [-1, a.heads * a.head_size])  # [B, D]
+    return join_heads(context, rows, a)
 
 
 def pool_first(x: tf.Tensor, pooler: Dense, mode: Mode) -> tf.Tensor:
@@ -330,26 +222,41 @@ def mix_heads(scores: tf.Tensor, mix: tf.Tensor | None) -> tf.Tensor:
         return scores
     shape = tf.shape(scores)
     flat = tf.reshape(scores, [shape[0], mix.shape[0], shape[2] * shape[3]])  # [B, A, L L]
-    return tf.reshape(tf.matmul(mix, flat), shape)
+    return tf.reshape(tf.matmul(tf.cast(mix, flat.dtype), flat), shape)
 
 
 def feed_forward(x: tf.Tensor, w: Layer, mode: Mode) -> tf.Tensor:
-    """GELU of one projection, scaled by another where there is one, and projected back: x [N, D] to [N, D]."""
-    hidden = multiply_fused(x, w.up, "GeluApproximate") if mode.frozen else gelu(multiply(x, w.up, mode))  # [N, F]
-    if w.gate is not None:
-        hidden *= multiply(x, w.gate, mode)  # [N, F]
-    return multiply(hidden, w.down, mode)
-
-
-def multiply(x: tf.Tensor, dense: Dense, mode: Mode) -> tf.Tensor:
-    """x [N, inputs] times the kernel plus the bias: [N, outputs], in float32 but where the addition is fused."""
+    """GELU of one projection, scaled by another where there is one: x [N, D] to [N, F], before the projection back."""
     import tensorflow as tf
 
-    if mode.frozen:
-        return multiply_fused(x, dense)
-    x = tf.cast(x, mode.precision)
-    product = tf.matmul(tf.cast(x, dense.kernel.dtype), dense.kernel)  # [N, outputs]
-    return tf.nn.bias_add(tf.cast(product, tf.float32), dense.bias)
+    x = tf.cast(x, mode.precision)  # once for both
+    hidden = multiply(x, w.up, mode, activate=True)
+    return hidden if w.gate is None else hidden * multiply(x, w.gate, mode)
+
+
+def multiply(x: tf.Tensor, dense: Dense, mode: Mode, activate: bool = False) -> tf.Tensor:
+    """x [N, inputs] times the kernel plus the bias, and the GELU of that if asked for: [N, outputs].
+
+    The result is in float32, but in the kernel's precision where that is one fused kernel.
+    """
+    import tensorflow as tf
+
+    x = tf.cast(tf.cast(x, mode.precision), dense.kernel.dtype)
+    if mode.fused:
+        return fused_dense(x, dense.kernel, dense.bias, gelu=activate, laid_out=mode.laid_out)
+    product = tf.cast(tf.matmul(x, dense.kernel), tf.float32)  # [N, outputs]
+    product = tf.nn.bias_add(product, dense.bias)
+    return gelu(product) if activate else product
+
+
+def multiply_and_add(x: tf.Tensor, dense: Dense, residual: tf.Tensor, mode: Mode) -> tf.Tensor:
+    """The same of x [N, inputs] with a residual [N, D] added: float32 [N, D], whatever the precision."""
+    import tensorflow as tf
+
+    if mode.fused and dense.kernel.dtype == residual.dtype:
+        x = tf.cast(tf.cast(x, mode.precision), dense.kernel.dtype)
+        return fused_dense(x, dense.kernel, dense.bias, residual=residual, laid_out=mode.laid_out)
+    return residual + tf.cast(multiply(x, dense, mode), residual.dtype)
 
 
 def gelu(x: tf.Tensor) -> tf.Tensor:
@@ -360,45 +267,12 @@ def gelu(x: tf.Tensor) -> tf.Tensor:
     return x * tf.sigmoid(x * (c + c * 0.044715 * tf.square(x)))
 
 
-def multiply_fused(x: tf.Tensor, dense: Dense, *more: str) -> tf.Tensor:
-    """Matmul, bias and perhaps a GELU in one kernel of oneDNN, rounded once: [N, outputs] in the kernel's precision.
-
-    TensorFlow would make this op of a matmul and the many ops of a GELU itself, but only where its arithmetic optimiser
-    has not rearranged them before. It has no public function.
-    """
-    import tensorflow as tf
-    from tensorflow.python.framework import op_def_library
-
-    return op_def_library.apply_op(
-        "_FusedMatMul",
-        name="fused_matmul",
-        a=tf.cast(x, dense.kernel.dtype),
-        b=dense.kernel,
-        args=[tf.cast(dense.bias, dense.kernel.dtype)],
-        fused_ops=["BiasAdd", *more],
-        epsilon=0.0,
-        leakyrelu_alpha=0.0,
-        transpose_a=False,
-        transpose_b=False,
-    )
-
-
-def normalise(x: tf.Tensor, w: Norm, more: tf.Tensor | None = None) -> tf.Tensor:
-    """Layer norm of x, or of x plus something of another precision: [N, D] to [N, D] in float32."""
+def normalise(x: tf.Tensor, w: Norm, mode: Mode) -> tf.Tensor:
+    """Layer norm of x [N, D] in float32."""
     import tensorflow as tf
 
-    if more is not None:
-        x += tf.cast(more, tf.float32)
+    if mode.fused:
+        return layer_norm(x, w.gamma, w.beta, LAYER_NORM_EPSILON)
     centred = x - tf.reduce_mean(x, -1, keepdims=True)  # [N, D]
     variance = tf.reduce_mean(tf.square(centred), -1, keepdims=True)  # [N, 1]
     return centred * tf.math.rsqrt(variance + LAYER_NORM_EPSILON) * w.gamma + w.beta
-
-
-def _is_pooled(choice: VectorChoice) -> bool:
-    return choice.output in ("pooled_output", "default")
-
-
-def _freeze(tensor: Any) -> Any:
-    import tensorflow as tf
-
-    return None if tensor is None else tf.constant(tensor.numpy())

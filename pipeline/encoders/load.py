@@ -5,16 +5,18 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from pipeline.encoders.base import Encoder, TextEncoder, TokenEncoder
-from pipeline.encoders.fast import build_graph, choose_mode, read_weights
+from pipeline.encoders.fast import build_graph
+from pipeline.encoders.mode import choose_mode
 from pipeline.encoders.published import build_published_graph, load_saved_model
 from pipeline.encoders.spec import EncoderSpec
+from pipeline.encoders.weights import read_weights
 from pipeline.errors import EncoderError, first_line
 from pipeline.runtime import native_half_precision
 
 
 def load_fast(spec: EncoderSpec) -> Encoder:
     assert spec.architecture is not None
-    mode = choose_mode(spec.precision)
+    mode = choose_mode(spec.precision, spec.attention)
     weights = read_weights(spec.folder, spec.architecture, spec.choice, mode)
     return TokenEncoder(spec.choice, build_graph(weights, spec.architecture, spec.choice, mode), mode.compiled)
 

@@ -14,7 +14,7 @@ from pipeline.cache import hash_file
 from pipeline.config import EncoderConfig, VectorChoice
 from pipeline.encoders.architecture import Architecture, canonical_names, recognise_architecture
 from pipeline.encoders.default import default_encoder
-from pipeline.encoders.parity import Parity, prove_parity
+from pipeline.encoders.parity import Parity, ParityProbe
 from pipeline.errors import ConfigError, EncoderError
 from pipeline.runtime import Device, this_device
 from pipeline.saved_model import (
@@ -44,7 +44,8 @@ class EncoderSpec:
       vocabulary_size: rows of the word embedding, or None where unknown.
       identity: what its vectors depend on, for the fingerprint.
       graph: `fast` or `published`.
-      precision: of the matmuls: float32, bfloat16 or float16.
+      precision: of the dense layers' matmuls: float32, bfloat16 or float16.
+      attention: of attention's, float32 or the same.
       native: whether the machine that planned the run multiplies in that precision natively.
       architecture: family and sizes, where they are known and proven.
       parity: how near the fast graph is to the published one, where it runs.
@@ -60,6 +61,7 @@ class EncoderSpec:
     identity: Mapping[str, object]
     graph: str = "published"
     precision: str = "float32"
+    attention: str = "float32"
     native: bool = True
     architecture: Architecture | None = None
     parity: Parity | None = None
@@ -101,9 +103,9 @@ def describe_encoder(config: EncoderConfig, device: Device | None = None) -> tup
     found: Architecture | str = (
         recognise_architecture(model.variables) if takes == "tokens" else "it takes strings and tokenises itself"
     )
-    parity = None
     if isinstance(found, Architecture):
-        parity = prove_parity(folder, found, weights_hash, "float32")
+        probe = ParityProbe(folder, found, weights_hash)
+        parity = probe.prove("float32")
         if not parity.holds:
             found = f"it does not compute what its variables suggest ({parity})"
     spec = EncoderSpec(
@@ -118,21 +120,19 @@ def describe_encoder(config: EncoderConfig, device: Device | None = None) -> tup
     )
     if isinstance(found, Architecture):
         spec = replace(spec, architecture=found, parity=parity)
-        return choose_graph(spec, config, weights_hash, device or this_device()), model
+        return choose_graph(spec, config, probe, device or this_device()), model
     refuse_fast_graph(config, shown, found)
     if takes == "tokens" and config.encoder_graph == "auto":
         _LOGGER.warning("%s runs as published, not in the fast graph: %s", shown, found)
     return spec, model
 
 
-def choose_graph(spec: EncoderSpec, config: EncoderConfig, weights_hash: str, device: Device) -> EncoderSpec:
+def choose_graph(spec: EncoderSpec, config: EncoderConfig, probe: ParityProbe, device: Device) -> EncoderSpec:
     """Settles graph and precision of an encoder of a known family, once for all workers.
 
     Raises:
       EncoderError: if the precision that is asked for would spoil the vectors.
     """
-    architecture = spec.architecture
-    assert architecture is not None
     if config.encoder_graph == "published":
         return replace(spec, parity=None)
     native = device.half_precision
@@ -145,9 +145,9 @@ def choose_graph(spec: EncoderSpec, config: EncoderConfig, weights_hash: str, de
             "--precision=%s: the device multiplies it no faster than float32; the vectors are rounded alike",
             precision,
         )
-    parity = prove_parity(spec.folder, architecture, weights_hash, precision)
+    parity = probe.prove(precision)
     if parity.holds:
-        return replace(spec, precision=precision, native=precision == native, parity=parity)
+        return replace(spec, precision=precision, attention=parity.attention, native=precision == native, parity=parity)
     if config.precision == "auto":
         _LOGGER.warning("float32 instead of %s, which would spoil the vectors: %s", precision, parity)
         return spec

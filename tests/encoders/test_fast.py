@@ -19,13 +19,17 @@ import tensorflow as tf
 
 from pipeline import runtime
 from pipeline.config import EmbedConfig, EncoderConfig, VectorChoice
-from pipeline.encoders import architecture, export, fast, load, parity, spec
+from pipeline.encoders import architecture, export, load, onednn, parity, spec
 from pipeline.encoders.architecture import Architecture, canonical_names, infer_architecture, recognise_architecture
 from pipeline.encoders.base import TokenEncoder
 from pipeline.encoders.export import encode, export_encoder, initial_weights
-from pipeline.encoders.fast import Mode, build_graph, read_weights
+from pipeline.encoders.fast import build_graph
 from pipeline.encoders.load import load_encoder
+from pipeline.encoders.mode import VERSION, Mode, choose_mode, choose_modes
+from pipeline.encoders.onednn import has_fused_kernels
+from pipeline.encoders.parity import ParityProbe
 from pipeline.encoders.spec import describe_encoder
+from pipeline.encoders.weights import arrange_weights, read_weights
 from pipeline.errors import ConfigError, EncoderError
 from pipeline.plan import plan_embedding
 from pipeline.records import Batch, Chunk, Document
@@ -49,10 +53,11 @@ MODELS = [*FIXTURES, *LARGER]
 MODES = {
     "packed": Mode(),
     "padded": Mode(packed=False),
-    "frozen": Mode(frozen=True),
+    "fused": Mode(fused=True),
+    "laid out": Mode(fused=True, laid_out=True),
     "compiled": Mode(compiled=True, packed=False),
 }
-BFLOAT16 = Mode("bfloat16", emulated=True)
+needs_fused_kernels = pytest.mark.skipif(not has_fused_kernels(), reason="this TensorFlow has no oneDNN")
 
 
 def home_of(name: str) -> Path:
@@ -132,16 +137,21 @@ def check_golden(name: str, mode: Mode, only: Sequence[str] = ()) -> None:
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("name", MODELS)
 def test_every_output_is_the_golden_one(name):
-    check_golden(name, Mode())
+    check_golden(name, choose_mode("float32"))
 
 
-@pytest.mark.parametrize(("name", "mode"), [("tiny_v1000", "frozen"), ("bert_v1000", "padded")])
+def on_this_machine(mode: str) -> Any:
+    return pytest.param(mode, marks=needs_fused_kernels if MODES[mode].fused else ())
+
+
+@pytest.mark.parametrize("mode", map(on_this_machine, ["packed", "padded", "fused", "laid out"]))
+@pytest.mark.parametrize("name", FIXTURES)
 def test_so_it_is_in_other_modes(name, mode):
     check_golden(name, MODES[mode], ("b5_s16_ragged", "b3_s16_holey_mask", "b8_s128_ragged"))
 
 
 @pytest.mark.exhaustive
-@pytest.mark.parametrize("mode", ["padded", "frozen"])
+@pytest.mark.parametrize("mode", map(on_this_machine, ["packed", "padded", "laid out"]))
 @pytest.mark.parametrize("name", FIXTURES)
 def test_so_it_is_in_every_mode(name, mode):
     check_golden(name, MODES[mode])
@@ -165,9 +175,51 @@ def test_layers_compiled_by_xla_give_the_official_pooled_output():
     ["tiny_v1000", *(pytest.param(name, marks=pytest.mark.exhaustive) for name in MODELS[1:] if "large" not in name)],
 )
 def test_bfloat16_stays_near_the_float32_of_the_published_module(name):
-    compared = compare_with_golden(name, BFLOAT16, golden_cases(name))
-    assert min(cosines(ours, expected).min() for _, _, ours, expected in compared) >= 0.999
-    assert max(np.abs(ours - expected).max() for _, _, ours, expected in compared) > 1e-4, "that was float32"
+    folder = home_of(name) / name
+    proven = ParityProbe(str(folder), read_architecture(folder), name).prove("bfloat16")
+    for mode in {choose_mode("bfloat16", proven.attention), Mode("bfloat16", emulated=True)}:
+        compared = compare_with_golden(name, mode, golden_cases(name))
+        assert min(cosines(ours, expected).min() for _, _, ours, expected in compared) >= 0.999, mode
+        assert max(np.abs(ours - expected).max() for _, _, ours, expected in compared) > 1e-4, "that was float32"
+
+
+@needs_fused_kernels
+def test_kernels_that_laid_out_their_weights_do_not_mix_up_two_encoders():
+    a = Architecture(1, 16, 2, 8, 64, 1000, 64)
+    choice, mode = VectorChoice("pooled_output"), MODES["laid out"]
+    batch = {name: np.ones((2, 9), np.int32) for name in INPUTS}
+    encoders, expected = [], []
+    for seed in (1, 2):
+        weights = initial_weights(a.layers, a.width, a.heads, a.vocabulary, a.positions, seed=seed)
+        tensors = {name: tf.constant(weight) for name, weight in weights.items()}
+        expected.append(encode(tensors, batch)["pooled_output"].numpy())
+        graph = build_graph(arrange_weights(tensors.__getitem__, a, choice, mode), a, choice, mode)
+        encoders.append(TokenEncoder(choice, graph))
+    assert np.abs(expected[0] - expected[1]).max() > 0.1
+    for _ in range(2):
+        for encoder, vectors in zip(encoders, expected, strict=True):
+            assert_close(encoder.run(batch), vectors)
+
+
+def test_without_onednn_the_graph_takes_ordinary_ops(monkeypatch):
+    monkeypatch.setenv("TF_ENABLE_ONEDNN_OPTS", "0")
+    assert choose_modes("float32") == [Mode()]
+    monkeypatch.setenv("TF_ENABLE_ONEDNN_OPTS", "1")
+    monkeypatch.setattr(onednn, "LAYER_NORM", "_OpOfAnotherBuild")
+    assert choose_modes("float32") == [Mode()]
+
+
+@pytest.mark.parametrize(
+    ("cosines", "attention"),
+    [((0.9996, 0.9999), "bfloat16"), ((0.9990, 0.9993), "float32"), ((0.9930, 0.9920), "bfloat16")],
+)
+def test_attention_is_rounded_where_that_is_near_enough(cosines, attention, monkeypatch):
+    modes = [Mode("bfloat16", "bfloat16"), Mode("bfloat16")]
+    found = dict(zip(modes, cosines, strict=True))
+    monkeypatch.setattr(parity, "choose_modes", lambda precision: modes)
+    monkeypatch.setattr(parity, "remembered", lambda name, *_: [0.1, found[modes["-float32-" in name]]])
+    probe = ParityProbe(ENCODER, read_architecture(Path(ENCODER)), "weights")
+    assert probe.prove("bfloat16").attention == attention
 
 
 def test_lengths_from_1_to_512_and_what_stands_under_the_padding_change_nothing():
@@ -343,7 +395,7 @@ def test_erf_instead_of_tanh_is_noticed(tmp_path, monkeypatch):
     differences = []
     for name in ("tanh", "erf"):
         a = read_architecture(tmp_path / name)
-        differences.append(parity.prove_parity(str(tmp_path / name), a, name, "float32").max_abs)
+        differences.append(ParityProbe(str(tmp_path / name), a, name).prove("float32").max_abs)
     assert differences[0] < 1e-5 < 3e-4 < differences[1]
     assert describe(tmp_path / "erf").graph == "published"
 
@@ -405,10 +457,10 @@ def test_a_worker_without_the_precision_that_was_planned_fails_the_run(monkeypat
 
 def test_a_proof_is_remembered_but_not_for_other_arithmetic(own_cache, monkeypatch):
     calls = []
-    monkeypatch.setattr(parity, "_measure", lambda *arguments: calls.append(arguments) or [0.0, 1.0])
+    monkeypatch.setattr(ParityProbe, "_measure", lambda *arguments: calls.append(arguments) or [0.0, 1.0])
     for n_calls in (1, 1):
         assert describe(ENCODER).graph == "fast" and len(calls) == n_calls
-    monkeypatch.setattr(parity, "VERSION", fast.VERSION + 1)
+    monkeypatch.setattr(parity, "VERSION", VERSION + 1)
     assert describe(ENCODER).graph == "fast" and len(calls) == 2
 
 
@@ -424,9 +476,9 @@ def test_a_probe_that_cannot_run_is_no_proof_and_is_not_remembered(own_cache, mo
     def fail(*arguments: Any) -> list[float]:
         raise MemoryError("no room")
 
-    monkeypatch.setattr(parity, "_measure", fail)
+    monkeypatch.setattr(ParityProbe, "_measure", fail)
     with caplog.at_level(logging.WARNING):
         assert describe(ENCODER).graph == "published"
     assert "the probe failed: no room" in caplog.text
-    monkeypatch.setattr(parity, "_measure", lambda *arguments: [0.0, 1.0])
+    monkeypatch.setattr(ParityProbe, "_measure", lambda *arguments: [0.0, 1.0])
     assert describe(ENCODER).graph == "fast"

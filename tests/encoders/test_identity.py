@@ -7,8 +7,9 @@ import pytest
 import tensorflow as tf
 
 from pipeline.config import EmbedConfig
-from pipeline.encoders import export, parity
+from pipeline.encoders import export
 from pipeline.encoders.export import export_encoder, initial_weights
+from pipeline.encoders.parity import ParityProbe
 from pipeline.plan import plan_embedding
 from pipeline.saved_model import list_variables
 from tests.support.exports import some_vocabulary
@@ -74,7 +75,9 @@ def test_settings_that_change_no_vector_do_not_change_it(settings):
 
 @pytest.mark.usefixtures("module_cache")
 def test_a_copy_and_a_new_export_of_the_same_encoder_have_the_same(tmp_path, monkeypatch):
-    monkeypatch.setattr(parity, "_measure", lambda *_: [0.0, 1.0])  # that exports compute the same is tested elsewhere
+    monkeypatch.setattr(
+        ParityProbe, "_measure", lambda *_: [0.0, 1.0]
+    )  # that exports compute the same is tested elsewhere
     shutil.copytree(ENCODER, tmp_path / "copy")
     weights = {variable.name: variable.numpy() for variable in official_encoder().trainable_variables}
     export_encoder(weights, vocabulary(), str(tmp_path / "again"))
@@ -83,7 +86,7 @@ def test_a_copy_and_a_new_export_of_the_same_encoder_have_the_same(tmp_path, mon
 
 @pytest.mark.usefixtures("module_cache")
 def test_one_weight_changes_it(tmp_path, monkeypatch):
-    monkeypatch.setattr(parity, "_measure", lambda *_: [0.0, 1.0])
+    monkeypatch.setattr(ParityProbe, "_measure", lambda *_: [0.0, 1.0])
 
     def change(values):
         (key,) = (key for key, shape in list_variables(ENCODER).values() if shape == (512, 64))
