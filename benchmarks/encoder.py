@@ -24,20 +24,10 @@ FLOORS = {"float32": 0.75, "bfloat16": 0.5}  # of the machine's matmul rate
 TOLERANCES = {"float32": 2e-4, "bfloat16": 0.3}  # largest difference of a number from stock's
 
 
-def text_flops(a: Any, n_tokens: int) -> float:
-    """FLOPs of one text, a multiply-add being two, by the formula of its `Architecture`."""
-    from pipeline.encoders.architecture import FAMILIES
-
-    family = FAMILIES[a.family]
-    dense = 8 * a.width**2 + (6 if family.gate else 4) * a.width * a.feedforward
-    per_key = 4 * a.width + (4 * a.heads**2 if family.talks else 0)  # scores and context; both mixes
-    return float(a.layers * n_tokens * (dense + per_key * n_tokens) + 2 * a.width**2)
-
-
 def count_flops(table: str, encoder: str) -> dict[str, float]:
     """FLOPs of the real tokens of a table's documents. Runs in a child."""
     from pipeline import iter_table
-    from pipeline.encoders.architecture import Architecture, recognise_architecture
+    from pipeline.encoders.architecture import Architecture, recognise_architecture, text_flops
     from pipeline.saved_model import describe_saved_model
 
     a = recognise_architecture(describe_saved_model(encoder).variables)

@@ -18,9 +18,8 @@ TOKENS = 32768  # rows x length of a batch
 
 def export_programs(encoder: str, precision: str, tokens: int, output: str) -> None:
     """Writes `length-L.mlir` for each length, and `signature.json`."""
-    from benchmarks.encoder import text_flops
     from pipeline.config import VectorChoice
-    from pipeline.encoders.architecture import Architecture, recognise_architecture
+    from pipeline.encoders.architecture import Architecture, recognise_architecture, text_flops
     from pipeline.encoders.fast import define_graph
     from pipeline.encoders.mode import Mode
     from pipeline.encoders.weights import read_weights

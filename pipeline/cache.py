@@ -55,24 +55,38 @@ def remembered(name: str, find_out: Callable[[], Found], is_valid: Callable[[Any
       find_out: is called if no valid value is remembered.
       is_valid: whether a JSON value is one that `find_out` may return.
     """
-    path = os.path.join(cache_dir(), "remembered", name)
+    known = look_up(name, is_valid)
+    if known is None:
+        known = find_out()
+        remember(name, known)
+    return known
+
+
+def look_up(name: str, is_valid: Callable[[Any], bool]) -> Any:
+    """Returns the JSON value that is remembered under a name, or None if there is no valid one."""
     try:
-        with open(path, encoding="utf-8") as file:
+        with open(_remembered_path(name), encoding="utf-8") as file:
             known = json.load(file)
-        if is_valid(known):
-            return known
     except (OSError, ValueError):
-        pass
-    found = find_out()
+        return None
+    return known if is_valid(known) else None
+
+
+def remember(name: str, value: Any) -> None:
+    """Keeps a JSON value for later processes; a cache that cannot be written to only costs time."""
+    path = _remembered_path(name)
     try:
         os.makedirs(os.path.dirname(path), exist_ok=True)
         partial = f"{path}.{os.getpid()}"
         with open(partial, "w", encoding="utf-8") as file:
-            json.dump(found, file)
+            json.dump(value, file)
         os.replace(partial, path)
-    except OSError:  # a cache that cannot be written to only costs time
-        return found
-    return found
+    except OSError:
+        return
+
+
+def _remembered_path(name: str) -> str:
+    return os.path.join(cache_dir(), "remembered", name)
 
 
 def _whole_folder(folder: str, make: Callable[[str], None]) -> str | None:

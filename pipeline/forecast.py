@@ -21,7 +21,7 @@ import numpy as np
 
 from pipeline.config import EmbedConfig
 from pipeline.embed import SAFE_DOCUMENTS
-from pipeline.encoders.architecture import FAMILIES, Architecture
+from pipeline.encoders.architecture import text_flops
 from pipeline.errors import EmbeamError
 from pipeline.plan import EmbedPlan
 from pipeline.preprocess.batching import Batcher
@@ -385,15 +385,6 @@ def read_manifests(store: Store) -> Iterator[Manifest]:
             yield read_manifest(store.work, name)
         except (EmbeamError, OSError):  # damaged, or removed meanwhile
             continue
-
-
-def text_flops(a: Architecture, n_tokens: int) -> float:
-    """FLOPs of one input, a multiply-add being two, by the formula of its architecture."""
-    family = FAMILIES[a.family]
-    inner = a.heads * a.head_size
-    dense = 8 * a.width * inner + (6 if family.gate else 4) * a.width * a.feedforward
-    per_key = 4 * inner + (4 * a.heads**2 if family.talks else 0)  # scores and context; both mixes
-    return float(a.layers * n_tokens * (dense + per_key * n_tokens) + 2 * a.width**2)
 
 
 def measure_matmul(plan: EmbedPlan) -> float:

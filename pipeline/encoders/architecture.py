@@ -86,6 +86,15 @@ class Architecture(NamedTuple):
     family: str = TALKING_HEADS.name
 
 
+def text_flops(a: Architecture, n_tokens: int) -> float:
+    """FLOPs of one input, a multiply-add being two, by the formula of its architecture."""
+    family = FAMILIES[a.family]
+    inner = a.heads * a.head_size
+    dense = 8 * a.width * inner + (6 if family.gate else 4) * a.width * a.feedforward
+    per_key = 4 * inner + (4 * a.heads**2 if family.talks else 0)  # scores and context; both mixes
+    return float(a.layers * n_tokens * (dense + per_key * n_tokens) + 2 * a.width**2)
+
+
 def weight_shapes(a: Architecture) -> dict[str, tuple[int, ...]]:
     """Returns every weight's name and shape, in the order of the variables of the family's modules on TF Hub."""
     d, heads, k, f = a.width, a.heads, a.head_size, a.feedforward

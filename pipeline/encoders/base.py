@@ -8,6 +8,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from pipeline.config import VectorChoice
+from pipeline.encoders.streams import Streams
 from pipeline.preprocess.packing import pack_batch, pack_texts
 from pipeline.records import Batch, Chunk, Document
 from pipeline.runtime import load_tensorflow
@@ -37,14 +38,20 @@ class Encoder(Protocol):
 class TokenEncoder:
     """The TF Hub text encoder interface: three int32 `[B, L]` tensors in, one float32 tensor out."""
 
-    def __init__(self, choice: VectorChoice, graph: Callable[..., Any], compiled: bool = False) -> None:
+    def __init__(
+        self, choice: VectorChoice, graph: Callable[..., Any], compiled: bool = False, streams: Streams | None = None
+    ) -> None:
         self._tf = load_tensorflow()
+        self._streams = streams
         self._choice = choice
         self._graph = graph
         self._compiled = compiled
 
     def run(self, inputs: dict[str, np.ndarray]) -> np.ndarray:
         """Runs the graph over the three inputs, padding and all: float32 `[B, D]`, or `[B, L, D]` for tokens."""
+        return self._streams.run(self._run_graph, inputs) if self._streams else self._run_graph(inputs)
+
+    def _run_graph(self, inputs: dict[str, np.ndarray]) -> np.ndarray:
         return self._graph(*(self._tf.constant(inputs[name]) for name in TOKEN_INPUTS)).numpy()
 
     def encode(self, batch: Batch) -> list[np.ndarray] | np.ndarray:

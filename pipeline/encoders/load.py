@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from pipeline.encoders.architecture import text_flops
 from pipeline.encoders.base import Encoder, TextEncoder, TokenEncoder
 from pipeline.encoders.fast import build_graph
-from pipeline.encoders.mode import choose_mode
+from pipeline.encoders.mode import VERSION, Mode, choose_mode
 from pipeline.encoders.published import build_published_graph, load_saved_model
 from pipeline.encoders.spec import EncoderSpec
+from pipeline.encoders.streams import Streams
 from pipeline.encoders.weights import read_weights
 from pipeline.errors import EncoderError, first_line
 from pipeline.runtime import native_half_precision
@@ -18,7 +20,15 @@ def load_fast(spec: EncoderSpec) -> Encoder:
     assert spec.architecture is not None
     mode = choose_mode(spec.precision, spec.attention)
     weights = read_weights(spec.folder, spec.architecture, spec.choice, mode)
-    return TokenEncoder(spec.choice, build_graph(weights, spec.architecture, spec.choice, mode), mode.compiled)
+    graph = build_graph(weights, spec.architecture, spec.choice, mode)
+    return TokenEncoder(spec.choice, graph, mode.compiled, None if mode.compiled else make_streams(spec, mode))
+
+
+def make_streams(spec: EncoderSpec, mode: Mode) -> Streams:
+    a = spec.architecture
+    assert a is not None
+    name = "-".join(map(str, (a.family, a.layers, a.width, a.feedforward, *mode, VERSION)))
+    return Streams(name, text_flops(a, 1))
 
 
 def load_published(spec: EncoderSpec) -> Encoder:

@@ -5,8 +5,9 @@ import json
 
 import pytest
 
+from pipeline.encoders.architecture import text_flops
 from pipeline.errors import RunError
-from pipeline.forecast import ThinnedSample, forecast_table, measure_texts, scale_up, text_flops
+from pipeline.forecast import ThinnedSample, forecast_table, measure_texts, scale_up
 from pipeline.records import Document
 from pipeline.settle import settle
 from pipeline.tables.lock import TableLock
