@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import defaultdict, deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, Optional
 
 import apache_beam as beam
 import numpy as np
-from apache_beam.transforms.window import GlobalWindows
 
 from pipeline import metrics
+from pipeline.bundles import end_bundle
 from pipeline.config import VectorConfig
-from pipeline.records import Chunk, DeadLetter, Encoded, Origin, Row, Tally, list_followers
+from pipeline.records import Chunk, DeadLetter, Encoded, Encoding, Origin, Row, Tally, list_followers
 from pipeline.vectors.storing import quantize_vectors, shape_vectors
+
+BATCHES_AHEAD = 2  # in the encoder, or waiting for it: batches come in bursts, as documents are tokenised many at once
 
 
 @dataclass(frozen=True)
@@ -164,14 +166,30 @@ def _reject(chunk: Chunk, reason: str, message: str) -> Iterator[DeadLetter]:
 
 
 class FinishVectors(beam.DoFn):
+    """Makes rows of a batch while the next ones are in the encoder."""
+
     def __init__(self, rule: VectorRule) -> None:
         self.rule = rule
 
     def start_bundle(self) -> None:
+        self._encodings: deque[Encoding] = deque()
         self._averager = ChunkAverager()
         self._counts: defaultdict[str, float] = defaultdict(int)
 
-    def process(self, encoded: Encoded) -> Iterator[Any]:
+    def process(self, encoding: Encoding) -> Iterator[Any]:
+        self._encodings.append(encoding)
+        if len(self._encodings) > BATCHES_AHEAD:
+            yield from self._finish(self._encodings.popleft().future.result())
+
+    def finish_bundle(self) -> Iterator[Any]:
+        for encoding in self._encodings:
+            yield from end_bundle(self._finish(encoding.future.result()))
+        if lost := self._averager.unfinished():
+            raise RuntimeError(f"the chunks of {lost[0].document.id!r} were torn apart between two bundles")
+        tally = Tally.of("encode", dict(self._counts))
+        yield from end_bundle([beam.pvalue.TaggedOutput("tallies", tally)])
+
+    def _finish(self, encoded: Encoded) -> Iterator[Any]:
         self._counts["encode_seconds"] += encoded.seconds
         metrics.ENCODE_MILLISECONDS.update(round(encoded.seconds * 1000))
         self._counts["chunks"] += sum(not chunk.document.is_probe for chunk in encoded.batch)
@@ -197,16 +215,10 @@ class FinishVectors(beam.DoFn):
                 self._counts["probes"] += 1
                 yield beam.pvalue.TaggedOutput("probes", output)
 
-    def finish_bundle(self) -> Iterator[Any]:
-        if lost := self._averager.unfinished():
-            raise RuntimeError(f"the chunks of {lost[0].document.id!r} were torn apart between two bundles")
-        tally = Tally.of("encode", dict(self._counts))
-        yield beam.pvalue.TaggedOutput("tallies", GlobalWindows.windowed_value(tally))
-
 
 @dataclass
 class Finish(beam.PTransform):
-    """PCollection[Encoded] -> (PCollection[Row], those of probes, PCollection[DeadLetter], PCollection[Tally])."""
+    """PCollection[Encoding] -> (PCollection[Row], those of probes, PCollection[DeadLetter], PCollection[Tally])."""
 
     rule: VectorRule
 
