@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import pickle
+from concurrent.futures import Future
 
 from apache_beam import coders
 
-from pipeline.records import Chunk, DeadLetter, Document, Origin, Pack, Row, Tally
+from pipeline.records import Chunk, DeadLetter, Document, Encoded, Encoding, Origin, Pack, Row, Tally
 
 
 class PackCoder(coders.Coder):
@@ -25,6 +26,28 @@ class PackCoder(coders.Coder):
         return Pack
 
 
+class EncodingCoder(coders.Coder):
+    """Waits for a batch that has to go to another worker. No engine sends one, but all ask for the size of some."""
+
+    def encode(self, value: Encoding) -> bytes:
+        return pickle.dumps(value.future.result(), pickle.HIGHEST_PROTOCOL)
+
+    def decode(self, encoded: bytes) -> Encoding:
+        future: Future[Encoded] = Future()
+        future.set_result(pickle.loads(encoded))
+        return Encoding(future)
+
+    def estimate_size(self, value: Encoding) -> int:
+        return 0  # else the first batches would be waited for, one by one
+
+    def is_deterministic(self) -> bool:
+        return False
+
+    def to_type_hint(self) -> type:
+        return Encoding
+
+
 coders.registry.register_coder(Pack, PackCoder)
+coders.registry.register_coder(Encoding, EncodingCoder)
 for _record in (Origin, Document, Chunk, Row, DeadLetter, Tally):
     coders.registry.register_coder(_record, coders.RowCoder)

@@ -10,6 +10,7 @@ Annotations are not postponed here and optional fields are `Optional[X]`: RowCod
 import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import Future
 from typing import Any, NamedTuple, Optional
 
 import numpy as np
@@ -127,6 +128,17 @@ class Encoded(NamedTuple):
     vectors: list[Optional[np.ndarray]]
     errors: list[str]
     seconds: float
+
+
+class Encoding:
+    """A batch in the encoder, where another thread runs it.
+
+    Attributes:
+      future: gives the batch as it comes out, or raises what the encoder raised.
+    """
+
+    def __init__(self, future: Future[Encoded]) -> None:
+        self.future = future
 
 
 class Row(NamedTuple):

@@ -12,9 +12,9 @@ from typing import Any, Optional, Protocol, Union
 
 import apache_beam as beam
 import numpy as np
-from apache_beam.transforms.window import GlobalWindows
 
 from pipeline import metrics
+from pipeline.bundles import end_bundle
 from pipeline.errors import ConfigError
 from pipeline.preprocess.wordpiece import Vocabulary, load_tokenizer
 from pipeline.records import Chunk, DeadLetter, Document, Tally, list_followers
@@ -255,13 +255,9 @@ class SplitDocuments(beam.DoFn):
         return ()
 
     def finish_bundle(self) -> Iterable[Any]:
-        for output in self._flush():
-            if isinstance(output, beam.pvalue.TaggedOutput):
-                yield beam.pvalue.TaggedOutput(output.tag, GlobalWindows.windowed_value(output.value))
-            else:
-                yield GlobalWindows.windowed_value(output)
+        yield from end_bundle(self._flush())
         tally = Tally.of("preprocess", dict(self._counts))
-        yield beam.pvalue.TaggedOutput("tallies", GlobalWindows.windowed_value(tally))
+        yield from end_bundle([beam.pvalue.TaggedOutput("tallies", tally)])
 
     def _flush(self) -> Iterator[Any]:
         documents, self._buffer, self._characters = self._buffer, [], 0

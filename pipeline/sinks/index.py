@@ -53,6 +53,11 @@ def digest_kept(kept: bytes) -> int:
     return int.from_bytes(hashlib.blake2b(kept, digest_size=8).digest(), "little") if kept else 0
 
 
+def parse_hashes(names: Sequence[str]) -> np.ndarray:
+    """Content hashes as digests `[len(names)]` of S16."""
+    return np.array([bytes.fromhex(name) for name in names], "S16")
+
+
 def whole_digest(stored: bytes) -> bytes:
     """A 16-byte digest in full: NumPy gives strings without the zeros at their end."""
     return stored.ljust(16, b"\0")
@@ -60,20 +65,14 @@ def whole_digest(stored: bytes) -> bytes:
 
 def index_rows(rows: Sequence[Row], sources: SourceNumbers) -> np.ndarray:
     """Entries `[len(rows)]` of ENTRY."""
-    return np.array(
-        [
-            (
-                digest_id(row.id),
-                bytes.fromhex(row.content_hash),
-                digest_kept(row.kept),
-                row.chunk,
-                row.n_chunks,
-                sources.number(row.source),
-            )
-            for row in rows
-        ],
-        ENTRY,
-    )
+    entries = np.empty(len(rows), ENTRY)
+    entries["id"] = [digest_id(row.id) for row in rows]
+    entries["content"] = parse_hashes([row.content_hash for row in rows])
+    entries["kept"] = [digest_kept(row.kept) for row in rows]
+    entries["chunk"] = [row.chunk for row in rows]
+    entries["n_chunks"] = [row.n_chunks for row in rows]
+    entries["source"] = [sources.number(row.source) for row in rows]
+    return entries
 
 
 def pack_records(records: np.ndarray, sources: Sequence[str]) -> bytes:

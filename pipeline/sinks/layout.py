@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict, dataclass
+from operator import attrgetter
 from typing import Any
 
 import numpy as np
@@ -69,7 +70,7 @@ class TableLayout:
         kept = [json.loads(row.kept) for row in rows] if self.kept else []
         position = {field.name: i for i, field in enumerate(self.kept)}
         return {
-            name: [getattr(row, name) for row in rows] if name in plain else [values[position[name]] for values in kept]
+            name: list(map(attrgetter(name), rows)) if name in plain else [values[position[name]] for values in kept]
             for name in self.columns()
         }
 

@@ -52,9 +52,13 @@ class TfrecordWriter:
 
 def frame_record(record: bytes) -> bytes:
     """One record of a file: length, masked checksum of the length, data, masked checksum of the data."""
-    length = _LENGTH.pack(len(record))
-    header = length + _CHECKSUM.pack(mask_crc(google_crc32c.value(length)))
-    return header + record + _CHECKSUM.pack(mask_crc(google_crc32c.value(record)))
+    return _frame_length(len(record)) + record + _CHECKSUM.pack(mask_crc(google_crc32c.value(record)))
+
+
+@functools.lru_cache  # the records of a table have few different lengths
+def _frame_length(n_bytes: int) -> bytes:
+    length = _LENGTH.pack(n_bytes)
+    return length + _CHECKSUM.pack(mask_crc(google_crc32c.value(length)))
 
 
 def read_stored(stream: ByteReader, layout: TableLayout) -> Iterator[list[bytes]]:
@@ -130,13 +134,12 @@ def build_record_batch(rows: list[Row], layout: TableLayout) -> pa.RecordBatch:
 
 
 def _one_value_lists(values: list[Any], kind: str) -> pa.Array:
-    if kind == "string":
-        values = [None if value is None else value.encode() for value in values]
-    elif kind == "bool":
+    if kind == "bool":
         values = [None if value is None else int(value) for value in values]
-    if None in values:
+    array = pa.array(values, _ARROW[kind])
+    if array.null_count:
         return pa.array([None if value is None else [value] for value in values], pa.large_list(_ARROW[kind]))
-    return _lists(pa.array(values, _ARROW[kind]))
+    return _lists(array)
 
 
 def _lists(values: pa.Array) -> pa.Array:

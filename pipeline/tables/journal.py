@@ -18,7 +18,7 @@ import numpy as np
 
 from pipeline.files import join
 from pipeline.records import Row
-from pipeline.sinks.index import read_bytes
+from pipeline.sinks.index import parse_hashes, read_bytes
 from pipeline.sinks.layout import Columns
 from pipeline.tables.storage import create_file, delete_folder, list_files
 
@@ -67,21 +67,14 @@ def journal_folder(work: str, fingerprint: str = "") -> str:
 
 def pack_segment(rows: Sequence[Row]) -> bytes:
     """Rows as the bytes of a segment."""
-    records = np.array(
-        [
-            (
-                bytes.fromhex(row.content_hash),
-                row.chunk,
-                row.n_chunks,
-                _NONE if row.n_tokens is None else row.n_tokens,
-                _NONE if row.n_truncated is None else row.n_truncated,
-                row.scale,
-                len(row.vector),
-            )
-            for row in rows
-        ],
-        RECORD,
-    )
+    records = np.empty(len(rows), RECORD)
+    records["content"] = parse_hashes([row.content_hash for row in rows])
+    records["chunk"] = [row.chunk for row in rows]
+    records["n_chunks"] = [row.n_chunks for row in rows]
+    records["n_tokens"] = [_NONE if row.n_tokens is None else row.n_tokens for row in rows]
+    records["n_truncated"] = [_NONE if row.n_truncated is None else row.n_truncated for row in rows]
+    records["scale"] = [row.scale for row in rows]
+    records["size"] = [len(row.vector) for row in rows]
     return _MAGIC + _LENGTH.pack(len(rows)) + records.tobytes() + b"".join(row.vector for row in rows)
 
 

@@ -39,8 +39,8 @@ class JournalWriter:
 
     def add(self, row: Row) -> None:
         with self._lock:
-            self._rows.append(row._replace(id="", kept=b"", text=None, source=""))
-            self._bytes += len(row.vector)
+            self._rows.append(row)
+            self._bytes += len(row.vector) + len(row.kept) + len(row.text or "")  # of what is held, not of the segment
         if self._bytes >= FLUSH_BYTES or time.monotonic() - self._since >= self._seconds:
             self.flush()
 

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections import defaultdict, deque
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, Optional
 
 import apache_beam as beam
 import numpy as np
-from apache_beam.transforms.window import GlobalWindows
 
 from pipeline import metrics
+from pipeline.bundles import end_bundle
 from pipeline.config import VectorConfig
-from pipeline.records import Chunk, DeadLetter, Encoded, Origin, Row, Tally, list_followers
+from pipeline.records import Chunk, DeadLetter, Encoded, Encoding, Origin, Row, Tally, list_followers
 from pipeline.vectors.storing import quantize_vectors, shape_vectors
+
+BATCHES_AHEAD = 2  # in the encoder, or waiting for it: batches come in bursts, as documents are tokenised many at once
 
 
 @dataclass(frozen=True)
@@ -103,41 +105,52 @@ def finish_chunks(results: list[Result], rule: VectorRule) -> Iterator[Row | Dea
             )
     if not good:
         return
-    stored: Sequence[np.ndarray] | np.ndarray
-    scales: Sequence[float] | np.ndarray
     if rule.tokens:  # one row holds a matrix, and one scale serves all of it
-        shaped = [shape_vectors(vector, rule.vectors).reshape(1, -1) for _, vector in good]
-        parts = [quantize_vectors(vector, rule.vectors.dtype) for vector in shaped]
-        stored, scales = [part[0] for part, _ in parts], [scale[0] for _, scale in parts]
+        matrices = [shape_vectors(vector, rule.vectors).reshape(1, -1) for _, vector in good]
     else:
-        matrix = shape_vectors(np.stack([vector for _, vector in good]), rule.vectors)
-        stored, scales = quantize_vectors(matrix, rule.vectors.dtype)
-    for (chunk, _), numbers, scale in zip(good, stored, scales, strict=True):
-        if numbers.dtype == np.float16 and not np.isfinite(numbers).all():
+        matrices = [shape_vectors(_stack([vector for _, vector in good]), rule.vectors)]
+    stored = (vector for matrix in matrices for vector in _store_vectors(matrix, rule.vectors.dtype))
+    for (chunk, _), (data, scale, fits) in zip(good, stored, strict=True):
+        if not fits:
             yield from _reject(
                 chunk, "not_finite", "a number exceeds float16's 65504; use --dtype=float32 or --normalize"
             )
             continue
+        n_tokens, n_chunks = _count_tokens(chunk, rule), chunk.n_chunks if rule.chunked else 1
         for document in (chunk.document, *list_followers(chunk.document)):
-            yield Row(
-                id=document.id,
-                chunk=chunk.number,
-                vector=numbers.tobytes(),
-                scale=float(scale),
-                n_tokens=_count_tokens(chunk, rule),
-                n_truncated=chunk.n_truncated,
-                content_hash=chunk.content_hash,
-                kept=document.kept,
-                text=document.text if rule.keep_text else None,
-                n_chunks=chunk.n_chunks if rule.chunked else 1,
-                source=document.origin.path,
+            yield Row(  # names would cost as much again
+                document.id,
+                chunk.number,
+                data,
+                scale,
+                n_tokens,
+                chunk.n_truncated,
+                chunk.content_hash,
+                document.kept,
+                document.text if rule.keep_text else None,
+                n_chunks,
+                document.origin.path,
             )
+
+
+def _store_vectors(vectors: np.ndarray, dtype: str) -> Iterator[tuple[bytes, float, bool]]:
+    """The stored bytes and the scale of each vector `[B, D]`, and whether the dtype could hold it."""
+    stored, scales = quantize_vectors(vectors, dtype)
+    fits = np.isfinite(stored).all(1) if dtype == "float16" else np.ones(len(stored), bool)
+    data, size = stored.tobytes(), stored.nbytes // len(stored)
+    parts = (data[size * i : size * (i + 1)] for i in range(len(stored)))
+    return zip(parts, scales.tolist(), fits.tolist(), strict=True)
+
+
+def _stack(vectors: list[np.ndarray]) -> np.ndarray:
+    """As np.stack, which looks at each one several times."""
+    return np.concatenate(vectors).reshape(len(vectors), -1)
 
 
 def _are_finite(vectors: list[np.ndarray], rule: VectorRule) -> list[bool]:
     if rule.tokens or not vectors:  # matrices of different sizes
         return [bool(np.isfinite(vector).all()) for vector in vectors]
-    return np.isfinite(np.stack(vectors)).all(1).tolist()
+    return np.isfinite(_stack(vectors)).all(1).tolist()
 
 
 def _count_tokens(chunk: Chunk, rule: VectorRule) -> int | None:
@@ -153,14 +166,30 @@ def _reject(chunk: Chunk, reason: str, message: str) -> Iterator[DeadLetter]:
 
 
 class FinishVectors(beam.DoFn):
+    """Makes rows of a batch while the next ones are in the encoder."""
+
     def __init__(self, rule: VectorRule) -> None:
         self.rule = rule
 
     def start_bundle(self) -> None:
+        self._encodings: deque[Encoding] = deque()
         self._averager = ChunkAverager()
         self._counts: defaultdict[str, float] = defaultdict(int)
 
-    def process(self, encoded: Encoded) -> Iterator[Any]:
+    def process(self, encoding: Encoding) -> Iterator[Any]:
+        self._encodings.append(encoding)
+        if len(self._encodings) > BATCHES_AHEAD:
+            yield from self._finish(self._encodings.popleft().future.result())
+
+    def finish_bundle(self) -> Iterator[Any]:
+        for encoding in self._encodings:
+            yield from end_bundle(self._finish(encoding.future.result()))
+        if lost := self._averager.unfinished():
+            raise RuntimeError(f"the chunks of {lost[0].document.id!r} were torn apart between two bundles")
+        tally = Tally.of("encode", dict(self._counts))
+        yield from end_bundle([beam.pvalue.TaggedOutput("tallies", tally)])
+
+    def _finish(self, encoded: Encoded) -> Iterator[Any]:
         self._counts["encode_seconds"] += encoded.seconds
         metrics.ENCODE_MILLISECONDS.update(round(encoded.seconds * 1000))
         self._counts["chunks"] += sum(not chunk.document.is_probe for chunk in encoded.batch)
@@ -171,29 +200,25 @@ class FinishVectors(beam.DoFn):
         probes: list[Result] = []
         for result in results:
             (probes if result[0].document.is_probe else wanted).append(result)
+        n_rows = 0
         for output in finish_chunks(wanted, self.rule):
             if isinstance(output, DeadLetter):
                 self._counts["dead_letters"] += 1
                 yield beam.pvalue.TaggedOutput("dead_letters", output)
             else:
-                self._counts["rows"] += 1
-                metrics.ROWS.inc()
+                n_rows += 1
                 yield output
+        self._counts["rows"] += n_rows
+        metrics.ROWS.inc(n_rows)  # once a batch: it costs as much as a row
         for output in finish_chunks(probes, self.rule):
             if isinstance(output, Row):
                 self._counts["probes"] += 1
                 yield beam.pvalue.TaggedOutput("probes", output)
 
-    def finish_bundle(self) -> Iterator[Any]:
-        if lost := self._averager.unfinished():
-            raise RuntimeError(f"the chunks of {lost[0].document.id!r} were torn apart between two bundles")
-        tally = Tally.of("encode", dict(self._counts))
-        yield beam.pvalue.TaggedOutput("tallies", GlobalWindows.windowed_value(tally))
-
 
 @dataclass
 class Finish(beam.PTransform):
-    """PCollection[Encoded] -> (PCollection[Row], those of probes, PCollection[DeadLetter], PCollection[Tally])."""
+    """PCollection[Encoding] -> (PCollection[Row], those of probes, PCollection[DeadLetter], PCollection[Tally])."""
 
     rule: VectorRule
 

@@ -179,7 +179,7 @@ def test_a_segment_that_is_torn_or_damaged_is_none(tmp_path):
 
 
 def test_a_journal_is_written_once_there_is_enough(tmp_path, monkeypatch):
-    monkeypatch.setattr(journaling, "FLUSH_BYTES", 20)
+    monkeypatch.setattr(journaling, "FLUSH_BYTES", 30)  # 11 are held of each
     writer = JournalWriter(str(tmp_path), seconds=1e9)
     writer.add(make_row("a", 1))
     writer.add(make_row("b", 2))

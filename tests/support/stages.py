@@ -47,7 +47,7 @@ def embed_directly(documents: Sequence[Document], **settings: Any) -> Staged:
     collect = CollectBatches(plan.buckets, plan.vectors.counts_tokens)
     batches = [batch for tag, batch in run_bundle(collect, [chunk for tag, chunk in split if not tag]) if not tag]
     encoder = LoadedEncoder(load_encoder(plan.encoder))
-    finished = list(run_bundle(FinishVectors(plan.vectors), map(encoder.encode, batches)))
+    finished = list(run_bundle(FinishVectors(plan.vectors), map(encoder.start, batches)))
     layout = plan.layout()
     rows: Rows = {}
     for row in (row for tag, row in finished if not tag):
