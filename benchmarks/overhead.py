@@ -106,11 +106,13 @@ def run(options: argparse.Namespace) -> Report:
     texts, table, packed = (os.path.join(folder, name) for name in ("texts.txt", "table", "batches.npz"))
     write_lines(texts, make_sentences(count))
     models = {"encoder": encoder, "preprocessor": preprocessor}
-    captured = run_side(("benchmarks.overhead:capture_batches", {"texts": texts, "packed": packed, **models}), folder)
+    captured = run_side(
+        Side("benchmarks.overhead:capture_batches", {"texts": texts, "packed": packed, **models}), folder
+    )
     flags = {"input": texts, "output": table, **models}
-    sides: dict[str, Side] = {
-        "bare loop": ("benchmarks.overhead:encode_in_loop", {"encoder": encoder, "packed": packed}),
-        "embeam": ("benchmarks.child:embed", {"arguments": [f"--{name}={value}" for name, value in flags.items()]}),
+    sides = {
+        "bare loop": Side("benchmarks.overhead:encode_in_loop", {"encoder": encoder, "packed": packed}),
+        "embeam": Side("benchmarks.child:embed", {"arguments": [f"--{name}={value}" for name, value in flags.items()]}),
     }
     runs = alternate(sides, options.repetitions, folder, lambda name: shutil.rmtree(table, ignore_errors=True))
     counts = {name: {run["items"] for run in side} for name, side in runs.items()}
@@ -125,6 +127,7 @@ def run(options: argparse.Namespace) -> Report:
         [Ratio("time of embeam beyond the bare loop's, steady", cost, at_most=CEILING, unit="percent")],
         {
             "encoder": encoder,
+            "documents encoded once more, as spot checks, by embeam alone": runs["embeam"][0]["spot_checks"],
             "padded tokens": int(captured["padded_tokens"]),
             "within embeam, time outside the encoder over time inside, percent": statistics.median(elsewhere),
         },

@@ -112,7 +112,7 @@ def run(options: argparse.Namespace) -> Report:
     def embed(files: list[int], workers: int) -> Run:
         write_corpus(corpus, files, sum(files))
         shutil.rmtree(table, ignore_errors=True)
-        side: Side = ("benchmarks.scaling:embed_distributed", {"flags": flags, "workers": workers})
+        side = Side("benchmarks.scaling:embed_distributed", {"flags": flags, "workers": workers})
         done = run_side(side, options.folder)
         if done["items"] != sum(files):
             raise BenchmarkError(f"{done['items']:,} texts were encoded instead of {sum(files):,}")
