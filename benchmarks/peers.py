@@ -54,14 +54,14 @@ def fetch_models(models: str) -> dict[str, float]:
     """Writes the encoder as published, and as the SavedModels that the product takes. Runs in a child."""
     from training.teacher import convert_teacher, fetch_published
 
-    temporary = os.path.join(models, "unfinished")
-    shutil.rmtree(temporary, ignore_errors=True)
-    os.makedirs(temporary)
-    published = fetch_published(temporary)
-    convert_teacher(published, os.path.join(temporary, "converted"))
-    os.rename(os.path.join(temporary, "converted"), os.path.join(models, "converted"))
-    os.rename(published, os.path.join(models, "published"))
-    shutil.rmtree(temporary)
+    unfinished = models + "-unfinished"
+    shutil.rmtree(unfinished, ignore_errors=True)
+    package, published = (os.path.join(unfinished, name) for name in ("package", "published"))
+    os.makedirs(package)
+    os.rename(fetch_published(package), published)
+    shutil.rmtree(package)
+    convert_teacher(published, os.path.join(unfinished, "converted"))
+    os.rename(unfinished, models)
     return {}
 
 
@@ -173,6 +173,7 @@ def run(options: argparse.Namespace) -> Report:
     sides: dict[str, Side] = {}
     outputs: dict[str, dict[str, str]] = {precision: {} for precision in precisions}
     for precision in precisions:
+        # Encoding alone comes first: there the product proves its graph, once per machine, and no process pays for it.
         common = {"models": models, "precision": precision, "source": source}
         alone, whole = (os.path.join(folder, f"{OURS}-{precision}-{kind}") for kind in ("alone.npy", "whole"))
         outputs[precision] |= {name_side(OURS, precision, ALONE): alone, name_side(OURS, precision, WHOLE): whole}
@@ -214,8 +215,7 @@ def run(options: argparse.Namespace) -> Report:
 
 def prepare_models(models: str, python: str, folder: str) -> None:
     """Writes whatever is not yet in the folder of the models."""
-    os.makedirs(models, exist_ok=True)
-    if not os.path.isdir(os.path.join(models, "published")):
+    if not os.path.isdir(models):
         run_side(Side("benchmarks.peers:fetch_models", {"models": models}), folder)
     if not os.path.exists(os.path.join(models, "encoder.onnx")):
         run_side(Side("benchmarks.peer_sides:export_onnx", {"models": models}, python), folder)
