@@ -144,8 +144,8 @@ def steady_rate(runs: list[Run]) -> float:
     """Items per second after start-up.
 
     Raises:
-      BenchmarkError: if a run ended with its first batch, as a run over few items does.
+      BenchmarkError: if a run was all start-up, as a run over few items is.
     """
     if any(run["steady_items"] <= 0 or run["steady_seconds"] <= 0 for run in runs):
-        raise BenchmarkError("a run was over with its first batch, so it has no steady rate; use a larger --count")
+        raise BenchmarkError("a run was over with its start-up, so it has no steady rate; use a larger --count")
     return statistics.median(run["steady_items"] / run["steady_seconds"] for run in runs)
