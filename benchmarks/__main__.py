@@ -20,7 +20,9 @@ BENCHMARKS = {
     "reindex": "a run after few documents have changed, against the run that made the table",
     "scaling": "the distributed graph on two worker processes, against one",
     "memory": "peak memory at a tenth of the documents and at all of them",
+    "peers": "the same encoder in sentence-transformers, OpenVINO and ONNX Runtime; downloads 3 GB",
 }
+ON_REQUEST = ("peers",)  # needs the network, and gigabytes
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -31,7 +33,9 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument("names", nargs="*", metavar="NAME", help="which to run (default: all)")
+    parser.add_argument(
+        "names", nargs="*", metavar="NAME", help=f"which to run (default: all but {', '.join(ON_REQUEST)})"
+    )
     parser.add_argument("--encoder", default="", metavar="DIR", help="a SavedModel with the TF Hub text interface")
     parser.add_argument("--preprocessor", default="", metavar="DIR", help="the preprocessor that belongs to it")
     parser.add_argument("--size", choices=SIZES, help="without --encoder: size of the one that is made")
@@ -68,7 +72,7 @@ def run_benchmark(name: str, options: argparse.Namespace) -> None:
 def main() -> None:
     options = parse_arguments()
     print(format_hardware(), flush=True)
-    for name in options.names or BENCHMARKS:
+    for name in options.names or [name for name in BENCHMARKS if name not in ON_REQUEST]:
         try:
             run_benchmark(name, options)
         except BenchmarkError as error:

@@ -10,6 +10,7 @@ import importlib
 import json
 import sys
 import time
+from collections.abc import Callable
 from typing import Any
 
 
@@ -21,10 +22,12 @@ class BatchClock:
         self.first_items: float = 0
         self.items: float = 0
         self.encoder_seconds = 0.0
+        self.spot_checks = 0
 
-    def tick(self, n_items: float, encoder_seconds: float = 0.0) -> None:
-        """Notes a finished batch and how long the encoder took for it."""
+    def tick(self, n_items: float, encoder_seconds: float = 0.0, spot_checks: int = 0) -> None:
+        """Notes a finished batch, how long the encoder took for it, and what it held besides items."""
         self.items += n_items
+        self.spot_checks += spot_checks
         if self.first_batch_at:
             self.encoder_seconds += encoder_seconds
         else:
@@ -38,22 +41,35 @@ class BatchClock:
             "steady_items": self.items - self.first_items,
             "steady_seconds": time.monotonic() - self.first_batch_at,
             "encoder_seconds": self.encoder_seconds,
+            "spot_checks": self.spot_checks,
         }
 
 
-def time_batches(handler: Any) -> BatchClock:
-    """Lets a class of Beam model handlers report every batch that it has finished, whatever kind of handler it is."""
+def time_batches(handler: Any, is_spot_check: Callable[[Any], bool] = lambda item: False) -> BatchClock:
+    """Lets a class of Beam model handlers report every batch that it has finished, whatever kind of handler it is.
+
+    Args:
+      handler: the class.
+      is_spot_check: whether one of a batch is encoded only to be compared. It takes time like any other, but is none
+        of the items that the run was asked for.
+    """
     clock = BatchClock()
     run_inference = handler.run_inference
 
     def timed(self: Any, batch: Any, *rest: Any, **named: Any) -> list[Any]:
         begun = time.monotonic()
         outputs = list(run_inference(self, batch, *rest, **named))
-        clock.tick(len(batch), time.monotonic() - begun)
+        seconds, spot_checks = time.monotonic() - begun, sum(map(is_spot_check, batch))
+        clock.tick(len(batch) - spot_checks, seconds, spot_checks)
         return outputs
 
     handler.run_inference = timed
     return clock
+
+
+def is_spot_check(chunk: Any) -> bool:
+    """Whether the product encodes a chunk only to compare its vector with the one that a row has."""
+    return bool(chunk.document.is_probe)
 
 
 def embed(arguments: list[str]) -> dict[str, float]:
@@ -61,7 +77,7 @@ def embed(arguments: list[str]) -> dict[str, float]:
     from pipeline.cli import main
     from pipeline.encoders.handler import EncoderHandler
 
-    clock = time_batches(EncoderHandler)
+    clock = time_batches(EncoderHandler, is_spot_check)
     main(["embed", *arguments])
     return clock.stop()
 

@@ -13,7 +13,7 @@ import os
 import shutil
 from typing import Any
 
-from benchmarks.measure import BenchmarkError, Ratio, Report, alternate, median, run_side, steady_rate
+from benchmarks.measure import BenchmarkError, Ratio, Report, Side, alternate, median, run_side, steady_rate
 from benchmarks.models import find_models
 from benchmarks.plot import plot_bars
 from benchmarks.stock import STOCK_TOKENS
@@ -49,20 +49,18 @@ def run(options: argparse.Namespace) -> Report:
     encoder, preprocessor = find_models(options.encoder, options.preprocessor, options.size, options.models)
     texts, stock = (os.path.join(folder, name) for name in ("texts.txt", "stock"))
     write_lines(texts, make_sentences(count))
-    native = run_side(("benchmarks.encoder:has_native_bfloat16", {}), folder)["native"]
+    native = run_side(Side("benchmarks.encoder:has_native_bfloat16", {}), folder)["native"]
     precisions = ["float32", "bfloat16"] if native else ["float32"]
     records = os.path.join(stock, "embeddings")
     models = {"preprocessor": preprocessor, "encoder": encoder}
-    sides: dict[str, Any] = {
-        "stock Beam": ("benchmarks.stock:embed_stock", {"source": texts, "output": records} | models)
-    }
+    sides = {"stock Beam": Side("benchmarks.stock:embed_stock", {"source": texts, "output": records} | models)}
     outputs = {"stock Beam": stock}
     for precision in precisions:
         name = f"embeam {precision}"
         outputs[name] = os.path.join(folder, precision)
         flags = {"input": texts, "output": outputs[name], "precision": precision, "max_tokens": STOCK_TOKENS} | models
         arguments = [f"--{flag}={value}" for flag, value in flags.items()]
-        sides[name] = ("benchmarks.child:embed", {"arguments": arguments})
+        sides[name] = Side("benchmarks.child:embed", {"arguments": arguments})
     matmuls: dict[str, list[dict[str, float]]] = {precision: [] for precision in precisions}
 
     def prepare(name: str) -> None:
@@ -70,20 +68,22 @@ def run(options: argparse.Namespace) -> Report:
         shutil.rmtree(outputs[name], ignore_errors=True)
         precision = name.removeprefix("embeam ")
         if precision in matmuls:
-            matmuls[precision].append(run_side(("benchmarks.matmul:measure_matmul", {"precision": precision}), folder))
+            matmuls[precision].append(
+                run_side(Side("benchmarks.matmul:measure_matmul", {"precision": precision}), folder)
+            )
 
     runs = alternate(sides, options.repetitions, folder, prepare)
     facts: dict[str, Any] = {"encoder": encoder}
     for precision in precisions:
         table = outputs[f"embeam {precision}"]
         compared = run_side(
-            ("benchmarks.stock:compare_tables", {"source": texts, "records": records, "table": table}), folder
+            Side("benchmarks.stock:compare_tables", {"source": texts, "records": records, "table": table}), folder
         )
         if compared["rows"] != count or compared["max_difference"] > TOLERANCES[precision]:
             raise BenchmarkError(f"the tables of stock Beam and {precision} are not the same work: {compared}")
         facts[f"{precision}: largest difference of a number from stock's"] = compared["max_difference"]
     counted = run_side(
-        ("benchmarks.encoder:count_flops", {"table": outputs["embeam float32"], "encoder": encoder}), folder
+        Side("benchmarks.encoder:count_flops", {"table": outputs["embeam float32"], "encoder": encoder}), folder
     )
     flops_each = counted["flops"] / counted["documents"]
     facts["mean word pieces"] = counted["tokens"] / counted["documents"]

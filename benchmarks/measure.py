@@ -12,11 +12,24 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 Run = dict[str, Any]  # what one process of one side did: JSON, all but always numbers
-Side = tuple[str, dict[str, Any]]  # MODULE:FUNCTION and its arguments
 
 
 class BenchmarkError(Exception):
     """A side that failed, or arguments that do not go together."""
+
+
+class Side(NamedTuple):
+    """What is measured.
+
+    Attributes:
+      function: MODULE:FUNCTION.
+      arguments: of the function, by name; JSON.
+      python: the interpreter that runs it, where it needs another environment.
+    """
+
+    function: str
+    arguments: dict[str, Any]
+    python: str = sys.executable
 
 
 class Ratio(NamedTuple):
@@ -73,9 +86,9 @@ def run_side(side: Side, folder: str) -> Run:
     Raises:
       BenchmarkError: if the process fails.
     """
-    function, arguments = side
+    function, arguments, python = side
     result, log = os.path.join(folder, "result.json"), os.path.join(folder, "log.txt")
-    command = [sys.executable, "-m", "benchmarks.child", function, json.dumps(arguments), result]
+    command = [python, "-m", "benchmarks.child", function, json.dumps(arguments), result]
     environment = os.environ | {"TF_CPP_MIN_LOG_LEVEL": "2"}
     with open(log, "wb") as stream:
         begun = time.monotonic()
@@ -128,5 +141,11 @@ def whole_rate(runs: list[Run]) -> float:
 
 
 def steady_rate(runs: list[Run]) -> float:
-    """Items per second after start-up."""
+    """Items per second after start-up.
+
+    Raises:
+      BenchmarkError: if a run was all start-up, as a run over few items is.
+    """
+    if any(run["steady_items"] <= 0 or run["steady_seconds"] <= 0 for run in runs):
+        raise BenchmarkError("a run was over with its start-up, so it has no steady rate; use a larger --count")
     return statistics.median(run["steady_items"] / run["steady_seconds"] for run in runs)

@@ -42,7 +42,7 @@ def run(options: argparse.Namespace) -> Report:
     for kind in KINDS:
         for count in (most // FEWER, most):
             flags = write_input(kind, count, os.path.join(folder, f"{kind}-{count}"))
-            sides[_name_side(kind, count)] = ("benchmarks.child:embed", {"arguments": [*flags, *common]})
+            sides[_name_side(kind, count)] = Side("benchmarks.child:embed", {"arguments": [*flags, *common]})
     runs = alternate(sides, options.repetitions, folder, lambda name: shutil.rmtree(table, ignore_errors=True))
     ratios = []
     for kind in KINDS:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 
-from benchmarks.measure import BenchmarkError, run_side
+from benchmarks.measure import BenchmarkError, Side, run_side
 
 SIZES = {"tiny": (2, 64, 4), "small": (4, 256, 4), "base": (12, 768, 12)}  # layers, width, heads
 
@@ -43,5 +43,5 @@ def find_models(encoder: str, preprocessor: str, size: str, folder: str) -> tupl
     folder = os.path.abspath(os.path.join(folder, f"models-{size}"))
     if not os.path.isdir(os.path.join(folder, "encoder")):
         os.makedirs(folder, exist_ok=True)
-        run_side(("benchmarks.models:write_models", {"size": size, "folder": folder}), folder)
+        run_side(Side("benchmarks.models:write_models", {"size": size, "folder": folder}), folder)
     return os.path.join(folder, "encoder"), os.path.join(folder, "preprocessor")

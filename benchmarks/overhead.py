@@ -13,12 +13,16 @@ import shutil
 import statistics
 import sys
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING
 
 from benchmarks.child import BatchClock
 from benchmarks.measure import BenchmarkError, Ratio, Report, Side, alternate, run_side, steady_rate
 from benchmarks.models import find_models
 from benchmarks.texts import make_sentences, write_lines
+
+if TYPE_CHECKING:
+    from pipeline.plan import EmbedPlan
+    from pipeline.records import Batch
 
 SIZE, COUNT, REPETITIONS = "base", 400, 3
 CEILING = 10.0  # percent of the loop's rate
@@ -28,10 +32,14 @@ def capture_batches(texts: str, encoder: str, preprocessor: str, packed: str) ->
     """Writes all batches of a run as padded arrays. Runs in a child."""
     import numpy as np
 
+    from pipeline.config import EmbedConfig
+    from pipeline.plan import plan_embedding
     from pipeline.preprocess.packing import pack_batch
 
+    plan = plan_embedding(EmbedConfig.from_flat({"encoder": encoder, "preprocessor": preprocessor}))
+    with open(texts, encoding="utf-8") as file:
+        batches = list(make_batches(plan, [line.rstrip("\n") for line in file]))
     arrays, n_padded = {}, 0
-    batches = list(_make_batches(texts, encoder, preprocessor))
     for i, batch in enumerate(batches):
         n_padded += batch.rows * batch.length
         arrays[f"{i} n"] = np.array(len(batch))
@@ -40,18 +48,13 @@ def capture_batches(texts: str, encoder: str, preprocessor: str, packed: str) ->
     return {"batches": len(batches), "padded_tokens": n_padded}
 
 
-def _make_batches(texts: str, encoder: str, preprocessor: str) -> Iterator[Any]:
-    """The pipeline's batches, by its own functions and without Beam."""
-    from pipeline.config import EmbedConfig
-    from pipeline.plan import plan_embedding
+def make_batches(plan: EmbedPlan, texts: list[str]) -> Iterator[Batch]:
+    """The pipeline's batches, by its own functions and without Beam; the ids of documents are the texts' numbers."""
     from pipeline.preprocess.batching import Batcher
     from pipeline.records import Chunk, Document
 
-    plan = plan_embedding(EmbedConfig.from_flat({"encoder": encoder, "preprocessor": preprocessor}))
     batcher = Batcher(plan.buckets)
-    with open(texts, encoding="utf-8") as file:
-        documents = [Document(str(i), line.rstrip("\n")) for i, line in enumerate(file)]
-    for chunk in plan.split.load().split(documents):
+    for chunk in plan.split.load().split([Document(str(i), text) for i, text in enumerate(texts)]):
         assert isinstance(chunk, Chunk)
         if batch := batcher.add(chunk, chunk.n_tokens):
             yield batch
@@ -106,11 +109,13 @@ def run(options: argparse.Namespace) -> Report:
     texts, table, packed = (os.path.join(folder, name) for name in ("texts.txt", "table", "batches.npz"))
     write_lines(texts, make_sentences(count))
     models = {"encoder": encoder, "preprocessor": preprocessor}
-    captured = run_side(("benchmarks.overhead:capture_batches", {"texts": texts, "packed": packed, **models}), folder)
+    captured = run_side(
+        Side("benchmarks.overhead:capture_batches", {"texts": texts, "packed": packed, **models}), folder
+    )
     flags = {"input": texts, "output": table, **models}
-    sides: dict[str, Side] = {
-        "bare loop": ("benchmarks.overhead:encode_in_loop", {"encoder": encoder, "packed": packed}),
-        "embeam": ("benchmarks.child:embed", {"arguments": [f"--{name}={value}" for name, value in flags.items()]}),
+    sides = {
+        "bare loop": Side("benchmarks.overhead:encode_in_loop", {"encoder": encoder, "packed": packed}),
+        "embeam": Side("benchmarks.child:embed", {"arguments": [f"--{name}={value}" for name, value in flags.items()]}),
     }
     runs = alternate(sides, options.repetitions, folder, lambda name: shutil.rmtree(table, ignore_errors=True))
     counts = {name: {run["items"] for run in side} for name, side in runs.items()}
@@ -125,6 +130,7 @@ def run(options: argparse.Namespace) -> Report:
         [Ratio("time of embeam beyond the bare loop's, steady", cost, at_most=CEILING, unit="percent")],
         {
             "encoder": encoder,
+            "documents encoded once more, as spot checks, by embeam alone": runs["embeam"][0]["spot_checks"],
             "padded tokens": int(captured["padded_tokens"]),
             "within embeam, time outside the encoder over time inside, percent": statistics.median(elsewhere),
         },

@@ -50,7 +50,7 @@ def run(options: argparse.Namespace) -> Report:
     encoder, preprocessor = find_models(options.encoder, options.preprocessor, options.size, options.models)
     corpus, table = os.path.join(options.folder, "corpus.jsonl"), os.path.join(options.folder, "table")
     flags = {"input": corpus, "id_field": "id", "output": table, "encoder": encoder, "preprocessor": preprocessor}
-    side: Side = ("benchmarks.child:embed", {"arguments": [f"--{name}={value}" for name, value in flags.items()]})
+    side = Side("benchmarks.child:embed", {"arguments": [f"--{name}={value}" for name, value in flags.items()]})
     runs: dict[str, list[Run]] = {FIRST: [], SECOND: []}
     facts: dict[str, int | str] = {"encoder": encoder}
     for turn in range(options.repetitions):

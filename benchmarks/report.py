@@ -9,7 +9,7 @@ import platform
 from collections.abc import Mapping
 from typing import Any
 
-from benchmarks.measure import Ratio, Report, Run, median, steady_rate, whole_rate
+from benchmarks.measure import BenchmarkError, Ratio, Report, Run, median, steady_rate, whole_rate
 
 _PACKAGES = ("apache-beam", "tensorflow", "tensorflow-text", "tfx-bsl", "numpy")
 
@@ -61,9 +61,16 @@ def _format_cells(runs: list[Run]) -> list[str]:
         f"{median(runs, 'whole_seconds'):9.1f}",
         f"{whole_rate(runs):13,.1f}",
         f"{median(runs, 'start_up_seconds'):11.1f}",
-        f"{steady_rate(runs):20,.1f}",
+        _format_steady_rate(runs),
         f"{median(runs, 'peak_bytes') / 1e6:8,.0f}",
     ]
+
+
+def _format_steady_rate(runs: list[Run]) -> str:
+    try:
+        return f"{steady_rate(runs):20,.1f}"
+    except BenchmarkError:
+        return f"{'-':>20}"
 
 
 def _format_fact(value: Any) -> str:

@@ -104,6 +104,8 @@ def run(options: argparse.Namespace) -> Report:
     cores = len(os.sched_getaffinity(0))
     if cores < 2:
         raise BenchmarkError("two workers need two cores")
+    if options.count < WARM_UP:
+        raise BenchmarkError(f"--count={options.count} leaves no text for the shorter run; use {WARM_UP} or more")
     encoder, preprocessor = find_models(options.encoder, options.preprocessor, options.size, options.models)
     corpus, table = os.path.join(options.folder, "corpus"), os.path.join(options.folder, "table")
     flags = {"id_field": "id", "output": table, "encoder": encoder, "preprocessor": preprocessor}
@@ -112,7 +114,7 @@ def run(options: argparse.Namespace) -> Report:
     def embed(files: list[int], workers: int) -> Run:
         write_corpus(corpus, files, sum(files))
         shutil.rmtree(table, ignore_errors=True)
-        side: Side = ("benchmarks.scaling:embed_distributed", {"flags": flags, "workers": workers})
+        side = Side("benchmarks.scaling:embed_distributed", {"flags": flags, "workers": workers})
         done = run_side(side, options.folder)
         if done["items"] != sum(files):
             raise BenchmarkError(f"{done['items']:,} texts were encoded instead of {sum(files):,}")
@@ -129,6 +131,7 @@ def run(options: argparse.Namespace) -> Report:
             short, long = embed([n // WARM_UP], workers), embed([n], workers)
             runs[name].append(subtract(short, long))
             start_up = min(short["cpu_seconds"])
+    ratio = steady_rate(runs[TWO]) / steady_rate(runs[ONE])  # before the rest, as a run that is too short has none
     shapes = {
         "one file": [n],
         f"{TINY_FILES:,} files": [n // TINY_FILES + (i < n % TINY_FILES) for i in range(TINY_FILES)],
@@ -141,7 +144,6 @@ def run(options: argparse.Namespace) -> Report:
         facts[f"processor seconds of two workers after start-up, {shape}"] = (
             f"{least:.1f} and {most:.1f}, {least / most:.0%}"
         )
-    ratio = steady_rate(runs[TWO]) / steady_rate(runs[ONE])
     ratios = [Ratio("steady rate of two workers, of one's", ratio, at_least=FLOOR)]
     return Report(f"{n:,} texts on the graph for distributed engines", "texts", runs, ratios, facts)
 

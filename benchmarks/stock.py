@@ -65,9 +65,9 @@ def run(options: argparse.Namespace) -> Report:
     arguments = [f"--{name}={value}" for name, value in flags.items()] + [f"--max_tokens={STOCK_TOKENS}"]
     records = os.path.join(stock, "embeddings")
     settings = {"source": texts, "output": records, "preprocessor": preprocessor, "encoder": encoder}
-    sides: dict[str, Side] = {
-        "stock Beam": ("benchmarks.stock:embed_stock", settings),
-        "embeam": ("benchmarks.child:embed", {"arguments": arguments}),
+    sides = {
+        "stock Beam": Side("benchmarks.stock:embed_stock", settings),
+        "embeam": Side("benchmarks.child:embed", {"arguments": arguments}),
     }
 
     def clear(name: str) -> None:
@@ -75,7 +75,7 @@ def run(options: argparse.Namespace) -> Report:
 
     runs = alternate(sides, options.repetitions, folder, clear)
     compared = run_side(
-        ("benchmarks.stock:compare_tables", {"source": texts, "records": records, "table": table}), folder
+        Side("benchmarks.stock:compare_tables", {"source": texts, "records": records, "table": table}), folder
     )
     if compared["rows"] != count or compared["stock_rows"] != count or compared["max_difference"] > TOLERANCE:
         raise BenchmarkError(f"the two tables are not the same work: {compared}")

@@ -76,8 +76,8 @@ def run(options: argparse.Namespace) -> Report:
     _, preprocessor = find_models(options.encoder, options.preprocessor, options.size, options.models)
     texts = os.path.join(folder, "texts.txt")
     write_lines(texts, make_sentences(count))
-    sides: dict[str, Side] = {
-        kind: (
+    sides = {
+        kind: Side(
             "benchmarks.tokenize:tokenize_on_one_core",
             {"kind": kind, "texts": texts, "preprocessor": preprocessor},
         )

