@@ -10,7 +10,7 @@ import importlib
 import json
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 
@@ -45,25 +45,28 @@ class BatchClock:
         }
 
 
-def time_batches(handler: Any, is_spot_check: Callable[[Any], bool] = lambda item: False) -> BatchClock:
-    """Lets a class of Beam model handlers report every batch that it has finished, whatever kind of handler it is.
+def time_batches(owner: Any, method: str, is_spot_check: Callable[[Any], bool] = lambda item: False) -> BatchClock:
+    """Lets a class report every batch that one of its methods, which takes it first, has finished.
 
     Args:
-      handler: the class.
+      owner: the class.
+      method: its name; what it returns, if it makes it bit by bit, is made at once.
       is_spot_check: whether one of a batch is encoded only to be compared. It takes time like any other, but is none
         of the items that the run was asked for.
     """
     clock = BatchClock()
-    run_inference = handler.run_inference
+    encode = getattr(owner, method)
 
-    def timed(self: Any, batch: Any, *rest: Any, **named: Any) -> list[Any]:
+    def timed(self: Any, batch: Any, *rest: Any, **named: Any) -> Any:
         begun = time.monotonic()
-        outputs = list(run_inference(self, batch, *rest, **named))
+        outputs = encode(self, batch, *rest, **named)
+        if isinstance(outputs, Iterator):
+            outputs = list(outputs)
         seconds, spot_checks = time.monotonic() - begun, sum(map(is_spot_check, batch))
         clock.tick(len(batch) - spot_checks, seconds, spot_checks)
         return outputs
 
-    handler.run_inference = timed
+    setattr(owner, method, timed)
     return clock
 
 
@@ -75,9 +78,9 @@ def is_spot_check(chunk: Any) -> bool:
 def embed(arguments: list[str]) -> dict[str, float]:
     """The product's side: `embeam embed` with these arguments, through its command line."""
     from pipeline.cli import main
-    from pipeline.encoders.handler import EncoderHandler
+    from pipeline.encoders.handler import LoadedEncoder
 
-    clock = time_batches(EncoderHandler, is_spot_check)
+    clock = time_batches(LoadedEncoder, "encode", is_spot_check)
     main(["embed", *arguments])
     return clock.stop()
 

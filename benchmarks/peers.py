@@ -91,14 +91,12 @@ def encode_alone(models: str, precision: str, source: str, output: str) -> dict[
     from pipeline.vectors.storing import shape_vectors
 
     plan = plan_embedding(EmbedConfig.from_flat(list_flags(models, precision)))
-    handler = EncoderHandler(plan.encoder, plan.buckets.full_shapes())
-    encoder = handler.load_model()
+    encoder = EncoderHandler(plan.encoder, plan.buckets.full_shapes()).load_model()
 
     def encode(texts: list[str]) -> np.ndarray:
         vectors = np.empty((len(texts), plan.dimension), np.float32)
         for batch in make_batches(plan, texts):
-            (encoded,) = handler.run_inference(batch, encoder)
-            vectors[[int(chunk.document.id) for chunk in batch]] = encoded.vectors
+            vectors[[int(chunk.document.id) for chunk in batch]] = encoder.encode(batch).vectors
         return shape_vectors(vectors, plan.vectors.vectors)
 
     return time_encoding(encode, source, output)
