@@ -16,7 +16,7 @@ from pipeline.encoders.base import TokenEncoder
 from pipeline.encoders.fast import build_graph
 from pipeline.encoders.mode import VERSION, Mode, choose_modes
 from pipeline.encoders.published import load_saved_model
-from pipeline.encoders.weights import read_weights
+from pipeline.encoders.weights import Weights, read_weights
 from pipeline.errors import first_line
 from pipeline.runtime import load_tensorflow
 
@@ -94,15 +94,20 @@ class ParityProbe:
         mask = self._inputs["input_mask"] > 0  # [B, L]
         published = self._published  # and out of memory again, before our weights come
         weights = read_weights(self._folder, self._architecture, POOLED, mode)
-        pooled, tokens = (
-            TokenEncoder(choice, build_graph(needed, self._architecture, choice, mode)).run(self._inputs)
-            for choice, needed in ((POOLED, weights), (TOKENS, weights._replace(pooler=None)))
-        )
+        pooled = self._run_fast(weights, POOLED, mode)
+        tokens = self._run_fast(weights._replace(pooler=None), TOKENS, mode)
         pairs = [(published[0], pooled), (published[1][mask], tokens[mask])]  # what stands in padding means nothing
         return [
             float(max(np.abs(theirs - ours).max() for theirs, ours in pairs)),
             float(min(_cosines(theirs, ours).min() for theirs, ours in pairs)),
         ]
+
+    def _run_fast(self, weights: Weights, choice: VectorChoice, mode: Mode) -> np.ndarray:
+        graph = build_graph(weights, self._architecture, choice, mode)
+        vectors = TokenEncoder(choice, graph).run(self._inputs)
+        del graph
+        gc.collect()  # graphs refer to themselves, and hold what their kernels laid out
+        return vectors
 
     @functools.cached_property
     def _published(self) -> list[np.ndarray]:

@@ -201,6 +201,14 @@ def test_kernels_that_laid_out_their_weights_do_not_mix_up_two_encoders():
             assert_close(encoder.run(batch), vectors)
 
 
+@pytest.mark.parametrize("mode", choose_modes("bfloat16") + choose_modes("float32"), ids=str)
+def test_weights_stay_outside_the_graph_of_which_optimisers_make_copies(mode):
+    a, choice = read_architecture(Path(ENCODER)), VectorChoice("pooled_output")
+    graph = build_graph(read_weights(ENCODER, a, choice, mode), a, choice, mode).graph.as_graph_def()
+    sizes = [node.ByteSize() for node in graph.node if node.op == "Const"]
+    assert sizes and max(sizes) < 1000 < a.width * a.width
+
+
 def test_without_onednn_the_graph_takes_ordinary_ops(monkeypatch):
     monkeypatch.setenv("TF_ENABLE_ONEDNN_OPTS", "0")
     assert choose_modes("float32") == [Mode()]
