@@ -125,19 +125,16 @@ def compare_vectors(source: str, outputs: dict[str, dict[str, str]], reference: 
     import numpy as np
 
     from pipeline import open_table
+    from pipeline.encoders.parity import cosines
 
     exact = {side: read_vectors(source, output) for side, output in outputs["float32"].items()}
     stacked = np.stack(list(exact.values()))  # [sides, n, D]
-    theirs = exact[reference]
-    cosines = {}
-    for side, output in outputs.get("bfloat16", {}).items():
-        vectors = read_vectors(source, output)
-        norms = np.linalg.norm(vectors, axis=1) * np.linalg.norm(theirs, axis=1)
-        cosines[side] = float(((vectors * theirs).sum(1) / norms).min())
+    rounded = outputs.get("bfloat16", {})
+    least = {side: float(cosines(read_vectors(source, at), exact[reference]).min()) for side, at in rounded.items()}
     table = next(output for output in outputs["float32"].values() if not output.endswith(".npy"))
     pieces = open_table(table)[0].counts["preprocess"]["tokens"]
     spread = float((stacked.max(0) - stacked.min(0)).max())
-    return {"spread": spread, "cosines": cosines, "mean_pieces": pieces / len(theirs)}
+    return {"spread": spread, "cosines": least, "mean_pieces": pieces / stacked.shape[1]}
 
 
 def read_vectors(source: str, output: str) -> Any:

@@ -45,6 +45,7 @@ def measure_switches(folder: str, precision: str) -> None:
     from pipeline.encoders.base import TokenEncoder
     from pipeline.encoders.fast import build_graph
     from pipeline.encoders.mode import Mode, choose_modes
+    from pipeline.encoders.parity import cosines
     from pipeline.encoders.weights import read_weights
     from pipeline.saved_model import describe_saved_model
 
@@ -58,7 +59,7 @@ def measure_switches(folder: str, precision: str) -> None:
         return TokenEncoder(choice, build_graph(read_weights(folder, a, choice, mode), a, choice, mode))
 
     plain = load(Mode())
-    expected = [plain.run(batch).astype(np.float64) for batch in batches]
+    expected = [plain.run(batch) for batch in batches]
     del plain
     encoders = {name: load(mode) for name, mode in vary(choose_modes(precision)[0], precision).items()}
     best = {name: [float("inf")] * len(batches) for name in encoders}
@@ -69,8 +70,7 @@ def measure_switches(folder: str, precision: str) -> None:
                 begun = time.perf_counter()
                 vectors = encoder.run(batch)
                 best[name][i] = min(best[name][i], time.perf_counter() - begun)
-                norms = np.linalg.norm(vectors, axis=1) * np.linalg.norm(expected[i], axis=1)
-                nearest[name] = min(nearest[name], float(((vectors * expected[i]).sum(1) / norms).min()))
+                nearest[name] = min(nearest[name], float(cosines(vectors, expected[i]).min()))
     print(f"{'':24}" + "".join(f"{f'{rows} x {length}':>12}" for rows, length in SHAPES) + "   GFLOP/s   lowest cosine")
     flops = [sum(text_flops(a, int(n)) for n in batch["input_mask"].sum(1)) for batch in batches]
     for name, seconds in best.items():

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import apache_beam as beam
-from apache_beam.transforms.window import GlobalWindows
 
+from pipeline.bundles import end_bundle
 from pipeline.records import Chunk, Pack, Row
 
 PACK_ELEMENTS = 512
@@ -54,7 +54,7 @@ class PackElements(beam.DoFn):
 
     def finish_bundle(self) -> Iterator[Any]:
         if self._pack:
-            yield GlobalWindows.windowed_value(self._take())
+            yield from end_bundle([self._take()])
 
     def _take(self) -> Pack:
         pack, self._pack, self._bytes = self._pack, Pack(), 0

@@ -95,11 +95,24 @@ def _is_held_back() -> bool:
 
 def _cpu_flags() -> set[str]:
     """What the processor can do, in Linux's words; nothing where that is not told."""
+    return set(_read_cpuinfo().get("flags", "").split())
+
+
+def describe_processor() -> str:
+    """The processor's model, as part of a file's name; "unknown" where the system does not tell."""
+    told = _read_cpuinfo()
+    model = " ".join(told.get(key, "") for key in ("model name", "cpu family", "model", "stepping")).strip()
+    return "".join(c if c.isalnum() else "-" for c in model) or "unknown"
+
+
+def _read_cpuinfo() -> dict[str, str]:
+    """What Linux tells of a processor, all being alike; nothing on other systems."""
     try:
         with open("/proc/cpuinfo", encoding="utf-8", errors="replace") as file:
-            return set(next((line.split() for line in file if line.startswith("flags")), []))
+            pairs = (line.partition(":") for line in file)
+            return {key.strip(): value.strip() for key, _, value in pairs}
     except OSError:
-        return set()
+        return {}
 
 
 @functools.cache

@@ -44,7 +44,6 @@ def build_graph(weights: Weights, a: Architecture, choice: VectorChoice, mode: M
 
 def define_graph(weights: Weights, a: Architecture, choice: VectorChoice, mode: Mode) -> Callable[..., tf.Tensor]:
     """The Python function that `build_graph` makes a graph of."""
-    load_tensorflow()
     first_only = choice.is_pooled_output or choice.pooling == "cls"
 
     def run(input_word_ids: tf.Tensor, input_mask: tf.Tensor, input_type_ids: tf.Tensor) -> tf.Tensor:
@@ -234,29 +233,32 @@ def feed_forward(x: tf.Tensor, w: Layer, mode: Mode) -> tf.Tensor:
     return hidden if w.gate is None else hidden * multiply(x, w.gate, mode)
 
 
-def multiply(x: tf.Tensor, dense: Dense, mode: Mode, activate: bool = False) -> tf.Tensor:
-    """x [N, inputs] times the kernel plus the bias, and the GELU of that if asked for: [N, outputs].
+def multiply(
+    x: tf.Tensor, dense: Dense, mode: Mode, activate: bool = False, residual: tf.Tensor | None = None
+) -> tf.Tensor:
+    """x [N, inputs] times the kernel plus the bias, and the GELU of that or its sum with a residual: [N, outputs].
 
-    The result is in float32, but in the kernel's precision where that is one fused kernel.
+    The result, like the residual, is in float32, but in the kernel's precision where that is one fused kernel.
     """
     import tensorflow as tf
 
     x = tf.cast(tf.cast(x, mode.precision), dense.kernel.dtype)
     if mode.fused:
-        return fused_dense(x, dense.kernel, dense.bias, gelu=activate, laid_out=mode.laid_out)
+        return fused_dense(x, dense.kernel, dense.bias, activate, residual, mode.laid_out)
     product = tf.cast(tf.matmul(x, dense.kernel), tf.float32)  # [N, outputs]
     product = tf.nn.bias_add(product, dense.bias)
-    return gelu(product) if activate else product
+    if activate:
+        return gelu(product)
+    return product if residual is None else residual + product
 
 
 def multiply_and_add(x: tf.Tensor, dense: Dense, residual: tf.Tensor, mode: Mode) -> tf.Tensor:
     """The same of x [N, inputs] with a residual [N, D] added: float32 [N, D], whatever the precision."""
     import tensorflow as tf
 
-    if mode.fused and dense.kernel.dtype == residual.dtype:
-        x = tf.cast(tf.cast(x, mode.precision), dense.kernel.dtype)
-        return fused_dense(x, dense.kernel, dense.bias, residual=residual, laid_out=mode.laid_out)
-    return residual + tf.cast(multiply(x, dense, mode), residual.dtype)
+    if mode.fused and dense.kernel.dtype != residual.dtype:
+        return residual + tf.cast(multiply(x, dense, mode), residual.dtype)
+    return multiply(x, dense, mode, residual=residual)
 
 
 def gelu(x: tf.Tensor) -> tf.Tensor:

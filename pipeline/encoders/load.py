@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from pipeline.encoders.architecture import text_flops
+from pipeline.encoders.architecture import Architecture, text_flops
 from pipeline.encoders.base import Encoder, TextEncoder, TokenEncoder
 from pipeline.encoders.fast import build_graph
 from pipeline.encoders.mode import VERSION, Mode, choose_mode
@@ -17,16 +17,14 @@ from pipeline.runtime import native_half_precision
 
 
 def load_fast(spec: EncoderSpec) -> Encoder:
-    assert spec.architecture is not None
-    mode = choose_mode(spec.precision, spec.attention)
-    weights = read_weights(spec.folder, spec.architecture, spec.choice, mode)
-    graph = build_graph(weights, spec.architecture, spec.choice, mode)
-    return TokenEncoder(spec.choice, graph, mode.compiled, None if mode.compiled else make_streams(spec, mode))
-
-
-def make_streams(spec: EncoderSpec, mode: Mode) -> Streams:
     a = spec.architecture
     assert a is not None
+    mode = choose_mode(spec.precision, spec.attention)
+    graph = build_graph(read_weights(spec.folder, a, spec.choice, mode), a, spec.choice, mode)
+    return TokenEncoder(spec.choice, graph, mode.compiled, None if mode.compiled else make_streams(a, mode))
+
+
+def make_streams(a: Architecture, mode: Mode) -> Streams:
     name = "-".join(map(str, (a.family, a.layers, a.width, a.feedforward, *mode, VERSION)))
     return Streams(name, text_flops(a, 1))
 

@@ -99,7 +99,7 @@ class ParityProbe:
         pairs = [(published[0], pooled), (published[1][mask], tokens[mask])]  # what stands in padding means nothing
         return [
             float(max(np.abs(theirs - ours).max() for theirs, ours in pairs)),
-            float(min(_cosines(theirs, ours).min() for theirs, ours in pairs)),
+            float(min(cosines(theirs, ours).min() for theirs, ours in pairs)),
         ]
 
     def _run_fast(self, weights: Weights, choice: VectorChoice, mode: Mode) -> np.ndarray:
@@ -136,7 +136,7 @@ def _are_figures(value: Any) -> bool:
     return isinstance(value, list) and [type(number) for number in value] == [float, float]
 
 
-def _cosines(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+def cosines(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     """Cosines between the rows of two matrices [N, D]: [N]."""
     a, b = a.astype(np.float64), b.astype(np.float64)
     return (a * b).sum(1) / np.maximum(np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1), 1e-30)

@@ -15,6 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 
 from pipeline.cache import look_up, remember
+from pipeline.runtime import describe_processor
 
 Inputs = dict[str, np.ndarray]  # int32 [B, L] each, by name
 
@@ -71,14 +72,3 @@ class Streams:
         split = {name: np.array_split(array, count) for name, array in inputs.items()}
         parts = ({name: arrays[i] for name, arrays in split.items()} for i in range(count))
         return np.concatenate(list(self._threads.map(encode, parts)))
-
-
-def describe_processor() -> str:
-    """The processor's model, as part of a file's name; "unknown" where the system does not tell."""
-    try:
-        with open("/proc/cpuinfo", encoding="utf-8", errors="replace") as file:
-            found = {line.partition(":")[0].strip(): line.partition(":")[2].strip() for line in file}
-    except OSError:
-        return "unknown"
-    told = " ".join(found.get(key, "") for key in ("model name", "cpu family", "model", "stepping"))
-    return "".join(c if c.isalnum() else "-" for c in told) or "unknown"

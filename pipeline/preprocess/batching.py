@@ -15,9 +15,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import apache_beam as beam
-from apache_beam.transforms.window import GlobalWindows
 
 from pipeline import metrics
+from pipeline.bundles import end_bundle
 from pipeline.records import Batch, Chunk, Tally
 
 # (up to this length, steps of): a finer grid wastes less on padding, a coarser one compiles fewer shapes.
@@ -116,10 +116,9 @@ class CollectBatches(beam.DoFn):
         return [self._count(batch) for batch in batches]
 
     def finish_bundle(self) -> Iterator[Any]:
-        for batch in self._batcher.drain():
-            yield GlobalWindows.windowed_value(self._count(batch))
+        yield from end_bundle(map(self._count, self._batcher.drain()))
         tally = Tally.of("batch", dict(self._counts))
-        yield beam.pvalue.TaggedOutput("tallies", GlobalWindows.windowed_value(tally))
+        yield from end_bundle([beam.pvalue.TaggedOutput("tallies", tally)])
 
     def _count(self, batch: Batch) -> Batch:
         padded = batch.rows * batch.length

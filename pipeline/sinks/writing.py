@@ -16,9 +16,9 @@ from typing import Any, BinaryIO, NamedTuple, Optional
 import apache_beam as beam
 import numpy as np
 from apache_beam.io.filesystems import FileSystems
-from apache_beam.transforms.window import GlobalWindows
 
 from pipeline import metrics
+from pipeline.bundles import end_bundle
 from pipeline.errors import RunError
 from pipeline.progress import Progress
 from pipeline.records import DeadLetter, Row, Tally
@@ -278,9 +278,9 @@ class WriteRecords(beam.DoFn):
         self._flush()
         for shard in self._writer.finish():
             self._counts["bytes"] += shard.n_bytes
-            yield GlobalWindows.windowed_value(shard)
+            yield from end_bundle([shard])
         tally = Tally.of("write_" + self.form.kind, dict(self._counts))
-        yield beam.pvalue.TaggedOutput("tallies", GlobalWindows.windowed_value(tally))
+        yield from end_bundle([beam.pvalue.TaggedOutput("tallies", tally)])
 
     def _flush(self) -> None:
         records, self._buffer, self._bytes = self._buffer, [], 0

@@ -15,8 +15,8 @@ from typing import Any, NamedTuple, Optional
 
 import apache_beam as beam
 import numpy as np
-from apache_beam.transforms.window import GlobalWindows
 
+from pipeline.bundles import end_bundle
 from pipeline.preprocess.chunking import hash_content
 from pipeline.records import DeadLetter, Document, Row, Tally, digest_id, pack_followers
 from pipeline.sinks.index import read_index, whole_digest
@@ -160,7 +160,7 @@ class MeetByContent(beam.DoFn):
 
     def finish_bundle(self) -> Iterator[Any]:
         tally = Tally.of("recall", dict(self._counts))
-        yield beam.pvalue.TaggedOutput("tallies", GlobalWindows.windowed_value(tally))
+        yield from end_bundle([beam.pvalue.TaggedOutput("tallies", tally)])
 
 
 @dataclass
@@ -249,7 +249,7 @@ class MeetById(beam.DoFn):
 
     def finish_bundle(self) -> Iterator[Any]:
         tally = Tally.of("carry", dict(self._counts))
-        yield beam.pvalue.TaggedOutput("tallies", GlobalWindows.windowed_value(tally))
+        yield from end_bundle([beam.pvalue.TaggedOutput("tallies", tally)])
 
 
 class ReadCarried(beam.DoFn):

@@ -17,8 +17,8 @@ from typing import Any, NamedTuple, Optional
 
 import apache_beam as beam
 import numpy as np
-from apache_beam.transforms.window import GlobalWindows
 
+from pipeline.bundles import end_bundle
 from pipeline.preprocess.chunking import hash_content
 from pipeline.records import Document, Origin, Tally, digest_id
 from pipeline.sinks.index import SourceNumbers, digest_kept, pack_records
@@ -228,14 +228,13 @@ class RecallDocuments(beam.DoFn):
             yield from self._flush()
 
     def finish_bundle(self) -> Iterator[Any]:
-        for document in self._flush():
-            yield GlobalWindows.windowed_value(document)
+        yield from end_bundle(self._flush())
         self._marks.close()
         self._wishes_file.close()
-        for note in (self._marks.note, Note(self._wishes_path, "wishes")):
-            yield beam.pvalue.TaggedOutput("notes", GlobalWindows.windowed_value(note))
+        notes = (self._marks.note, Note(self._wishes_path, "wishes"))
+        yield from end_bundle(beam.pvalue.TaggedOutput("notes", note) for note in notes)
         tally = Tally.of("recall", {name: n for name, n in self._recaller.counts.items() if n})
-        yield beam.pvalue.TaggedOutput("tallies", GlobalWindows.windowed_value(tally))
+        yield from end_bundle([beam.pvalue.TaggedOutput("tallies", tally)])
 
     def _flush(self) -> Iterator[Document]:
         documents, self._buffer, self._characters = self._buffer, [], 0

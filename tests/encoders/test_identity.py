@@ -75,9 +75,7 @@ def test_settings_that_change_no_vector_do_not_change_it(settings):
 
 @pytest.mark.usefixtures("module_cache")
 def test_a_copy_and_a_new_export_of_the_same_encoder_have_the_same(tmp_path, monkeypatch):
-    monkeypatch.setattr(
-        ParityProbe, "_measure", lambda *_: [0.0, 1.0]
-    )  # that exports compute the same is tested elsewhere
+    monkeypatch.setattr(ParityProbe, "_measure", lambda *_: [0.0, 1.0])  # tested elsewhere
     shutil.copytree(ENCODER, tmp_path / "copy")
     weights = {variable.name: variable.numpy() for variable in official_encoder().trainable_variables}
     export_encoder(weights, vocabulary(), str(tmp_path / "again"))
