@@ -77,7 +77,7 @@ def is_spot_check(chunk: Any) -> bool:
 
 def embed(arguments: list[str]) -> dict[str, float]:
     """The product's side: `embeam embed` with these arguments, through its command line."""
-    from pipeline.cli import main
+    from pipeline.cli.main import main
     from pipeline.encoders.handler import LoadedEncoder
 
     clock = time_batches(LoadedEncoder, "encode", is_spot_check)

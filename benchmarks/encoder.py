@@ -28,7 +28,7 @@ def count_flops(table: str, encoder: str) -> dict[str, float]:
     """FLOPs of the real tokens of a table's documents. Runs in a child."""
     from pipeline import iter_table
     from pipeline.encoders.architecture import Architecture, recognise_architecture, text_flops
-    from pipeline.saved_model import describe_saved_model
+    from pipeline.encoders.saved_model import describe_saved_model
 
     a = recognise_architecture(describe_saved_model(encoder).variables)
     if not isinstance(a, Architecture):
@@ -39,7 +39,7 @@ def count_flops(table: str, encoder: str) -> dict[str, float]:
 
 def has_native_bfloat16() -> dict[str, bool]:
     """Runs in a child."""
-    from pipeline.runtime import native_half_precision
+    from pipeline.encoders.runtime import native_half_precision
 
     return {"native": native_half_precision() == "bfloat16"}
 

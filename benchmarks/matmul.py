@@ -16,7 +16,7 @@ def measure_matmul(precision: str) -> dict[str, float]:
     """The best rate in FLOP/s over shapes and libraries, with all cores. Runs in a child."""
     import numpy as np
 
-    from pipeline.runtime import load_tensorflow
+    from pipeline.encoders.runtime import load_tensorflow
 
     tf = load_tensorflow()
     rates: dict[str, float] = {}

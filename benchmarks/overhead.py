@@ -21,7 +21,7 @@ from benchmarks.models import find_models
 from benchmarks.texts import make_sentences, write_lines
 
 if TYPE_CHECKING:
-    from pipeline.plan import EmbedPlan
+    from pipeline.embedding_spec import EmbedPlan
     from pipeline.records import Batch
 
 SIZE, COUNT, REPETITIONS = "base", 400, 3
@@ -33,7 +33,7 @@ def capture_batches(texts: str, encoder: str, preprocessor: str, packed: str) ->
     import numpy as np
 
     from pipeline.config import EmbedConfig
-    from pipeline.plan import plan_embedding
+    from pipeline.embedding_spec import plan_embedding
     from pipeline.preprocess.packing import pack_batch
 
     plan = plan_embedding(EmbedConfig.from_flat({"encoder": encoder, "preprocessor": preprocessor}))

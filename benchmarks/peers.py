@@ -86,8 +86,8 @@ def encode_alone(models: str, precision: str, source: str, output: str) -> dict[
     from benchmarks.overhead import make_batches
     from benchmarks.peer_sides import time_encoding
     from pipeline.config import EmbedConfig
+    from pipeline.embedding_spec import plan_embedding
     from pipeline.encoders.handler import EncoderHandler
-    from pipeline.plan import plan_embedding
     from pipeline.vectors.storing import shape_vectors
 
     plan = plan_embedding(EmbedConfig.from_flat(list_flags(models, precision)))

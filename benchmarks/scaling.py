@@ -37,11 +37,11 @@ def embed_distributed(flags: dict[str, str], workers: int) -> dict[str, Any]:
     from apache_beam.options.pipeline_options import PipelineOptions
 
     from pipeline.config import EmbedConfig
-    from pipeline.engine import make_runner
-    from pipeline.job import prepare_job, run_job, scratch_folder
-    from pipeline.settle import settle
+    from pipeline.engines.runner import make_runner
+    from pipeline.files import make_folder
+    from pipeline.run.job import prepare_job, run_job, scratch_folder
+    from pipeline.run.resolve import settle
     from pipeline.tables.publish import name_snapshot
-    from pipeline.tables.storage import make_folder
 
     engine = ["--direct_running_mode=multi_processing", f"--direct_num_workers={workers}"]
     settled, options, name = settle(EmbedConfig.from_flat(flags)), PipelineOptions(engine), name_snapshot()

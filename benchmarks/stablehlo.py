@@ -22,9 +22,9 @@ def export_programs(encoder: str, precision: str, tokens: int, output: str) -> N
     from pipeline.encoders.architecture import Architecture, recognise_architecture, text_flops
     from pipeline.encoders.fast import define_graph
     from pipeline.encoders.mode import Mode
+    from pipeline.encoders.runtime import load_tensorflow
+    from pipeline.encoders.saved_model import describe_saved_model
     from pipeline.encoders.weights import read_weights
-    from pipeline.runtime import load_tensorflow
-    from pipeline.saved_model import describe_saved_model
 
     tf = load_tensorflow()
     a = recognise_architecture(describe_saved_model(encoder).variables)

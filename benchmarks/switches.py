@@ -46,8 +46,8 @@ def measure_switches(folder: str, precision: str) -> None:
     from pipeline.encoders.fast import build_graph
     from pipeline.encoders.mode import Mode, choose_modes
     from pipeline.encoders.parity import cosines
+    from pipeline.encoders.saved_model import describe_saved_model
     from pipeline.encoders.weights import read_weights
-    from pipeline.saved_model import describe_saved_model
 
     a = recognise_architecture(describe_saved_model(folder).variables)
     if not isinstance(a, Architecture):

@@ -43,10 +43,10 @@ _HOMES = {
     "Row": "coders",
     "EmbeamError": "errors",
     "EmbedDocuments": "embed",
-    "build_table": "job",
-    "Embedder": "tables.embedder",
+    "build_table": "run.job",
+    "Embedder": "search.embedder",
     "iter_table": "tables.read",
-    "load_embedder": "tables.embedder",
+    "load_embedder": "search.embedder",
     "open_table": "tables.manifest",
     "read_table": "tables.read",
 }
@@ -63,9 +63,9 @@ if TYPE_CHECKING:  # a type checker would take every name for one that `__getatt
     )
     from pipeline.embed import EmbedDocuments
     from pipeline.errors import EmbeamError
-    from pipeline.job import build_table
     from pipeline.records import DeadLetter, Document, Row
-    from pipeline.tables.embedder import Embedder, load_embedder
+    from pipeline.run.job import build_table
+    from pipeline.search.embedder import Embedder, load_embedder
     from pipeline.tables.manifest import open_table
     from pipeline.tables.read import iter_table, read_table
 else:

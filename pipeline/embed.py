@@ -9,23 +9,23 @@ import apache_beam as beam
 
 import pipeline.coders  # noqa: F401  tells Beam how records travel
 from pipeline.config import EmbedConfig, KeptField
+from pipeline.embedding_spec import EmbedPlan, plan_embedding
 from pipeline.encoders.handler import Encode
-from pipeline.handover import OnOwnWorkers
-from pipeline.plan import EmbedPlan, plan_embedding
+from pipeline.engines.dedicated_workers import OnOwnWorkers
+from pipeline.engines.presets import resource_hints, share_memory
 from pipeline.preprocess.batching import BatchByTokens
 from pipeline.preprocess.chunking import Preprocess
 from pipeline.progress import Progress
+from pipeline.reuse.distributed import JoinByContent, JoinById, JoinRule
+from pipeline.reuse.journal_writer import Journal
+from pipeline.reuse.look_up import Recall
 from pipeline.sinks.writing import WriteTo
 from pipeline.sources.planning import InputPlan
 from pipeline.sources.read import ReadDocuments
 from pipeline.tables.commit import Commit
-from pipeline.tables.joining import JoinByContent, JoinById, JoinRule
-from pipeline.tables.journaling import Journal
 from pipeline.tables.lock import Lease
-from pipeline.tables.recall import Recall
 from pipeline.tables.store import CommitPlan, Committer
 from pipeline.vectors.finishing import Finish
-from pipeline.workers import resource_hints, share_memory
 
 SAFE_DOCUMENTS = 1000  # at most so many are encoded again after a crash, or what half a minute brings
 

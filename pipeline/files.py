@@ -1,9 +1,15 @@
-"""Opening files: those of a local disk by Python, all others by Beam, which takes a second to import."""
+"""Files and folders, on a local disk by Python, elsewhere by Beam's file systems, which take a second to import."""
 
 from __future__ import annotations
 
+import hashlib
 import os
+import shutil
+import uuid
+from contextlib import suppress
 from typing import Any, BinaryIO
+
+_READ_BYTES = 1 << 20
 
 
 def is_local(path: str) -> bool:
@@ -32,3 +38,113 @@ def exists(path: str) -> bool:
 def join(folder: str, *names: str) -> str:
     """The path of what is in a folder."""
     return os.path.join(folder, *names) if is_local(folder) else file_systems().join(folder, *names)
+
+
+def absolute_path(path: str) -> str:
+    """A local path in full, `~` included; paths of other file systems as they are."""
+    return path if "://" in path else os.path.abspath(os.path.expanduser(path))
+
+
+def read_text(path: str) -> str:
+    with open_file(path) as f:
+        return f.read().decode()
+
+
+def create_file(path: str, data: bytes) -> None:
+    """Writes a file so that readers see all of it or nothing: by rename on a local disk, in one request elsewhere."""
+    if not is_local(path):
+        with file_systems().create(path, compression_type="uncompressed") as f:
+            f.write(data)
+        return
+    partial = f"{path}.{uuid.uuid4().hex[:8]}.new"
+    try:
+        with open(partial, "wb") as f:
+            f.write(data)
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(partial, path)
+    except BaseException:
+        with suppress(FileNotFoundError):
+            os.remove(partial)
+        raise
+    folder = os.open(os.path.dirname(path), os.O_RDONLY)
+    try:
+        os.fsync(folder)  # the rename itself must survive a power cut
+    finally:
+        os.close(folder)
+
+
+def write_atomically(path: str, text: str) -> None:
+    """As `create_file`, for text."""
+    create_file(path, text.encode())
+
+
+def make_folder(path: str) -> None:
+    if not exists(path):
+        try:
+            file_systems().mkdirs(path)
+        except OSError:
+            if not exists(path):
+                raise
+
+
+def list_files(folder: str) -> list[str]:
+    """Paths of the files in a folder; none if there is no such folder."""
+    if not is_local(folder):
+        return [found.path for found in file_systems().match([folder + "/*"])[0].metadata_list]
+    return [entry.path for entry in os.scandir(folder) if entry.is_file()] if os.path.isdir(folder) else []
+
+
+def measure_files(folder: str) -> dict[str, int]:
+    """Sizes in bytes of the files in a folder, by path."""
+    if not is_local(folder):
+        return {found.path: found.size_in_bytes for found in file_systems().match([folder + "/*"])[0].metadata_list}
+    return {path: os.path.getsize(path) for path in list_files(folder)}
+
+
+def read_checksum(path: str) -> tuple[str, int]:
+    """Reads a file: its sha256 as hexadecimal digits, and its size in bytes."""
+    digest, size = hashlib.sha256(), 0
+    with open_file(path) as stream:
+        while data := stream.read(_READ_BYTES):
+            digest.update(data)
+            size += len(data)
+    return digest.hexdigest(), size
+
+
+def list_folders(folder: str) -> list[str]:
+    """Names of the folders in a folder that hold anything, sorted."""
+    if is_local(folder):
+        return sorted(entry.name for entry in os.scandir(folder) if entry.is_dir()) if os.path.isdir(folder) else []
+    paths = [found.path[len(folder) + 1 :] for found in file_systems().match([folder + "/**"])[0].metadata_list]
+    return sorted({path.partition("/")[0] for path in paths if "/" in path})
+
+
+def delete_file(path: str) -> None:
+    """Removes one file; Beam's own deletion would take brackets in a local name for a pattern."""
+    if is_local(path):
+        os.remove(path)
+    else:
+        file_systems().delete([path])
+
+
+def delete_folder(path: str) -> None:
+    """Removes a folder and what is in it; one that is not there is no error."""
+    if is_local(path):
+        shutil.rmtree(path, ignore_errors=True)
+    elif file_systems().match([path + "/**"])[0].metadata_list:
+        file_systems().delete([path + "/"])
+
+
+def copy_file(source: str, target: str) -> None:
+    """Gives a finished file a second name: by a hard link on a local disk where it can be, else by a copy."""
+    if is_local(source) and is_local(target):
+        try:
+            os.link(source, target)
+        except FileExistsError:
+            os.remove(target)
+            os.link(source, target)
+        except OSError:  # a file system without links
+            shutil.copyfile(source, target)
+    else:
+        file_systems().copy([source], [target])

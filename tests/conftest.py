@@ -10,7 +10,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # the processes share the cores
     for name in ("TF_NUM_INTRAOP_THREADS", "TF_NUM_INTEROP_THREADS", "OMP_NUM_THREADS"):
         os.environ.setdefault(name, "1")
 
-from pipeline.runtime import load_tensorflow
+from pipeline.encoders.runtime import load_tensorflow
 
 load_tensorflow()  # as the product does, with the same kernels, whichever test comes first
 

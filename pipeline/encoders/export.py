@@ -26,9 +26,9 @@ from pipeline.encoders.architecture import (
     infer_architecture,
     weight_shapes,
 )
+from pipeline.encoders.saved_model import TOKEN_INPUTS
 from pipeline.errors import EncoderError
 from pipeline.preprocess.export import check_vocabulary, new_folder, saveable, vocabulary_file
-from pipeline.saved_model import TOKEN_INPUTS
 
 if TYPE_CHECKING:
     import tensorflow as tf

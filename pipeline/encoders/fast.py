@@ -23,8 +23,8 @@ from pipeline.encoders.architecture import Architecture
 from pipeline.encoders.export import LAYER_NORM_EPSILON, MASKED_LOGIT
 from pipeline.encoders.mode import Mode
 from pipeline.encoders.onednn import fused_dense, layer_norm
+from pipeline.encoders.runtime import load_tensorflow
 from pipeline.encoders.weights import Dense, Layer, Norm, Weights
-from pipeline.runtime import load_tensorflow
 from pipeline.vectors.pooling import pool_tokens
 
 if TYPE_CHECKING:

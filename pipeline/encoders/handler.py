@@ -19,11 +19,11 @@ from apache_beam.ml.inference.base import ModelHandler, RunInference
 from pipeline.encoders.base import Encoder
 from pipeline.encoders.default import default_encoder
 from pipeline.encoders.load import load_encoder
+from pipeline.encoders.runtime import load_tensorflow
+from pipeline.encoders.saved_model import resolve_handle
 from pipeline.encoders.spec import EncoderSpec
 from pipeline.errors import first_line
 from pipeline.records import Batch, Encoded, Encoding
-from pipeline.runtime import load_tensorflow
-from pipeline.saved_model import resolve_handle
 
 _LOGGER = logging.getLogger(__name__)
 

@@ -9,11 +9,11 @@ from pipeline.encoders.base import Encoder, TextEncoder, TokenEncoder
 from pipeline.encoders.fast import build_graph
 from pipeline.encoders.mode import VERSION, Mode, choose_mode
 from pipeline.encoders.published import build_published_graph, load_saved_model
+from pipeline.encoders.runtime import native_half_precision
 from pipeline.encoders.spec import EncoderSpec
 from pipeline.encoders.streams import Streams
 from pipeline.encoders.weights import read_weights
 from pipeline.errors import EncoderError, first_line
-from pipeline.runtime import native_half_precision
 
 
 def load_fast(spec: EncoderSpec) -> Encoder:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING, Any
 
-from pipeline.runtime import load_tensorflow
+from pipeline.encoders.runtime import load_tensorflow
 
 if TYPE_CHECKING:
     import tensorflow as tf

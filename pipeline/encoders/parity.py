@@ -9,16 +9,16 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from pipeline.cache import hash_file, remembered
 from pipeline.config import VectorChoice
 from pipeline.encoders.architecture import Architecture
 from pipeline.encoders.base import TokenEncoder
+from pipeline.encoders.cache import hash_file, remembered
 from pipeline.encoders.fast import build_graph
 from pipeline.encoders.mode import VERSION, Mode, choose_modes
 from pipeline.encoders.published import load_saved_model
+from pipeline.encoders.runtime import load_tensorflow
 from pipeline.encoders.weights import Weights, read_weights
 from pipeline.errors import first_line
-from pipeline.runtime import load_tensorflow
 
 POOLED, TOKENS = VectorChoice("pooled_output"), VectorChoice("sequence_output", None, "tokens")
 LENGTHS = (1, 2, 5, 9, 17, 30, 47, 60)  # tokens of the probe's rows; longer ones would show the same

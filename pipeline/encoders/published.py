@@ -6,9 +6,9 @@ from collections.abc import Callable
 from typing import Any
 
 from pipeline.config import VectorChoice
+from pipeline.encoders.runtime import load_tensorflow
+from pipeline.encoders.saved_model import TOKEN_INPUTS
 from pipeline.errors import EncoderError, first_line
-from pipeline.runtime import load_tensorflow
-from pipeline.saved_model import TOKEN_INPUTS
 from pipeline.vectors.pooling import pool_outputs
 
 

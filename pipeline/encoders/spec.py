@@ -10,14 +10,13 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from pipeline.cache import hash_file
 from pipeline.config import EncoderConfig, VectorChoice
 from pipeline.encoders.architecture import Architecture, canonical_names, recognise_architecture
+from pipeline.encoders.cache import hash_file
 from pipeline.encoders.default import default_encoder
 from pipeline.encoders.parity import Parity, ParityProbe
-from pipeline.errors import ConfigError, EncoderError
-from pipeline.runtime import Device, this_device
-from pipeline.saved_model import (
+from pipeline.encoders.runtime import Device, this_device
+from pipeline.encoders.saved_model import (
     TOKEN_INPUTS,
     SavedModelSpec,
     Shape,
@@ -25,6 +24,7 @@ from pipeline.saved_model import (
     read_variables,
     resolve_handle,
 )
+from pipeline.errors import ConfigError, EncoderError
 
 _LOGGER = logging.getLogger(__name__)
 DEFAULT_POSITIONS = 512  # where the SavedModel does not tell

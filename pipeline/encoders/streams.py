@@ -14,8 +14,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
-from pipeline.cache import look_up, remember
-from pipeline.runtime import describe_processor
+from pipeline.encoders.cache import look_up, remember
+from pipeline.encoders.runtime import describe_processor
 
 Inputs = dict[str, np.ndarray]  # int32 [B, L] each, by name
 

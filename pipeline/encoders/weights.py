@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, NamedTuple
 from pipeline.config import VectorChoice
 from pipeline.encoders.architecture import FAMILIES, Architecture, canonical_names
 from pipeline.encoders.mode import Mode
-from pipeline.runtime import has_gpu, load_tensorflow
-from pipeline.saved_model import list_variables, tensor_reader
+from pipeline.encoders.runtime import has_gpu, load_tensorflow
+from pipeline.encoders.saved_model import list_variables, tensor_reader
 
 if TYPE_CHECKING:
     import tensorflow as tf

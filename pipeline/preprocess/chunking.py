@@ -15,11 +15,11 @@ import numpy as np
 
 from pipeline import metrics
 from pipeline.bundles import end_bundle
+from pipeline.encoders.runtime import load_tensorflow
+from pipeline.encoders.saved_model import resolve_handle
 from pipeline.errors import ConfigError
 from pipeline.preprocess.wordpiece import Vocabulary, load_tokenizer
 from pipeline.records import Chunk, DeadLetter, Document, Tally, list_followers
-from pipeline.runtime import load_tensorflow
-from pipeline.saved_model import resolve_handle
 
 BUFFERED_DOCUMENTS = 1024  # the tokeniser's kernel costs about 0.2 ms a call, whatever it is given
 BUFFERED_CHARACTERS = 4_000_000

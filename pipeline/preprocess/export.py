@@ -20,7 +20,7 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from pipeline.errors import EncoderError
-from pipeline.failures import on_stop
+from pipeline.signals import on_stop
 
 if TYPE_CHECKING:
     import tensorflow as tf

@@ -12,10 +12,10 @@ from typing import Any, Optional
 
 import numpy as np
 
-from pipeline.cache import hash_file, remembered
+from pipeline.encoders.cache import hash_file, remembered
+from pipeline.encoders.runtime import load_tensorflow
+from pipeline.encoders.saved_model import SavedModelSpec, read_flag
 from pipeline.errors import EncoderError
-from pipeline.runtime import load_tensorflow
-from pipeline.saved_model import SavedModelSpec, read_flag
 
 # Code points that tensorflow_text's FastBertTokenizer treats unlike the ops inside the published preprocessor. The
 # tests sweep all of Unicode for them.

@@ -9,7 +9,7 @@ import numpy as np
 
 from pipeline.encoders.parity import Parity
 from pipeline.records import REASONS
-from pipeline.report.progress import format_seconds
+from pipeline.report.progress_bar import format_seconds
 from pipeline.tables.manifest import Manifest, snapshot_folder
 from pipeline.tables.read import iter_table, open_live
 from pipeline.tables.store import find_table

@@ -12,9 +12,9 @@ from typing import Any, NamedTuple
 
 import pyarrow as pa
 
-from pipeline.bigquery import BigQueryName, billing_project, client, read_client
 from pipeline.config import ReadConfig
 from pipeline.errors import ConfigError, InputError, first_line
+from pipeline.sources.bigquery_client import BigQueryName, billing_project, client, read_client
 from pipeline.sources.parquet import batch_to_rows
 from pipeline.sources.source import TO_THE_END, FileRange, InputFile, Record, Source, explain_missing, needed_fields
 

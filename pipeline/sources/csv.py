@@ -10,14 +10,7 @@ from typing import NamedTuple
 from pipeline.config import ReadConfig
 from pipeline.sources.compression import DamagedFile
 from pipeline.sources.lines import Line, read_lines
-from pipeline.sources.source import (
-    FileRange,
-    Record,
-    Source,
-    describe_too_large,
-    explain_missing,
-    preview_bytes,
-)
+from pipeline.sources.source import FileRange, Record, Source, describe_too_large, explain_missing, preview_bytes
 
 
 class Row(NamedTuple):

@@ -15,11 +15,11 @@ from typing import NamedTuple
 
 from apache_beam.io.filesystems import FileSystems
 
-from pipeline.bigquery import SCHEME, BigQueryName
 from pipeline.config import ReadConfig
 from pipeline.errors import ConfigError, InputError
 from pipeline.sources import SOURCES
 from pipeline.sources.bigquery import materialize_query, measure_table, require_id_field
+from pipeline.sources.bigquery_client import SCHEME, BigQueryName
 from pipeline.sources.source import FileRange, InputFile
 
 FORMATS = {

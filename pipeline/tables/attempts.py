@@ -8,17 +8,9 @@ from __future__ import annotations
 
 import os
 
-from pipeline.files import exists, join
+from pipeline.files import delete_file, delete_folder, exists, join, list_files, list_folders
 from pipeline.tables.lock import can_lock
-from pipeline.tables.manifest import (
-    ATTEMPTS,
-    MANIFEST,
-    REJECTED,
-    attempts_folder,
-    read_pointer,
-    snapshot_folder,
-)
-from pipeline.tables.storage import delete_file, delete_folder, list_files, list_folders
+from pipeline.tables.manifest import ATTEMPTS, MANIFEST, REJECTED, attempts_folder, read_pointer, snapshot_folder
 
 
 def sweep_dead_attempts(table: str) -> None:

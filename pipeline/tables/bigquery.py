@@ -19,16 +19,18 @@ import apache_beam as beam
 import numpy as np
 import pyarrow as pa
 
-from pipeline.bigquery import BigQueryName, LoadParameters, client, make_merge
 from pipeline.config import EmbedConfig
 from pipeline.errors import ConfigError, GateError, TableError, first_line
-from pipeline.failures import PUBLISHING
-from pipeline.files import exists, is_local, join, open_file
+from pipeline.files import create_file, delete_folder, exists, is_local, join, open_file, read_text
+from pipeline.reuse.journal import delete_journals
+from pipeline.signals import PUBLISHING
 from pipeline.sinks.index import Index
 from pipeline.sinks.layout import Columns, TableLayout
 from pipeline.sinks.parquet import decode_stored, read_stored
+from pipeline.sinks.readers import VectorReader
 from pipeline.sinks.writing import ROWS, Shard
 from pipeline.sources.bigquery import open_table_session, read_stream
+from pipeline.sources.bigquery_client import BigQueryName, LoadParameters, client, make_merge
 from pipeline.tables.database import (
     DESCRIPTIONS,
     KEPT_DESCRIPTION,
@@ -44,10 +46,7 @@ from pipeline.tables.database import (
     keep_dead_letters,
     list_removed,
 )
-from pipeline.tables.journal import delete_journals
 from pipeline.tables.manifest import Manifest, attempts_folder
-from pipeline.tables.readers import VectorReader
-from pipeline.tables.storage import create_file, delete_folder, read_text
 from pipeline.tables.store import CommitPlan, Committer, Live, Results
 
 if TYPE_CHECKING:

@@ -13,11 +13,21 @@ import numpy as np
 from pipeline.errors import GateError, RunError
 from pipeline.progress import check_dead_fraction
 from pipeline.records import Row, Tally, digest_id
+from pipeline.reuse.actions import CARRIED, GONE, Fates, check_deletes, decide_fates, read_letters
+from pipeline.reuse.distributed import JoinRule
+from pipeline.reuse.index import SEGMENT, KnownVectors
+from pipeline.reuse.journal import SegmentReader
+from pipeline.reuse.look_up import RecallRule
+from pipeline.reuse.merge import Carrier
+from pipeline.reuse.requests import FRESH, Letters, Wishes, number_files, plan_wishes
 from pipeline.sinks.index import read_index
+from pipeline.sinks.readers import ROWS, FileReader, VectorReader
 from pipeline.sinks.writing import Shard, ShardWriter
-from pipeline.tables.carry import Carrier
-from pipeline.tables.fates import CARRIED, GONE, Fates, check_deletes, decide_fates, read_letters
-from pipeline.tables.gate import (
+from pipeline.tables.lock import Lease
+from pipeline.tables.manifest import attempts_folder
+from pipeline.tables.publish import build_manifest, count_dead, reject_snapshot, sum_tallies
+from pipeline.tables.store import CommitPlan, Committer, Results
+from pipeline.tables.validation import (
     SAMPLED_FILES,
     Expected,
     check_count,
@@ -26,15 +36,6 @@ from pipeline.tables.gate import (
     check_vectors,
     compare_samples,
 )
-from pipeline.tables.joining import JoinRule
-from pipeline.tables.known import ROWS, SEGMENT, KnownVectors
-from pipeline.tables.lock import Lease
-from pipeline.tables.manifest import attempts_folder
-from pipeline.tables.publish import build_manifest, count_dead, reject_snapshot, sum_tallies
-from pipeline.tables.readers import FileReader, SegmentReader, VectorReader
-from pipeline.tables.recall import RecallRule
-from pipeline.tables.store import CommitPlan, Committer, Results
-from pipeline.tables.wishes import FRESH, Letters, Wishes, number_files, plan_wishes
 
 
 def check_counts(counts: dict[str, dict[str, float]], max_dead_fraction: float) -> None:

@@ -18,18 +18,17 @@ import numpy as np
 
 from pipeline.config import EmbedConfig, VectorChoice
 from pipeline.errors import ConfigError
-from pipeline.files import join
+from pipeline.files import delete_folder, join, make_folder
 from pipeline.records import digest_id, pack_kept
+from pipeline.reuse.index import open_known
 from pipeline.sinks.index import ENTRY, Index, SourceNumbers, digest_kept, whole_digest
 from pipeline.sinks.layout import Columns, TableLayout
+from pipeline.sinks.readers import Stored, VectorFile, damaged
 from pipeline.sinks.table_format import StoredRows
 from pipeline.sinks.writing import LETTERS, ROWS, RowFormat, Shard
 from pipeline.tables.commit import Completion, check_any_rows, complete_rows, pass_gate
-from pipeline.tables.known import VectorFile, open_known
 from pipeline.tables.manifest import Manifest
 from pipeline.tables.publish import build_manifest
-from pipeline.tables.readers import Stored, damaged
-from pipeline.tables.storage import delete_folder, make_folder
 from pipeline.tables.store import CommitPlan, Results
 
 RUNS_SUFFIX = "_runs"

@@ -16,11 +16,12 @@ import numpy as np
 
 from pipeline.config import EmbedConfig
 from pipeline.errors import ConfigError, GateError, TableError, first_line
-from pipeline.failures import PUBLISHING
-from pipeline.files import join
-from pipeline.saved_model import absolute_path
+from pipeline.files import absolute_path, delete_folder, join, write_atomically
+from pipeline.reuse.journal import delete_journals
+from pipeline.signals import PUBLISHING
 from pipeline.sinks.index import Index
 from pipeline.sinks.layout import Columns
+from pipeline.sinks.readers import VectorReader
 from pipeline.tables.database import (
     DESCRIPTIONS,
     KEPT_DESCRIPTION,
@@ -37,10 +38,7 @@ from pipeline.tables.database import (
     keep_dead_letters,
     list_removed,
 )
-from pipeline.tables.journal import delete_journals
 from pipeline.tables.manifest import Manifest, attempts_folder
-from pipeline.tables.readers import VectorReader
-from pipeline.tables.storage import delete_folder, write_atomically
 from pipeline.tables.store import CommitPlan, Committer, Live, Results
 
 if TYPE_CHECKING:

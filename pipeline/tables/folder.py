@@ -8,26 +8,19 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from pipeline.config import EmbedConfig
-from pipeline.failures import PUBLISHING
-from pipeline.files import exists, join
+from pipeline.files import create_file, delete_folder, exists, join, measure_files, read_checksum, read_text
+from pipeline.reuse.distributed import KnownFile
+from pipeline.reuse.journal import delete_journals
+from pipeline.signals import PUBLISHING
 from pipeline.sinks.index import Index, read_index
 from pipeline.sinks.layout import TableLayout
+from pipeline.sinks.readers import ROWS, FileReader, VectorFile, VectorReader, damaged
 from pipeline.sinks.writing import RowFormat, Shard
 from pipeline.tables.commit import check_any_rows, complete, pass_gate
 from pipeline.tables.folder_table import FolderTable
-from pipeline.tables.joining import KnownFile
-from pipeline.tables.journal import delete_journals
-from pipeline.tables.known import ROWS, VectorFile
-from pipeline.tables.manifest import (
-    MANIFEST,
-    Manifest,
-    attempts_folder,
-    snapshot_folder,
-)
+from pipeline.tables.manifest import MANIFEST, Manifest, attempts_folder, snapshot_folder
 from pipeline.tables.publish import build_manifest, check_folder, make_live, place_files
-from pipeline.tables.readers import FileReader, VectorReader, damaged
 from pipeline.tables.retention import expire_snapshots
-from pipeline.tables.storage import create_file, delete_folder, measure_files, read_checksum, read_text
 from pipeline.tables.store import CommitPlan, Committer, Results
 
 # In the attempt's folder: the files of the new snapshot, so that a repeated commit takes the same.

@@ -6,13 +6,11 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from pipeline.files import join
-from pipeline.saved_model import absolute_path
+from pipeline.files import absolute_path, join
 from pipeline.sinks.layout import Columns
-from pipeline.tables.known import ROWS, VectorFile
+from pipeline.sinks.readers import ROWS, FileReader, VectorFile
 from pipeline.tables.manifest import POINTER, Manifest, read_manifest, read_pointer, snapshot_folder
 from pipeline.tables.pointer import read_versioned
-from pipeline.tables.readers import FileReader
 from pipeline.tables.store import Live
 
 

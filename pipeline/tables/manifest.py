@@ -20,9 +20,8 @@ from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 from pipeline.errors import TableError
-from pipeline.files import exists, join
+from pipeline.files import exists, join, read_text
 from pipeline.sinks.layout import TableLayout
-from pipeline.tables.storage import read_text
 
 FORMAT_VERSION = 2
 POINTER = "CURRENT"

@@ -16,8 +16,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple, Optional
 
-from pipeline.files import exists, file_systems, is_local, open_file
-from pipeline.tables.storage import write_atomically
+from pipeline.files import exists, file_systems, is_local, open_file, write_atomically
 
 _GCS = "gs://"
 _WRITER = "embeam-writer"

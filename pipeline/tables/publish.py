@@ -17,13 +17,13 @@ from apache_beam.io.filesystems import FileSystems
 
 from pipeline.config import ReindexConfig
 from pipeline.errors import RunError, TableError
-from pipeline.files import is_local
+from pipeline.files import copy_file, delete_file, delete_folder, is_local, list_files, make_folder, write_atomically
 from pipeline.records import REASONS, Tally
+from pipeline.reuse.journal import JOURNAL
 from pipeline.sinks.index import SUFFIX as INDEX_SUFFIX
 from pipeline.sinks.layout import TableLayout
 from pipeline.sinks.tfrecord import build_schema
 from pipeline.sinks.writing import Shard
-from pipeline.tables.journal import JOURNAL
 from pipeline.tables.lock import LOCK
 from pipeline.tables.manifest import (
     ATTEMPTS,
@@ -37,7 +37,6 @@ from pipeline.tables.manifest import (
     read_pointer,
 )
 from pipeline.tables.pointer import replace_if
-from pipeline.tables.storage import copy_file, delete_file, delete_folder, list_files, make_folder, write_atomically
 
 RESERVE_BYTES = 64 << 20  # left free on the output's disk
 

@@ -7,7 +7,7 @@ import time
 import uuid
 
 from pipeline.errors import TableError
-from pipeline.files import exists, join
+from pipeline.files import delete_folder, exists, join, list_folders
 from pipeline.tables.lock import TableLock
 from pipeline.tables.manifest import (
     MANIFEST,
@@ -21,7 +21,6 @@ from pipeline.tables.manifest import (
     snapshot_folder,
 )
 from pipeline.tables.pointer import read_versioned, replace_if
-from pipeline.tables.storage import delete_folder, list_folders
 
 
 def list_snapshots(table: str) -> list[str]:

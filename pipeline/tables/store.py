@@ -14,12 +14,12 @@ from pipeline.tables.manifest import Manifest
 if TYPE_CHECKING:  # what only a run needs
     import apache_beam as beam
 
+    from pipeline.reuse.distributed import JoinRule
+    from pipeline.reuse.look_up import Note, RecallRule
     from pipeline.sinks.index import Index
+    from pipeline.sinks.readers import VectorReader
     from pipeline.sinks.writing import DeadLetterFormat, RowFormat, Shard
-    from pipeline.tables.joining import JoinRule
     from pipeline.tables.publish import Publication
-    from pipeline.tables.readers import VectorReader
-    from pipeline.tables.recall import Note, RecallRule
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,7 @@ def settled(call, monkeypatch):
             seen.append((config, options))
             raise ConfigError("far enough")
 
-        monkeypatch.setattr("pipeline.job.build_table", stop)
+        monkeypatch.setattr("pipeline.run.job.build_table", stop)
         code, out, err = call("embed", *arguments)
         assert seen, err
         assert (code, out) == (2, "") and "far enough" in err
@@ -220,7 +220,7 @@ def test_an_unknown_engine_is_refused(call, tmp_path):
 def test_all_names_of_the_local_engine_mean_the_same(settled, runner):
     from apache_beam.runners.portability.fn_api_runner import FnApiRunner
 
-    from pipeline.engine import make_runner
+    from pipeline.engines.runner import make_runner
 
     _, options = settled("--input=a", "--output=t", *([f"--runner={runner}"] if runner else []))
     assert type(make_runner(options)) is FnApiRunner

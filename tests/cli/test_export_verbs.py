@@ -13,12 +13,12 @@ import pytest
 import tensorflow as tf
 
 from pipeline.config import EmbedConfig
+from pipeline.embedding_spec import plan_embedding
 from pipeline.encoders import export
 from pipeline.encoders.default import VOCABULARY_FILE, default_vocabulary, default_weights
-from pipeline.plan import plan_embedding
+from pipeline.encoders.saved_model import TOKEN_INPUTS, describe_saved_model, read_flag, read_variables
 from pipeline.preprocess import export as preprocess_export
 from pipeline.preprocess.export import saveable
-from pipeline.saved_model import TOKEN_INPUTS, describe_saved_model, read_flag, read_variables
 from pipeline.tables.manifest import open_table
 from pipeline.tables.read import read_table
 from tests.support.exports import SPECIAL

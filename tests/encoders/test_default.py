@@ -13,13 +13,12 @@ import pytest
 import tensorflow as tf
 import tensorflow_text  # noqa: F401  registers the preprocessor's ops
 
-from pipeline import cache
 from pipeline.config import EmbedConfig
-from pipeline.encoders import default
+from pipeline.embedding_spec import plan_embedding
+from pipeline.encoders import cache, default
 from pipeline.encoders.export import initial_weights
+from pipeline.encoders.saved_model import describe_saved_model, read_variables
 from pipeline.errors import EncoderError
-from pipeline.plan import plan_embedding
-from pipeline.saved_model import describe_saved_model, read_variables
 from tests.support.exports import SPECIAL, some_inputs
 from tests.support.paths import ROOT
 

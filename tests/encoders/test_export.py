@@ -14,8 +14,8 @@ import tensorflow as tf
 import tensorflow_text  # noqa: F401  registers the preprocessor's ops
 
 from pipeline.encoders.export import export_encoder, initial_weights
+from pipeline.encoders.saved_model import TOKEN_INPUTS as INPUTS
 from pipeline.errors import EncoderError
-from pipeline.saved_model import TOKEN_INPUTS as INPUTS
 from tests.support.exports import read_vocabulary, some_inputs, some_vocabulary
 from tests.support.paths import REFERENCE
 from tests.support.tables import TOLERANCE

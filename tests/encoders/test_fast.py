@@ -17,9 +17,9 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from pipeline import runtime
 from pipeline.config import EmbedConfig, EncoderConfig, VectorChoice
-from pipeline.encoders import architecture, export, load, onednn, parity, spec
+from pipeline.embedding_spec import plan_embedding
+from pipeline.encoders import architecture, export, load, onednn, parity, runtime, spec
 from pipeline.encoders.architecture import Architecture, canonical_names, infer_architecture, recognise_architecture
 from pipeline.encoders.base import TokenEncoder
 from pipeline.encoders.export import encode, export_encoder, initial_weights
@@ -28,13 +28,12 @@ from pipeline.encoders.load import load_encoder
 from pipeline.encoders.mode import VERSION, Mode, choose_mode, choose_modes
 from pipeline.encoders.onednn import has_fused_kernels
 from pipeline.encoders.parity import ParityProbe
+from pipeline.encoders.runtime import native_half_precision
+from pipeline.encoders.saved_model import list_variables
 from pipeline.encoders.spec import describe_encoder
 from pipeline.encoders.weights import arrange_weights, read_weights
 from pipeline.errors import ConfigError, EncoderError
-from pipeline.plan import plan_embedding
 from pipeline.records import Batch, Chunk, Document
-from pipeline.runtime import native_half_precision
-from pipeline.saved_model import list_variables
 from tests.support.official import INPUTS, official_outputs, vocabulary
 from tests.support.paths import ENCODER, REFERENCE
 from tests.support.tables import assert_close

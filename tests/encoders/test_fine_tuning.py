@@ -11,9 +11,9 @@ import pytest
 import tensorflow as tf
 
 from pipeline.config import EmbedConfig
+from pipeline.embedding_spec import plan_embedding
 from pipeline.encoders.default import default_weights
-from pipeline.plan import plan_embedding
-from pipeline.saved_model import describe_saved_model, read_variables
+from pipeline.encoders.saved_model import describe_saved_model, read_variables
 from pipeline.tables.manifest import open_table
 from pipeline.tables.read import read_table
 from tests.support.paths import ENCODER, ROOT

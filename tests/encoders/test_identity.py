@@ -7,11 +7,11 @@ import pytest
 import tensorflow as tf
 
 from pipeline.config import EmbedConfig
+from pipeline.embedding_spec import plan_embedding
 from pipeline.encoders import export
 from pipeline.encoders.export import export_encoder, initial_weights
 from pipeline.encoders.parity import ParityProbe
-from pipeline.plan import plan_embedding
-from pipeline.saved_model import list_variables
+from pipeline.encoders.saved_model import list_variables
 from tests.support.exports import some_vocabulary
 from tests.support.official import official_encoder, vocabulary
 from tests.support.paths import ENCODER

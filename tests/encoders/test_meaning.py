@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 
 from pipeline.config import EmbedConfig
+from pipeline.embedding_spec import plan_embedding
 from pipeline.encoders.default import default_vocabulary, default_weights
 from pipeline.encoders.export import export_encoder, initial_weights
-from pipeline.plan import plan_embedding
-from pipeline.tables.embedder import Embedder
+from pipeline.search.embedder import Embedder
 
 # A sentence, another that says nearly the same in other words, and one that shares its words.
 CASES = [

@@ -10,8 +10,8 @@ import pytest
 import tensorflow as tf
 
 from pipeline.config import EmbedConfig
+from pipeline.embedding_spec import plan_embedding
 from pipeline.errors import ConfigError, EmbeamError, EncoderError
-from pipeline.plan import plan_embedding
 from tests.support.official import save_module
 from tests.support.paths import ENCODER, PREPROCESSOR
 

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 from apache_beam.io.localfilesystem import LocalFileSystem
 
+from pipeline.encoders.saved_model import describe_saved_model, resolve_handle
 from pipeline.errors import EncoderError
-from pipeline.saved_model import describe_saved_model, resolve_handle
 from tests.support.paths import ENCODER
 
 HANDLE = "https://tfhub.dev/tensorflow/talkheads_ggelu_bert_en_large/1"

@@ -25,10 +25,9 @@ from unittest import mock
 import pytest
 from apache_beam.io.filesystems import FileSystems
 
-from pipeline.files import join
+from pipeline.files import create_file, join
 from pipeline.tables.lock import LOCK
 from pipeline.tables.manifest import open_table
-from pipeline.tables.storage import create_file
 from tests.support.dataflow import (
     CANCELLED,
     FAILED,

@@ -34,7 +34,7 @@ def refused(call: Call, monkeypatch: pytest.MonkeyPatch) -> Callable[..., str]:
     def accept(*_: object) -> None:
         raise Accepted
 
-    monkeypatch.setattr("pipeline.job.validate_options", accept)
+    monkeypatch.setattr("pipeline.run.job.validate_options", accept)
 
     def run(**others: Any) -> str:
         flags = FLAGS | others

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 
 from pipeline.config import ACCELERATORS
-from pipeline.workers import PRESETS
+from pipeline.engines.presets import PRESETS
 from tests.support.paths import ROOT
 
 ROW = re.compile(r"^\| `(nvidia-[\w-]+)` \| ([\w-]+)[^|]* \| ([\d,]+) \| (\d+) \| (\w+) \|$", re.MULTILINE)

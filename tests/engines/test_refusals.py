@@ -6,7 +6,7 @@ import pytest
 from apache_beam.options.pipeline_options import PipelineOptions
 from google.api_core import exceptions
 
-from pipeline.dataflow import explain_job
+from pipeline.engines.dataflow import explain_job
 
 SHOWN = "POST https://dataflow.googleapis.com/v1b3/projects/p/locations/r/jobs: "
 

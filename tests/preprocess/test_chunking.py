@@ -11,14 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline.preprocess import chunking
-from pipeline.preprocess.chunking import (
-    SplitDocuments,
-    TextRule,
-    WordpieceRule,
-    hash_content,
-    trim_pair,
-    window_starts,
-)
+from pipeline.preprocess.chunking import SplitDocuments, TextRule, WordpieceRule, hash_content, trim_pair, window_starts
 from pipeline.preprocess.packing import pack_chunks
 from pipeline.preprocess.wordpiece import Vocabulary
 from pipeline.records import Chunk, DeadLetter, Document, Origin

@@ -9,8 +9,8 @@ import pytest
 import tensorflow as tf
 import tensorflow_text  # noqa: F401  registers the preprocessor's ops
 
+from pipeline.encoders.saved_model import TOKEN_INPUTS as INPUTS
 from pipeline.preprocess.export import export_preprocessor, trimmed_lengths
-from pipeline.saved_model import TOKEN_INPUTS as INPUTS
 from tests.support.exports import SPECIAL, read_vocabulary
 from tests.support.paths import REFERENCE
 

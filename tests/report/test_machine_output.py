@@ -11,14 +11,14 @@ from pathlib import Path
 import pytest
 from apache_beam.options.pipeline_options import PipelineOptions
 
-from pipeline.engine import make_runner
-from pipeline.job import prepare_job, run_job, scratch_folder
-from pipeline.logs import JsonFormatter
+from pipeline.engines.runner import make_runner
+from pipeline.files import make_folder
 from pipeline.metrics import NAMESPACE
-from pipeline.report.progress import ProgressReporter
-from pipeline.settle import settle
+from pipeline.report.logs import JsonFormatter
+from pipeline.report.progress_bar import ProgressReporter
+from pipeline.run.job import prepare_job, run_job, scratch_folder
+from pipeline.run.resolve import settle
 from pipeline.tables.manifest import open_table
-from pipeline.tables.storage import make_folder
 from tests.support.corpora import as_records, some_texts, write_jsonl
 from tests.support.paths import ENCODER
 from tests.support.processes import Call
@@ -87,7 +87,7 @@ def test_progress_is_json_with_its_numbers(monkeypatch, capsys):
         looks.release()
         return {"documents": 7, "bytes": 50, "rows": 5, "dead_letters": 0}
 
-    monkeypatch.setattr("pipeline.report.progress.read_progress", look)
+    monkeypatch.setattr("pipeline.report.progress_bar.read_progress", look)
     with ProgressReporter("", 100, line_seconds=0.01):
         for _ in range(2):  # what the first look has found is told before the second one
             looks.acquire()

@@ -12,7 +12,7 @@ from pipeline import progress as shared
 from pipeline.errors import RunError
 from pipeline.progress import Progress, read_progress
 from pipeline.records import DeadLetter, Origin
-from pipeline.report.progress import ProgressReporter, format_progress, format_seconds
+from pipeline.report.progress_bar import ProgressReporter, format_progress, format_seconds
 
 LETTER = DeadLetter("read", "malformed_json", "no object", Origin("a.jsonl", 7, "byte"))
 

@@ -26,14 +26,14 @@ from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule, run_state_machine_as_test
 
-import pipeline.job
+import pipeline.run.job
 import pipeline.tables.folder
 from pipeline.config import KeptField
 from pipeline.errors import EmbeamError
 from pipeline.records import pack_kept
+from pipeline.run.verify import verify_table
 from pipeline.tables.manifest import Manifest
 from pipeline.tables.retention import roll_back
-from pipeline.tables.verify import verify_table
 from tests.support.official import official_tokens, official_vector
 from tests.support.runs import run_pipeline, watch_encoder
 from tests.support.steps import LAYOUT, SteppedTable, draw_vector, make_document, make_letter
@@ -393,9 +393,9 @@ def leave_everything() -> Iterator[None]:
     """A dead process removes no file and writes none."""
     keeps = mock.Mock(rmtree=lambda *arguments, **more: None)
     with (
-        mock.patch.object(pipeline.job, "abandon_attempt", lambda *arguments: ""),
-        mock.patch.object(pipeline.job, "flush_journals", lambda: None),
-        mock.patch.object(pipeline.job, "shutil", keeps),
+        mock.patch.object(pipeline.run.job, "abandon_attempt", lambda *arguments: ""),
+        mock.patch.object(pipeline.run.job, "flush_journals", lambda: None),
+        mock.patch.object(pipeline.run.job, "shutil", keeps),
     ):
         yield
 

@@ -7,9 +7,9 @@ import pytest
 
 from pipeline.encoders.architecture import text_flops
 from pipeline.errors import RunError
-from pipeline.forecast import ThinnedSample, forecast_table, measure_texts, scale_up
 from pipeline.records import Document
-from pipeline.settle import settle
+from pipeline.run.dry_run import ThinnedSample, forecast_table, measure_texts, scale_up
+from pipeline.run.resolve import settle
 from pipeline.tables.lock import TableLock
 from pipeline.tables.manifest import open_table
 from tests.support.corpora import some_texts, write_jsonl
@@ -177,7 +177,7 @@ def test_a_sample_keeps_every_kth_document():
 
 
 def test_a_sample_is_scaled_up(tmp_path, monkeypatch):
-    monkeypatch.setattr("pipeline.forecast.ThinnedSample.__init__.__defaults__", (100, 16_000_000))
+    monkeypatch.setattr("pipeline.run.dry_run.ThinnedSample.__init__.__defaults__", (100, 16_000_000))
     records = make_records(1000)
     write_jsonl(tmp_path / "corpus.jsonl", records)
     forecast = plan(tmp_path, max_tokens=10)
@@ -200,7 +200,7 @@ def test_time_is_measured_or_guessed_or_unknown(tmp_path, monkeypatch):
     documents = [Document(record["id"], record["text"]) for record in records]
     measured = measure_texts(settled.plan, form, documents)
     assert scale_up(settled.store, settled.plan, measured, 30).speed == "rough"
-    monkeypatch.setattr("pipeline.forecast.LEAST_TOKENS", 100)
+    monkeypatch.setattr("pipeline.run.dry_run.LEAST_TOKENS", 100)
     scaled = scale_up(settled.store, settled.plan, measured, 30)
     assert (scaled.speed, scaled.source) == ("measured", manifest.snapshot)
     rate = manifest.counts["batch"]["padded_tokens"] / manifest.counts["encode"]["encode_seconds"]

@@ -2,8 +2,8 @@
 
 import pytest
 
-from pipeline.job import prepare_job
-from pipeline.settle import settle
+from pipeline.run.job import prepare_job
+from pipeline.run.resolve import settle
 from pipeline.sources.jsonl import JsonlSource
 from tests.support.corpora import as_records, some_texts, write_jsonl
 from tests.support.runs import embed_records, make_config

@@ -19,11 +19,11 @@ import yaml
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
-from pipeline.cli import build_parsers
+from pipeline.cli.flags import check_beam_flags
+from pipeline.cli.main import build_parsers
 from pipeline.config import STAGE_CONFIGS, EmbedConfig
-from pipeline.dataflow import local_paths
+from pipeline.engines.dataflow import local_paths
 from pipeline.errors import ConfigError
-from pipeline.flags import check_beam_flags
 from pipeline.tables.read import read_table
 from runners.flex_template.metadata import PATH, format_metadata, make_metadata
 from tests.support.paths import ENCODER, ROOT

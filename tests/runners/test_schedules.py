@@ -30,7 +30,7 @@ from apache_beam.options.pipeline_options import (
 from google.protobuf import json_format
 from hcl2.utils import SerializationOptions
 
-from pipeline.cli import EXIT_FAILED, EXIT_USAGE
+from pipeline.cli.main import EXIT_FAILED, EXIT_USAGE
 from pipeline.errors import ConfigError
 from pipeline.tables.lock import LOCK
 from pipeline.tables.read import read_table

@@ -14,8 +14,8 @@ from apache_beam.testing.util import assert_that
 import pipeline
 from pipeline.embed import EmbedDocuments
 from pipeline.encoders.parity import LARGEST_DIFFERENCE
-from pipeline.engine import make_runner
-from pipeline.tables.embedder import load_embedder
+from pipeline.engines.runner import make_runner
+from pipeline.search.embedder import load_embedder
 from tests.support.corpora import as_records, some_texts, write_jsonl
 from tests.support.models import save_hashing_preprocessor, save_text_encoder
 from tests.support.official import count_tokens, expected_vector, golden_texts, official_tokens, pack_alone, pack_ids

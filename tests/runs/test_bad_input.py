@@ -42,7 +42,7 @@ def table(published, tmp_path):
 
 @pytest.fixture
 def never_begins(monkeypatch):
-    monkeypatch.setattr("pipeline.job.build_pipeline", lambda *_: pytest.fail("the run had begun"))
+    monkeypatch.setattr("pipeline.run.job.build_pipeline", lambda *_: pytest.fail("the run had begun"))
 
 
 def ids_of(table):

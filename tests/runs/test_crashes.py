@@ -28,7 +28,8 @@ import tensorflow as tf
 
 from pipeline.errors import RunError, TableError
 from pipeline.records import Row
-from pipeline.tables import journal, journaling
+from pipeline.reuse import journal
+from pipeline.reuse import journal_writer as journaling
 from pipeline.tables.manifest import open_table
 from tests.support.paths import ENCODER
 from tests.support.processes import kill_group, start_cli, start_python, wait_for
@@ -200,7 +201,7 @@ import sys, threading
 from pathlib import Path
 from pipeline import cli
 from pipeline.encoders.handler import LoadedEncoder
-from pipeline.tables import journaling
+from pipeline.reuse import journal_writer as journaling
 
 told, encode, seen = Path(sys.argv.pop(1)), LoadedEncoder.encode, []
 

@@ -7,10 +7,10 @@ import re
 import pytest
 
 import pipeline
-from pipeline import cli
+from pipeline.cli import main as cli
+from pipeline.cli.flags import check_beam_flags, engine_flags, read_config_file
 from pipeline.config import EmbedConfig
-from pipeline.flags import check_beam_flags, engine_flags, read_config_file
-from pipeline.report.query import find_nearest
+from pipeline.search.nearest import find_nearest
 from tests.support.paths import ROOT
 
 CORPUS = ROOT / "examples" / "demo" / "corpus"

@@ -38,7 +38,7 @@ def pretend_free(monkeypatch: pytest.MonkeyPatch, n_bytes: int) -> None:
 def test_a_disk_that_is_too_small_is_refused_before_the_run(tmp_path, table, monkeypatch):
     before = remember(table)
     pretend_free(monkeypatch, 1 << 20)
-    monkeypatch.setattr("pipeline.job.build_pipeline", lambda *_: pytest.fail("the run had begun"))
+    monkeypatch.setattr("pipeline.run.job.build_pipeline", lambda *_: pytest.fail("the run had begun"))
     with pytest.raises(RunError, match=r"--output=.* GB free; free some"):
         run_embed(write_lines(tmp_path / "b.txt", "a dog"), table)
     assert_unchanged(table, before)

@@ -13,10 +13,10 @@ from apache_beam.runners.portability.fn_api_runner import fn_runner
 
 import pipeline.embed
 from pipeline.embed import build_pipeline
-from pipeline.job import prepare_job
 from pipeline.preprocess.chunking import Preprocess
 from pipeline.report.summary import format_table
-from pipeline.settle import settle
+from pipeline.run.job import prepare_job
+from pipeline.run.resolve import settle
 from tests.support.corpora import as_records, some_texts, write_jsonl
 from tests.support.crossings import find_crossings, find_producers
 from tests.support.processes import start_python
@@ -157,7 +157,7 @@ def test_the_search_finds_what_must_not_be(kind, tmp_path, monkeypatch):
 HEAVY = {"tensorflow", "tensorflow_text", "tensorflow_hub", "keras", "apache_beam"}
 LIGHT = ["import pipeline", "from pipeline import EmbedConfig"]
 LIGHT += [
-    f"from pipeline.cli import main; main({arguments})"
+    f"from pipeline.cli.main import main; main({arguments})"
     for arguments in (["--version"], ["--help"], ["embed", "--help"], ["export-encoder", "--help"], ["plan", "--help"])
 ]
 
@@ -192,7 +192,7 @@ print(json.dumps(done))
 
 def run_commands(*commands: list[str]) -> list[After]:
     """As `run_fresh`, for the command line."""
-    return run_fresh(*(f"from pipeline.cli import main; main({command})" for command in commands))
+    return run_fresh(*(f"from pipeline.cli.main import main; main({command})" for command in commands))
 
 
 def test_help_and_import_load_neither_tensorflow_nor_beam_nor_numpy():
@@ -202,7 +202,7 @@ def test_help_and_import_load_neither_tensorflow_nor_beam_nor_numpy():
 
 
 def test_importing_the_graph_loads_beam_but_not_tensorflow():
-    (after,) = run_fresh("import pipeline.job")
+    (after,) = run_fresh("import pipeline.run.job")
     assert "apache_beam" in after.modules
     assert not {"tensorflow", "tensorflow_text", "tfx_bsl"} & after.modules
 

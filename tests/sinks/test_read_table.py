@@ -26,7 +26,7 @@ from tensorflow_metadata.proto.v0 import schema_pb2
 
 from pipeline import read_table
 from pipeline.config import KeptField
-from pipeline.engine import make_runner
+from pipeline.engines.runner import make_runner
 from pipeline.errors import TableError
 from pipeline.records import Row, pack_kept
 from pipeline.sinks.index import digest_kept, read_index

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from pipeline.saved_model import TOKEN_INPUTS as INPUTS
+from pipeline.encoders.saved_model import TOKEN_INPUTS as INPUTS
 from tests.support.paths import REFERENCE
 
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]

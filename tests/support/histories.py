@@ -8,13 +8,13 @@ from typing import Any
 
 from apache_beam.options.pipeline_options import PipelineOptions
 
-from pipeline.engine import make_runner
-from pipeline.job import prepare_job, run_job, scratch_folder
-from pipeline.settle import settle
-from pipeline.tables.joining import JoinRule
+from pipeline.engines.runner import make_runner
+from pipeline.files import make_folder
+from pipeline.reuse.distributed import JoinRule
+from pipeline.run.job import prepare_job, run_job, scratch_folder
+from pipeline.run.resolve import settle
 from pipeline.tables.manifest import Manifest, open_table
 from pipeline.tables.publish import name_snapshot
-from pipeline.tables.storage import make_folder
 from tests.support.corpora import some_texts
 from tests.support.runs import make_config
 

@@ -17,8 +17,8 @@ from typing import Any, NamedTuple
 import psutil
 import pytest
 
-from pipeline import cli
-from pipeline.logs import PROGRESS
+from pipeline.cli import main as cli
+from pipeline.report.logs import PROGRESS
 from tests.support.paths import ROOT
 
 _PROGRESS_LINE = re.compile(r"\[[# ]{20}\] ")  # a run that takes long says how far it is, and that is no message

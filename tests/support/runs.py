@@ -12,7 +12,7 @@ from apache_beam.options.pipeline_options import PipelineOptions
 
 from pipeline.config import EmbedConfig
 from pipeline.encoders.handler import LoadedEncoder
-from pipeline.job import build_table
+from pipeline.run.job import build_table
 from pipeline.tables.manifest import Manifest
 from tests.support.corpora import write_jsonl
 from tests.support.paths import ENCODER

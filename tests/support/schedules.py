@@ -11,10 +11,10 @@ from apache_beam.options.pipeline_options import PipelineOptions
 from google.cloud.dataflow_v1beta3.types import LaunchFlexTemplateRequest
 from google.protobuf import json_format
 
-from pipeline.cli import build_parsers
+from pipeline.cli.flags import check_beam_flags, given_settings
+from pipeline.cli.main import build_parsers
 from pipeline.config import EmbedConfig
-from pipeline.dataflow import prepare_dataflow
-from pipeline.flags import check_beam_flags, given_settings
+from pipeline.engines.dataflow import prepare_dataflow
 from runners.flex_template.metadata import make_metadata
 from tests.support.paths import ROOT
 

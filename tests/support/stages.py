@@ -9,9 +9,9 @@ import apache_beam as beam
 from apache_beam.utils.windowed_value import WindowedValue
 
 from pipeline.config import EmbedConfig
+from pipeline.embedding_spec import plan_embedding
 from pipeline.encoders.handler import LoadedEncoder
 from pipeline.encoders.load import load_encoder
-from pipeline.plan import plan_embedding
 from pipeline.preprocess.batching import CollectBatches
 from pipeline.preprocess.chunking import SplitDocuments
 from pipeline.records import Batch, DeadLetter, Document, Row

@@ -25,22 +25,22 @@ from apache_beam.pvalue import TaggedOutput
 from apache_beam.utils.windowed_value import WindowedValue
 
 from pipeline.config import EmbedConfig, ReindexConfig, VectorConfig
-from pipeline.engine import make_runner
+from pipeline.engines.runner import make_runner
+from pipeline.files import make_folder
 from pipeline.preprocess.chunking import hash_content
 from pipeline.records import Chunk, DeadLetter, Document, Origin, Row, Tally
-from pipeline.settle import prepare_joins, prepare_takeover
+from pipeline.reuse import distributed as joining
+from pipeline.reuse.journal import journal_folder, list_folder, write_segment
+from pipeline.reuse.look_up import RecallDocuments
+from pipeline.run.resolve import prepare_joins, prepare_takeover
 from pipeline.sinks.layout import TableLayout
 from pipeline.sinks.writing import DeadLetterFormat, RowFormat, Shard, ShardWriter
-from pipeline.tables import joining
 from pipeline.tables.attempts import abandon_attempt, sweep_dead_attempts
 from pipeline.tables.bigquery import BigqueryCommit
 from pipeline.tables.commit import Commit
 from pipeline.tables.folder import FolderStore
-from pipeline.tables.journal import journal_folder, list_folder, write_segment
 from pipeline.tables.manifest import Manifest, attempts_folder, snapshot_folder
 from pipeline.tables.publish import Publication, build_manifest, make_live, name_snapshot, place_files
-from pipeline.tables.recall import RecallDocuments
-from pipeline.tables.storage import make_folder
 from pipeline.tables.store import CommitPlan, Committer, Results, Store, Takeover, open_store
 from pipeline.vectors.finishing import VectorRule, finish_chunks
 from tests.support.tables import Rows, read_rows

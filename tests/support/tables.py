@@ -11,9 +11,9 @@ from typing import Any
 
 import numpy as np
 
+from pipeline.files import read_text
 from pipeline.tables.manifest import open_table
 from pipeline.tables.read import iter_table, read_table
-from pipeline.tables.storage import read_text
 from pipeline.tables.store import open_store
 from tests.support.official import count_tokens, expected_vector, official_vector, pack_alone
 

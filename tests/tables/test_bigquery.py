@@ -15,12 +15,12 @@ from typing import Any
 import pytest
 from apache_beam.io.filesystems import FileSystems
 
-import pipeline.job
+import pipeline.run.job
 import pipeline.tables.bigquery
-from pipeline.bigquery import BigQueryName, client
-from pipeline.cli import main
+from pipeline.cli.main import main
 from pipeline.errors import ConfigError, EmbeamError, TableError
 from pipeline.files import join
+from pipeline.sources.bigquery_client import BigQueryName, client
 from pipeline.tables.bigquery import make_index_statement, make_search_query
 from pipeline.tables.lock import LOCK, TableLock
 from pipeline.tables.store import open_store
@@ -116,7 +116,13 @@ def start_embed(folder: Path, settings: dict[str, Any]) -> subprocess.Popen:
     """The command in a process of its own, over the JSON lines of a folder."""
     flags = {**SETTINGS, **settings, "input": f"{folder}/*.jsonl", "encoder": ENCODER, "id_field": "id"}
     flags["on_empty"] = "embed"
-    command = [sys.executable, "-m", "pipeline.cli", "embed", *(f"--{key}={value}" for key, value in flags.items())]
+    command = [
+        sys.executable,
+        "-m",
+        "pipeline.cli",
+        "embed",
+        *(f"--{key}={value}" for key, value in flags.items()),
+    ]
     return subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
 
 
@@ -166,7 +172,7 @@ def test_the_later_of_two_runs_that_began_together_changes_nothing(cloud, tmp_pa
         def acquire(self) -> None:
             pass
 
-    monkeypatch.setattr(pipeline.job, "TableLock", NoLock)
+    monkeypatch.setattr(pipeline.run.job, "TableLock", NoLock)
     monkeypatch.setattr(pipeline.tables.bigquery, "run_script", run_another_first)
     with pytest.raises(TableError, match="another run has changed"):
         run(tmp_path, [*first_records(), {"id": "late", "text": "too late"}], **settings)

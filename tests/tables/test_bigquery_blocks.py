@@ -9,11 +9,11 @@ from apache_beam.io.filesystems import FileSystems
 from apache_beam.options.pipeline_options import PipelineOptions
 from apache_beam.pvalue import AsList
 
-from pipeline.bigquery import BigQueryName, LoadParameters, client, make_merge
 from pipeline.config import ReadConfig
-from pipeline.engine import make_runner
+from pipeline.engines.runner import make_runner
 from pipeline.errors import ConfigError, InputError
 from pipeline.sources.bigquery import BigQuerySource, materialize_query, measure_table, require_id_field
+from pipeline.sources.bigquery_client import BigQueryName, LoadParameters, client, make_merge
 from pipeline.sources.source import FileRange, InputFile
 from tests.support.bigquery import start_bigquery
 from tests.support.emulators import start_gcs

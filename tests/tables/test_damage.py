@@ -12,14 +12,13 @@ import pytest
 
 from pipeline.errors import TableError
 from pipeline.records import Row
-from pipeline.report.query import find_nearest
 from pipeline.report.summary import format_table
+from pipeline.search.nearest import find_nearest
 from pipeline.sinks.layout import TableLayout
+from pipeline.sinks.readers import ROWS, FileReader, VectorFile
 from pipeline.sinks.writing import RowFormat, ShardWriter
-from pipeline.tables.known import ROWS, VectorFile
 from pipeline.tables.manifest import open_table
 from pipeline.tables.read import iter_table, open_live, read_table
-from pipeline.tables.readers import FileReader
 from tests.support.corpora import write_lines
 from tests.support.runs import run_embed
 

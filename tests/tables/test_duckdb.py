@@ -14,8 +14,8 @@ import pytest
 import pipeline.tables.duckdb
 from pipeline.config import EmbedConfig, KeptField
 from pipeline.errors import ConfigError, TableError
-from pipeline.report.query import find_nearest
 from pipeline.report.summary import format_table
+from pipeline.search.nearest import find_nearest
 from pipeline.tables.manifest import Manifest
 from pipeline.tables.store import open_store
 from tests.support.reruns import assert_rows, dated, documents

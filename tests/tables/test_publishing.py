@@ -10,10 +10,10 @@ import tensorflow as tf
 import pipeline
 from pipeline.config import EmbedConfig, VectorChoice
 from pipeline.errors import ConfigError
+from pipeline.files import list_files
 from pipeline.sinks.layout import TableLayout
 from pipeline.sinks.writing import HashingStream, Shard
 from pipeline.tables.publish import Publication, build_manifest, place_files
-from pipeline.tables.storage import list_files
 from pipeline.vectors.pooling import pool_outputs
 from tests.support.paths import ENCODER
 

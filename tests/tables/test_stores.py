@@ -13,11 +13,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from pipeline.bigquery import client
 from pipeline.config import EmbedConfig, KeptField
 from pipeline.encoders.handler import LoadedEncoder
 from pipeline.errors import ConfigError, RunError
 from pipeline.records import Document, pack_kept
+from pipeline.sources.bigquery_client import client
 from pipeline.tables.store import open_store
 from tests.support.bigquery import BigQueryEmulator, start_bigquery
 from tests.support.emulators import start_gcs

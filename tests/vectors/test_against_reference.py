@@ -9,8 +9,8 @@ import pytest
 import tensorflow as tf
 
 from pipeline.config import EmbedConfig
+from pipeline.embedding_spec import plan_embedding
 from pipeline.errors import ConfigError
-from pipeline.plan import plan_embedding
 from pipeline.records import Document
 from tests.support.corpora import some_texts
 from tests.support.models import save_hashing_preprocessor, save_text_encoder

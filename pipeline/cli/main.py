@@ -1,0 +1,186 @@
+"""The command `embeam`."""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import io
+import json
+import os
+import sys
+import threading
+import traceback
+from collections.abc import Sequence
+from contextlib import suppress
+
+from pipeline import __version__
+from pipeline.cli.export_verbs import add_export_verbs
+from pipeline.cli.flags import (
+    Parser,
+    add_config_flags,
+    at_least_one,
+    check_beam_flags,
+    engine_flags,
+    given_settings,
+    read_config_file,
+    refuse,
+)
+from pipeline.cli.table_verbs import add_table_verbs
+from pipeline.config import EmbedConfig
+from pipeline.errors import ConfigError, EmbeamError
+from pipeline.report.logs import report_error, set_up_logging
+from pipeline.signals import STOPPING, watch_signals
+
+EXIT_FAILED, EXIT_USAGE = 1, 2
+STAGED = "the job is staged and will publish {} when it runs; the table is held for it for two hours"
+
+
+def run() -> None:
+    """The console command: `main`, without the second and a half that Python takes to tear TensorFlow and Beam down."""
+    code = 0
+    watch_signals()
+    try:
+        main()
+    except SystemExit as stop:
+        code = stop.code if isinstance(stop.code, int) else EXIT_FAILED
+    if STOPPING.is_set():  # the run has failed since its workers are gone
+        threading.Event().wait()
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(BrokenPipeError):  # its reader has seen enough
+            stream.flush()
+    os._exit(code)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Runs the command line and exits: 0 done, 1 the run failed, 2 wrong usage, 128 + N stopped by signal N."""
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # a terminal need not know every character
+    gc.set_threshold(50_000)  # importing TensorFlow and Beam makes millions of objects, none of them garbage
+    parser, embed_parser = build_parsers()
+    debug, summary_json = False, False
+    try:
+        known, rest = parser.parse_known_args(arguments)
+        if not known.verb:
+            refuse(rest, parser.flags())
+            raise ConfigError("name a verb, such as embeam embed; embeam --help lists them")
+        debug, summary_json = getattr(known, "debug", False), getattr(known, "summary_json", False)
+        set_up_logging(debug, getattr(known, "log_format", "text"))
+        if known.verb == "embed":
+            run_embed(known, rest, embed_parser.flags())
+        else:
+            refuse(rest, known.parser.flags(), stray=known.stray)
+            known.run(known)
+    except EmbeamError as error:
+        if debug:
+            traceback.print_exc()
+        report_error(str(error))
+        code = EXIT_USAGE if isinstance(error, ConfigError) else EXIT_FAILED
+        if summary_json:
+            print(json.dumps({"status": "failed", "exit_code": code, "error": str(error)}))
+        sys.exit(code)
+    except BrokenPipeError:  # the reader of our output has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def build_parsers() -> tuple[Parser, Parser]:
+    """The command's parser, and that of the verb `embed`, whose flags Beam's are compared with."""
+    parser = Parser(prog="embeam", description="Turns a text corpus into an embedding table.")
+    parser.add_argument("--version", action="version", version=f"embeam {__version__}")
+    verbs = parser.add_subparsers(dest="verb", title="verbs", metavar="VERB", parser_class=Parser)
+    embed = verbs.add_parser(
+        "embed",
+        help="embed a corpus into a table",
+        description="Reads a corpus, embeds it and publishes the table. Beam's own pipeline options may be given too.",
+    )
+    add_config_flags(embed)
+    engine = embed.add_argument_group("Engine")
+    engine.add_argument("--config", metavar="FILE.toml", help="read flags from a file; the command line wins")
+    engine.add_argument(
+        "--runner",
+        help="local (in this process; DirectRunner means the same), or any Beam runner's name (default: local)",
+    )
+    engine.add_argument(
+        "--runner_option",
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="an option that only the runner itself knows; may be given several times",
+    )
+    engine.add_argument(
+        "--summary_json",
+        action="store_true",
+        help="end with one line of JSON that says how the run went, also when it failed",
+    )
+    engine.add_argument(
+        "--log_format",
+        choices=("text", "json"),
+        default="text",
+        metavar="text|json",
+        help="how warnings, errors and progress are told: json gives one object a line, as log collectors like it",
+    )
+    engine.add_argument("--debug", action="store_true", help="show Beam's log and where an error comes from")
+
+    show = verbs.add_parser(
+        "show", help="print what a table holds", description="Prints a table's manifest in short, and rows."
+    )
+    show.add_argument("table", metavar="DIR", help="folder of the table")
+    show.add_argument("--rows", type=at_least_one, default=3, metavar="N", help="how many rows to print (default: 3)")
+    show.set_defaults(run=run_show, parser=show, stray="name one table")
+
+    query = verbs.add_parser(
+        "query",
+        help="print the rows nearest to a text",
+        description="Embeds a text exactly as the table was made, and prints the rows nearest to it.",
+    )
+    query.add_argument("table", metavar="DIR", help="folder of the table")
+    query.add_argument("text", metavar="TEXT", help="what to look for")
+    query.add_argument("--pair", metavar="TEXT", help="second segment, for a table of pairs")
+    query.add_argument("--top", type=at_least_one, default=5, metavar="N", help="how many rows to print (default: 5)")
+    query.set_defaults(run=run_query, parser=query, stray="put a text of several words in quotes")
+    add_export_verbs(verbs)
+    add_table_verbs(verbs)
+    return parser, embed
+
+
+def run_embed(known: argparse.Namespace, rest: list[str], own: list[str]) -> None:
+    beam_flags = check_beam_flags(rest, own)
+    settings, engine = read_config_file(known.config) if known.config else ({}, {})
+    runner = known.runner or engine.pop("runner", "local")
+    runner_options = [*engine_list(engine.pop("runner_option", [])), *known.runner_option]
+    config = EmbedConfig.from_flat(settings | given_settings(known))
+    flags = [*check_beam_flags(engine_flags(engine), own), *beam_flags]
+    for option in runner_options:
+        name, equals, _ = option.partition("=")
+        if not equals:
+            raise ConfigError(f"--runner_option={option} has no value; write --runner_option={name}=VALUE")
+        flags.append(f"--{option}")
+
+    from apache_beam.options.pipeline_options import PipelineOptions
+
+    from pipeline.engines.runner import is_local
+    from pipeline.report.summary import format_summary, summarize
+    from pipeline.run.job import build_table
+
+    options = PipelineOptions([*flags, f"--runner={'FnApiRunner' if is_local(runner) else runner}"])
+    manifest, output = build_table(config, options, show_progress=True), config.write.output
+    print(format_summary(manifest, output) if manifest else STAGED.format(output))
+    if known.summary_json:
+        print(json.dumps(summarize(manifest, output)))
+
+
+def engine_list(value: str | list[str]) -> list[str]:
+    return [value] if isinstance(value, str) else value
+
+
+def run_show(known: argparse.Namespace) -> None:
+    from pipeline.report.summary import format_table
+
+    print(format_table(known.table, known.rows))
+
+
+def run_query(known: argparse.Namespace) -> None:
+    from pipeline.search.nearest import find_nearest, format_hits
+
+    print(format_hits(known.text, find_nearest(known.table, known.text, known.top, known.pair)))

@@ -1,0 +1,69 @@
+"""Progress shown while a run lasts: a bar on a terminal, elsewhere a line every few seconds."""
+
+from __future__ import annotations
+
+import sys
+import threading
+import time
+from collections import Counter
+from typing import TextIO
+
+from pipeline.progress import read_progress
+from pipeline.report.logs import is_json, report_progress
+
+
+class ProgressReporter:
+    """The launcher's end: a bar on a terminal, elsewhere a line every few seconds, from a thread of its own."""
+
+    def __init__(self, folder: str, total_bytes: int, stream: TextIO | None = None, line_seconds: float = 10) -> None:
+        self._folder = folder
+        self._total_bytes = total_bytes
+        self._stream = stream or sys.stderr  # as it is now: notebooks and tests replace it
+        self._is_terminal = self._stream.isatty() and not is_json()
+        self._seconds = 0.5 if self._is_terminal else line_seconds
+        self._stopped = threading.Event()
+        self._thread = threading.Thread(target=self._report, name="embeam-progress", daemon=True)
+
+    def __enter__(self) -> ProgressReporter:
+        self._begun = time.monotonic()
+        self._thread.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._stopped.set()
+        self._thread.join()
+        if self._is_terminal:
+            self._stream.write("\r\x1b[K")
+            self._stream.flush()
+
+    def _report(self) -> None:
+        while not self._stopped.wait(self._seconds):
+            counts = read_progress(self._folder)
+            line = format_progress(counts, self._total_bytes, time.monotonic() - self._begun)
+            if is_json():
+                report_progress(line, dict(counts))
+                continue
+            self._stream.write(f"\r{line}\x1b[K" if self._is_terminal else line + "\n")
+            self._stream.flush()
+
+
+def format_progress(counts: Counter[str], total_bytes: int, seconds: float) -> str:
+    """One line: bar, documents, rows a second and the time left, judged by the share of bytes read."""
+    share = min(1.0, counts["bytes"] / total_bytes) if total_bytes else 0.0
+    bar = "#" * round(share * 20)
+    rate = counts["rows"] / seconds if seconds else 0
+    left = (
+        format_seconds(seconds / share - seconds) + " left" if 0 < share < 1 else "finishing" if share else "starting"
+    )
+    dead = f"  {counts['dead_letters']:,} dead letters" if counts["dead_letters"] else ""
+    return f"[{bar:<20}] {share:4.0%}  {counts['documents']:,} documents  {rate:,.0f} rows/s  {left}{dead}"
+
+
+def format_seconds(seconds: float) -> str:
+    """Such as 45s, 12m05s, 3h07m."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole}s"
+    if whole < 3600:
+        return f"{whole // 60}m{whole % 60:02d}s"
+    return f"{whole // 3600}h{whole % 3600 // 60:02d}m"

@@ -1,0 +1,528 @@
+"""What a run would do, without doing it: documents looked up in the index of known vectors, a sample of them tokenised.
+
+The whole input is read. Nothing is encoded, nothing is written to the output; a running job is not disturbed, nor does
+it disturb.
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+import os
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from io import BytesIO
+from typing import TYPE_CHECKING, NamedTuple, Optional
+
+import numpy as np
+
+from pipeline.config import EmbedConfig
+from pipeline.embed import SAFE_DOCUMENTS
+from pipeline.embedding_spec import EmbedPlan
+from pipeline.encoders.architecture import text_flops
+from pipeline.encoders.runtime import has_gpu, load_tensorflow
+from pipeline.errors import EmbeamError
+from pipeline.preprocess.batching import Batcher
+from pipeline.preprocess.chunking import is_encodable
+from pipeline.records import Chunk, DeadLetter, Document, Row
+from pipeline.reuse.actions import CARRIED, check_deletes, decide_fates
+from pipeline.reuse.index import KnownVectors
+from pipeline.reuse.look_up import BUFFERED_CHARACTERS, BUFFERED_DOCUMENTS, MarkWriter, Recaller, RecallRule
+from pipeline.reuse.requests import Letters
+from pipeline.run.verify import Accounts, read_outcomes
+from pipeline.sinks.index import ENTRY
+from pipeline.sinks.writing import RowFormat
+from pipeline.tables.commit import check_counts
+from pipeline.tables.folder import FolderStore
+from pipeline.tables.manifest import Manifest, read_manifest
+from pipeline.tables.publish import check_free_space
+from pipeline.tables.retention import list_snapshots
+from pipeline.tables.store import Store
+from pipeline.vectors.storing import quantize_vectors
+
+if TYPE_CHECKING:
+    from pipeline.run.resolve import Settled
+
+SAMPLE_TEXTS, SAMPLE_CHARACTERS = 2000, 16_000_000  # that are tokenised
+SAMPLE_ROWS, SAMPLE_ROW_BYTES = 256, 8 << 20  # that are written to memory, to see how large they get
+LEAST_TOKENS = 10_000  # padded ones of an earlier run whose rate is trusted
+SPEED_KEYS = ("encoder", "vector", "graph", "precision")  # of an identity
+MATMUL_SECONDS = 0.1
+_NO_CHUNK = Chunk(Document("", ""), "", 0, 1, b"", 0, 0, 0)  # takes a place in a batch
+MATMUL_SHARE = 0.5  # of the rate of bare matmuls that encoders reach, about
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """What a run would do. Counts of documents and vectors are exact unless `is_sampled`, or dead letters are expected.
+
+    Attributes:
+      documents: that can be read, without duplicates.
+      new: whose id has no row.
+      changed: whose text is another one.
+      updated: whose text is the same, but not the kept fields, or that are stored in another way.
+      unchanged: whose rows stay.
+      recalled: of all but the unchanged: those whose vector is known.
+      equal_texts: of all but the unchanged: those with the text of another one that is encoded.
+      to_encode: texts that are encoded.
+      deleted: documents of the table that are gone from the input.
+      stale: documents whose old rows stay because their new text cannot be embedded or read.
+      kept: documents that are gone and whose rows stay.
+      lost: documents whose rows cannot stay, as another encoder made them, and that cannot be made anew.
+      skipped_empty: blank texts that are left out.
+      dead_letters: by reason; those of texts that are too long are judged by the sample.
+      chunks: inputs of the encoder.
+      tokens: that are encoded, without [CLS] and [SEP]; None where the encoder tokenises itself.
+      cut_tokens: that reach no chunk.
+      padding: share of padding in the batches.
+      seconds: in the encoder, on one worker; None if nothing is known of its speed.
+      speed: where `seconds` comes from: `measured` in an earlier run, `rough` or `unknown`; `idle`: nothing to encode.
+      speed_source: the snapshot whose run was measured.
+      rows: of the new snapshot.
+      bytes: of its files.
+      is_sampled: whether tokens, chunks, time and size are scaled up from a part of the texts.
+      changes: what makes the table's vectors useless, such as `preprocessing.max_tokens 128 -> 256`.
+      stops: what would stop the run.
+    """
+
+    documents: int
+    new: int
+    changed: int
+    updated: int
+    unchanged: int
+    recalled: int
+    equal_texts: int
+    to_encode: int
+    deleted: int
+    stale: int
+    kept: int
+    lost: int
+    skipped_empty: int
+    dead_letters: dict[str, int]
+    chunks: int
+    tokens: Optional[int]
+    cut_tokens: Optional[int]
+    padding: float
+    seconds: Optional[float]
+    speed: str
+    speed_source: str
+    rows: int
+    bytes: int
+    is_sampled: bool
+    changes: list[str] = field(default_factory=list)
+    stops: list[str] = field(default_factory=list)
+
+
+def forecast_table(config: EmbedConfig) -> Forecast:
+    """Forecasts a run from its whole input.
+
+    Args:
+      config: of the run.
+
+    Raises:
+      EmbeamError: if the run could not even begin: settings that do not fit, no input, a damaged table.
+    """
+    from pipeline.run.resolve import prepare_takeover, settle
+
+    settled = settle(config)
+    config = settled.config  # which retrying changes
+    live = settled.store.read_live().manifest
+    form = settled.store.choose_form(config, settled.plan.layout(settled.kept))
+    with tempfile.TemporaryDirectory(prefix="embeam-plan-") as scratch:
+        takeover = prepare_takeover(settled.store, live, settled.plan, form, scratch)
+        assert isinstance(takeover.rule, RecallRule)
+        seen = look_up_all(settled, takeover.rule, scratch)
+        measured = measure_texts(settled.plan, form, seen.sample.documents)
+        return combine(settled, live, form, takeover.reusable, seen, measured)
+
+
+class ThinnedSample:
+    """Every k-th of a stream of documents; k is doubled whenever the sample grows too large.
+
+    Attributes:
+      documents: the sample.
+      n: how many documents have passed.
+    """
+
+    def __init__(self, most: int = SAMPLE_TEXTS, most_characters: int = SAMPLE_CHARACTERS) -> None:
+        self.documents: list[Document] = []
+        self.n = 0
+        self._step = 1
+        self._most, self._most_characters = most, most_characters
+        self._characters = 0
+
+    def add(self, document: Document) -> None:
+        if self.n % self._step == 0:
+            self.documents.append(document)
+            self._characters += _size(document)
+        self.n += 1
+        while len(self.documents) > max(1, self._most) or (
+            self._characters > self._most_characters and len(self.documents) > 1
+        ):
+            self.documents = self.documents[::2]
+            self._step *= 2
+            self._characters = sum(map(_size, self.documents))
+
+    @property
+    def is_whole(self) -> bool:
+        return len(self.documents) == self.n
+
+
+class Seen(NamedTuple):
+    """What one pass over the input tells.
+
+    Attributes:
+      read: counts of the reading, as in the manifest.
+      counts: documents, as the run's recalling counts them.
+      dead: dead letters of the reading, by reason.
+      letters: whose they are.
+      recalled: numbers of the known rows whose vectors other rows are made of.
+      equal: of some documents with the text of another one that is encoded: content hash, id and file.
+      sample: of the texts to encode.
+      known: the index.
+      marks: the notes on live rows.
+    """
+
+    read: Counter[str]
+    counts: Counter[str]
+    dead: Counter[str]
+    letters: Accounts
+    recalled: np.ndarray
+    equal: list[tuple[str, str, str]]
+    sample: ThinnedSample
+    known: KnownVectors
+    marks: MarkWriter
+
+
+def look_up_all(settled: Settled, rule: RecallRule, scratch: str) -> Seen:
+    """Reads the whole input and looks every document up, as a run does."""
+    known = KnownVectors(rule.folder)
+    recaller, marks = Recaller(known, rule), MarkWriter(os.path.join(rule.folder, "marks-plan.bin"))
+    sample, letters = ThinnedSample(), Accounts(set(), set())
+    read: Counter[str] = Counter()
+    dead: Counter[str] = Counter()
+    recalled = [np.empty(0, np.int64)]
+    equal: list[tuple[str, str, str]] = []
+
+    def documents() -> Iterator[Document]:
+        for outcome in read_outcomes(settled.found, settled.config.read, settled.kept, scratch):
+            if isinstance(outcome, Document):
+                yield outcome
+            elif isinstance(outcome, DeadLetter):
+                dead[outcome.reason] += 1
+                letters.add(outcome.id, outcome.reason, outcome.origin.path)
+            else:
+                read.update(json.loads(outcome.counts))
+
+    for block in _blocks(documents()):
+        verdicts = recaller.judge(block)
+        marks.write(block, verdicts)
+        recalled += [rows.astype(np.int64) for rows in verdicts.known.values()]
+        for i in sorted(verdicts.to_encode):
+            sample.add(block[i])
+        for i, rows in verdicts.known.items():
+            if not len(rows) and i not in verdicts.to_encode and len(equal) < SAMPLE_TEXTS:
+                equal.append((verdicts.names[i], block[i].id, block[i].origin.path))
+    marks.close()
+    return Seen(read, recaller.counts, dead, letters, np.concatenate(recalled), equal, sample, known, marks)
+
+
+class Measured(NamedTuple):
+    """What becomes of some texts.
+
+    Attributes:
+      documents: how many there are.
+      counts: their chunks, rows, content tokens, tokens that are cut, and tokens in batches (bytes for text encoders).
+      lengths: chunks by the padded length of their bucket.
+      made: content hash to the number of rows, or to why there is a dead letter instead.
+      row_bytes: of one row and its index entry; 0 if there is none.
+    """
+
+    documents: int
+    counts: Counter[str]
+    lengths: Counter[int]
+    made: dict[str, int | DeadLetter]
+    row_bytes: float
+
+    @property
+    def letters(self) -> list[DeadLetter]:
+        return [made for made in self.made.values() if isinstance(made, DeadLetter)]
+
+
+def measure_texts(plan: EmbedPlan, form: RowFormat, documents: Sequence[Document]) -> Measured:
+    """Tokenises texts, but encodes none."""
+    rule, splitter = plan.vectors, plan.split.load()
+    counts: Counter[str] = Counter()
+    lengths: Counter[int] = Counter()
+    made: dict[str, int | DeadLetter] = {}
+    some: list[Chunk] = []
+    for block in _blocks(iter(documents)):
+        good = [document for document in block if is_encodable(document.text) and is_encodable(document.pair or "")]
+        for chunk in splitter.split(good):
+            if isinstance(chunk, DeadLetter):
+                made[chunk.content_hash or ""] = chunk
+                continue
+            size = chunk.n_tokens if rule.counts_tokens else len(chunk.ids)
+            counts["chunks"] += 1
+            counts["rows"] += rule.chunked or chunk.number == 0
+            counts["tokens"] += chunk.n_content
+            counts["cut"] += chunk.n_truncated or 0
+            counts["used"] += size
+            lengths[plan.buckets.length_for(size)] += 1
+            made[chunk.content_hash] = chunk.n_chunks if rule.chunked else 1
+            if len(some) < SAMPLE_ROWS:
+                some.append(chunk)
+    row_bytes = measure_row(plan, form, some) if some else 0.0
+    return Measured(len(documents), counts, lengths, made, row_bytes)
+
+
+def measure_row(plan: EmbedPlan, form: RowFormat, chunks: Sequence[Chunk]) -> float:
+    """Bytes of a row and its index entry, by writing some with random vectors to memory."""
+    rng = np.random.default_rng(0)
+    rows, n_bytes = [], 0
+    for chunk in chunks:
+        numbers = plan.dimension * (chunk.n_tokens if plan.vectors.tokens else 1)
+        stored, scales = quantize_vectors(rng.standard_normal((1, numbers), np.float32), form.layout.dtype)
+        document = chunk.document
+        text = document.text if form.layout.keep_text else None
+        counted = (chunk.n_tokens, chunk.n_truncated)
+        own = (document.id, chunk.number, stored.tobytes(), float(scales[0]), *counted, chunk.content_hash)
+        rows.append(Row(*own, document.kept, text, chunk.n_chunks, document.origin.path))
+        n_bytes += len(rows[-1].vector)
+        if n_bytes > SAMPLE_ROW_BYTES:
+            break
+    stream = BytesIO()
+    zipped = gzip.GzipFile("", "wb", 6, stream, mtime=0) if form.compression == "gzip" else None
+    writer = form.open(zipped or stream)
+    writer.write(rows)
+    writer.close()
+    if zipped is not None:
+        zipped.close()
+    return len(stream.getvalue()) / len(rows) + ENTRY.itemsize
+
+
+class Scaled(NamedTuple):
+    """What `Measured` comes to for all texts, and how long it takes.
+
+    Attributes:
+      counts: as measured.
+      padded: tokens or bytes in the batches, padding included.
+      seconds: in the encoder; None if unknown.
+      speed: `measured`, `rough`, `unknown` or `idle`.
+      source: the snapshot whose run was measured.
+    """
+
+    counts: dict[str, float]
+    padded: int
+    seconds: Optional[float]
+    speed: str
+    source: str
+
+
+def scale_up(store: Store, plan: EmbedPlan, measured: Measured, n_texts: int) -> Scaled:
+    """From a sample to all texts."""
+    if not measured.counts["chunks"] or not n_texts:
+        return Scaled({}, 0, 0.0, "idle", "")
+    factor = n_texts / measured.documents
+    counts = {name: n * factor for name, n in measured.counts.items()}
+    shapes = count_batches(plan, measured, n_texts)
+    padded = sum(rows * length for length, rows in shapes.items())
+    rate, source, is_rough = find_rate(store, plan)
+    if rate and not is_rough:
+        return Scaled(counts, padded, padded / rate, "measured", source)
+    if plan.encoder.architecture is not None:
+        flops = sum(rows * text_flops(plan.encoder.architecture, length) for length, rows in shapes.items())
+        return Scaled(counts, padded, flops / (MATMUL_SHARE * measure_matmul(plan)), "rough", "")
+    return Scaled(counts, padded, padded / rate if rate else None, "rough" if rate else "unknown", source)
+
+
+def count_batches(plan: EmbedPlan, measured: Measured, n_texts: int) -> Counter[int]:
+    """Rows of all batches, padding rows included, by length."""
+    # As in the graph: what waits for its bucket to fill leaves with the bundle, or after so many documents.
+    most = SAFE_DOCUMENTS if plan.vectors.average or plan.vectors.chunked else n_texts
+    total: Counter[int] = Counter()
+    n_full, rest = divmod(n_texts, most)
+    for n, times in ((most, n_full), (rest, 1)):
+        batcher = Batcher(plan.buckets)
+        for length, n_chunks in measured.lengths.items():
+            expected = round(n_chunks * n / measured.documents)
+            full, left = divmod(expected, plan.buckets.full_rows(length))
+            total[length] += times * full * plan.buckets.full_rows(length)
+            for _ in range(left if times else 0):
+                batcher.add(_NO_CHUNK, length)
+        for batch in batcher.drain():
+            total[batch.length] += times * batch.rows
+    return total
+
+
+def find_rate(store: Store, plan: EmbedPlan) -> tuple[float, str, bool]:
+    """Padded tokens that the same encoder took in a second in the table's longest run.
+
+    Returns:
+      The rate or 0, the snapshot of that run, and whether it was too short to be trusted.
+    """
+    best, rate, source = 0.0, 0.0, ""
+    for manifest in read_manifests(store):
+        same = all(manifest.identity.get(key) == plan.identity[key] for key in SPEED_KEYS)
+        padded = manifest.counts.get("batch", {}).get("padded_tokens", 0.0)
+        seconds = manifest.counts.get("encode", {}).get("encode_seconds", 0.0)
+        if same and seconds > 0 and padded > best:
+            best, rate, source = padded, padded / seconds, manifest.snapshot
+    return rate, source, best < LEAST_TOKENS
+
+
+def read_manifests(store: Store) -> Iterator[Manifest]:
+    """Those of all snapshots that can be read; of a database that of the live state."""
+    if not isinstance(store, FolderStore):
+        live = store.read_live().manifest
+        yield from [live] if live else []
+        return
+    for name in list_snapshots(store.work):
+        try:
+            yield read_manifest(store.work, name)
+        except (EmbeamError, OSError):  # damaged, or removed meanwhile
+            continue
+
+
+def measure_matmul(plan: EmbedPlan) -> float:
+    """FLOP/s of this machine's bare matmuls of the encoder's feed-forward, in about a tenth of a second."""
+    tf = load_tensorflow()
+    a = plan.encoder.architecture
+    assert a is not None
+    rows = min(plan.buckets.budget, 4096 if has_gpu() else 512)
+    precision = plan.encoder.precision if plan.encoder.native else "float32"
+    left, right = (tf.ones(shape, precision) for shape in ((rows, a.width), (a.width, a.feedforward)))
+    tf.matmul(left, right)[0, 0].numpy()
+    best, until = float("inf"), time.perf_counter() + MATMUL_SECONDS
+    while time.perf_counter() < until:
+        begun = time.perf_counter()
+        tf.matmul(left, right)[0, 0].numpy()
+        best = min(best, time.perf_counter() - begun)
+    return 2 * rows * a.width * a.feedforward / best
+
+
+def combine(
+    settled: Settled, live: Manifest | None, form: RowFormat, reusable: bool, seen: Seen, measured: Measured
+) -> Forecast:
+    """Puts the counts together, and finds what would stop the run."""
+    plan, config, counts = settled.plan, settled.config, seen.counts
+    to_encode, n_equal = counts["encoded"], counts["equal_texts"]
+    scaled = scale_up(settled.store, plan, measured, to_encode)
+    factor = to_encode / measured.documents if measured.documents else 0.0
+    each = measured.counts["rows"] / measured.documents if measured.documents else 1.0
+    dead = seen.dead.copy()
+    for reason, n in Counter(letter.reason for letter in measured.letters).items():
+        dead[reason] += round(n * factor)
+    for letter in measured.letters:
+        seen.letters.add(letter.id, letter.reason, letter.origin.path)
+    equal_rows = 0.0
+    for content_hash, document_id, path in seen.equal:  # they share the fate of the text that is encoded
+        made = measured.made.get(content_hash, each)
+        if isinstance(made, DeadLetter):
+            dead[made.reason] += 1
+            seen.letters.add(document_id, made.reason, path)
+        else:
+            equal_rows += made
+    if seen.equal:
+        equal_rows *= n_equal / len(seen.equal)
+    ids = np.unique(np.array(list(seen.letters.ids), "S16"))
+    letters = Letters(ids, seen.letters.blind, {})
+    keeps = config.reindex.keeps_deleted
+    fates = decide_fates(seen.known, [seen.marks.note], letters, seen.recalled, np.empty(0, "S16"), keeps)
+    carried = int(np.isin(fates.fate, CARRIED).sum()) if reusable else 0
+    rows = carried + len(seen.recalled) + round(to_encode * each + equal_rows)
+    row_bytes = live_row_bytes(live, form) or measured.row_bytes or live_row_bytes(live)
+    lost = 0 if reusable else fates.counts["stale"] + fates.counts["kept"]
+    return Forecast(
+        **{name: counts[name] for name in ("documents", "new", "changed", "updated", "unchanged")},
+        **{name: counts[name] for name in ("recalled", "equal_texts")},
+        to_encode=to_encode,
+        deleted=fates.counts["deleted"],
+        stale=fates.counts["stale"] if reusable else 0,
+        kept=fates.counts["kept"] if reusable else 0,
+        lost=lost,
+        skipped_empty=seen.read["skipped_empty"],
+        dead_letters={reason: n for reason, n in sorted(dead.items()) if n},
+        chunks=round(scaled.counts.get("chunks", 0)),
+        tokens=round(scaled.counts.get("tokens", 0)) if plan.vectors.counts_tokens else None,
+        cut_tokens=round(scaled.counts.get("cut", 0)) if plan.vectors.counts_tokens else None,
+        padding=max(0.0, 1 - scaled.counts["used"] / scaled.padded) if scaled.padded else 0.0,
+        seconds=scaled.seconds,
+        speed=scaled.speed,
+        speed_source=scaled.source,
+        rows=rows,
+        bytes=round(rows * row_bytes),
+        is_sampled=measured.documents < to_encode,
+        changes=find_changes(live, plan),
+        stops=list(
+            find_stops(settled, live, seen, dead, fates.counts["deleted"] - fates.counts["moved"], rows, row_bytes)
+        ),
+    )
+
+
+def live_row_bytes(live: Manifest | None, form: RowFormat | None = None) -> float:
+    """Bytes of a row of the live table and its index entry; 0 if there is none, or none of the wanted form."""
+    if live is None or not live.rows:
+        return 0.0
+    if form and (live.file_format, live.compression, live.layout) != (form.name, form.compression, form.layout):
+        return 0.0
+    return sum(file.n_bytes for file in (*live.files, *live.index_files)) / live.rows
+
+
+def find_changes(live: Manifest | None, plan: EmbedPlan) -> list[str]:
+    """What makes all rows of the live table useless."""
+    from pipeline.run.resolve import describe_changes
+
+    if live is None or live.fingerprint == plan.fingerprint:
+        return []
+    return list(describe_changes(live.identity, plan.identity))
+
+
+def find_stops(
+    settled: Settled, live: Manifest | None, seen: Seen, dead: Counter[str], deleted: int, rows: int, row_bytes: float
+) -> Iterator[str]:
+    """The messages that a run would stop with."""
+    from pipeline.run.resolve import check_model
+
+    config = settled.config
+    reindex = config.reindex
+    if live is not None and config.read.limit:
+        yield f"--limit={config.read.limit} is for trials and --output={config.write.output} already holds a table"
+    refuses = reindex.on_model_change == "stop" or reindex.keeps_deleted
+    counts: dict[str, dict[str, float]] = {
+        "read": {"records": float(seen.read["records"])},
+        "write_dead_letters": {**dead},
+    }
+    n_live = seen.known.count_live_ids()
+    checks: tuple[Callable[[], None], ...] = (
+        lambda: check_model(live, settled.plan, config) if refuses else None,
+        lambda: check_free_space(settled.store.work, rows, round(row_bytes)),
+        lambda: check_counts(counts, config.write.max_dead_fraction),
+        lambda: check_deletes(deleted, n_live, reindex.max_delete_fraction),
+    )
+    for check in checks:
+        try:
+            check()
+        except EmbeamError as error:
+            yield str(error)
+
+
+def _blocks(documents: Iterator[Document]) -> Iterator[list[Document]]:
+    """Documents in lists of the sizes in which a run looks them up."""
+    block: list[Document] = []
+    characters = 0
+    for document in documents:
+        block.append(document)
+        characters += _size(document)
+        if len(block) >= BUFFERED_DOCUMENTS or characters >= BUFFERED_CHARACTERS:
+            yield block
+            block, characters = [], 0
+    if block:
+        yield block
+
+
+def _size(document: Document) -> int:
+    return len(document.text) + len(document.pair or "")

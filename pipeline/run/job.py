@@ -1,0 +1,242 @@
+"""One run from start to end: checks first, then the pipeline, then what is left behind."""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import apache_beam as beam
+from apache_beam.options.pipeline_options import GoogleCloudOptions, PipelineOptions, StandardOptions
+
+from pipeline import __version__
+from pipeline.config import EmbedConfig
+from pipeline.embed import Job, build_pipeline
+from pipeline.encoders.runtime import load_tensorflow
+from pipeline.engines.dataflow import cancel_job, describe_job, explain_job, job_lives, link_job, validate_options
+from pipeline.engines.runner import is_local, make_runner, prepare_options
+from pipeline.errors import ConfigError, RunError, first_line
+from pipeline.files import absolute_path, join, make_folder
+from pipeline.files import is_local as is_local_path
+from pipeline.progress import Progress
+from pipeline.report.logs import report_news
+from pipeline.report.progress_bar import ProgressReporter
+from pipeline.reuse.journal import journal_folder
+from pipeline.reuse.journal_writer import flush_journals
+from pipeline.run.failures import explain_failure, watch_threads
+from pipeline.run.resolve import Settled, check_model, prepare_joins, prepare_takeover, settle
+from pipeline.signals import on_stop
+from pipeline.sinks.writing import DeadLetterFormat
+from pipeline.tables.attempts import abandon_attempt, sweep_dead_attempts
+from pipeline.tables.folder import FolderStore
+from pipeline.tables.lock import EXPIRY_SECONDS, LEASE_SECONDS, Lease, TableLock
+from pipeline.tables.manifest import Manifest, attempts_folder
+from pipeline.tables.pointer import is_gcs
+from pipeline.tables.publish import Publication, check_free_space, name_snapshot
+from pipeline.tables.store import CommitPlan
+
+_LOGGER = logging.getLogger(__name__)
+_STORED_BYTES = {"float32": 4.0, "float16": 2.0, "int8": 1.0, "binary": 0.125}
+_OTHER_ROW_BYTES = 260  # id, hash, counts, framing, index
+
+
+def build_table(
+    config: EmbedConfig, options: PipelineOptions | None = None, show_progress: bool = False
+) -> Manifest | None:
+    """Runs the whole job: reads, embeds, writes and publishes a new snapshot of the table.
+
+    Args:
+      config: all settings; `read.input` and `write.output` are needed.
+      options: Beam's options; by default the local engine.
+      show_progress: whether to report to stderr while it runs.
+
+    Returns:
+      The new snapshot's manifest; None if the job was only staged, as a template, and publishes it by itself.
+
+    Raises:
+      EmbeamError: if the configuration cannot work, the output cannot be written, or the run is stopped; the table's
+        live snapshot is then what it was before.
+    """
+    load_tensorflow()
+    started = time.time()
+    options = options or PipelineOptions([])
+    distributed = not is_local(options.view_as(StandardOptions).runner or "")
+    prepare_options(options, config)
+    runner = make_runner(options)
+    if distributed:
+        validate_options(options, runner)
+    settled = settle(config)
+    store, name = settled.store, name_snapshot()
+    store.check(config)
+    make_folder(store.work)
+    expiry_seconds = LEASE_SECONDS if distributed else EXPIRY_SECONDS
+    with (
+        TableLock(store.work, name, expiry_seconds=expiry_seconds) as lock,
+        scratch_folder(store.work, name) as scratch,
+    ):
+        forget = on_stop(lock.release)
+        try:
+            job = prepare_job(settled, name, started, distributed, scratch)
+            reporter = ProgressReporter(scratch, job.input.total_bytes)
+            with reporter if show_progress and not distributed else nullcontext():
+                run_job(job, runner, options, lock.hand_over, show_progress)
+            if options.view_as(GoogleCloudOptions).template_location:
+                lock.hand_over()
+                return None
+        finally:
+            forget()
+    manifest = store.read_live().manifest
+    if manifest is None or manifest.snapshot != name:
+        raise RunError(f"the engine says that it is done, and {store.shown} was not published; see its own log")
+    return manifest
+
+
+@contextmanager
+def scratch_folder(work: str, name: str) -> Iterator[str]:
+    """A local folder for what the run's processes share: on the table's disk if that is local, as it grows with it."""
+    sweep_dead_attempts(work)
+    if is_local_path(work):
+        folder = join(attempts_folder(work, name), "scratch")
+        os.makedirs(folder)
+    else:
+        folder = tempfile.mkdtemp(prefix="embeam-")
+    forget = on_stop(lambda: shutil.rmtree(folder, ignore_errors=True))
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+        forget()
+
+
+def run_job(
+    job: Job,
+    runner: Any,
+    options: PipelineOptions,
+    leave: Callable[[], object] = lambda: None,
+    show_progress: bool = False,
+) -> None:
+    """Runs a prepared job to its end; one that fails leaves its dead letters and its journal.
+
+    Args:
+      job: from `prepare_job`.
+      runner: from `make_runner`.
+      options: the engine's.
+      leave: hands the table over to a job that outlives this process.
+      show_progress: whether to say on stderr where a job can be looked at.
+
+    Raises:
+      EmbeamError: if it fails.
+    """
+    publication = job.commit_plan.publication
+    names = (publication.table, publication.name, publication.previous)
+    running: Any = None
+    reasons: list[BaseException] = []
+    left = threading.Event()  # a job that may still write keeps its files and its lock
+
+    def stop() -> str:
+        if left.is_set():
+            return ""
+        try:
+            flush_journals()
+        except Exception as problem:  # a full disk; what was written earlier counts all the same
+            _LOGGER.warning("the last seconds of work could not be kept: %s", problem)
+        return abandon_attempt(*names)
+
+    def cancel() -> None:
+        if running is not None and job.distributed and not cancel_job(running):
+            left.set()
+            leave()
+
+    forget, forget_job = on_stop(stop), on_stop(cancel, first=True)
+    try:
+        pipeline = beam.Pipeline(runner=runner, options=options)
+        build_pipeline(pipeline, job)
+        running = pipeline.run()
+        if show_progress and (link := link_job(running, options)):
+            report_news(f"the Dataflow job {running.job_id()} runs: {link}")
+        with watch_threads() as reasons:
+            running.wait_until_finish()
+    except Exception as error:
+        if running is not None and job_lives(running):
+            left.set()
+            leave()
+            reason = first_line(reasons[-1] if reasons else error)
+            raise RunError(f"lost touch with {describe_job(running, options)} ({reason})") from error
+        try:
+            if letters := stop():
+                _LOGGER.warning("the dead letters of the failed run are in %s until the next run", letters)
+        except Exception as problem:
+            _LOGGER.warning("what the failed run had written could not be removed: %s", problem)
+        raise explain_failure(error, explain_job(error, options)) from error
+    finally:
+        forget_job()
+        forget()
+
+
+def prepare_job(settled: Settled, name: str, started: float, distributed: bool = False, scratch: str = "") -> Job:
+    """Looks at the output and at what is known already; the caller holds the table's lock.
+
+    Args:
+      settled: from `settle`.
+      name: of the new snapshot.
+      started: when the run began, in seconds since the epoch.
+      distributed: whether the engine may shuffle what grows with the corpus.
+      scratch: an empty local folder that all processes of the run see.
+
+    Raises:
+      EmbeamError: if the run could not succeed.
+    """
+    config, store, found, n_documents, kept, plan = settled
+    live, version = store.read_live()
+    if config.read.limit and live:
+        raise ConfigError(
+            f"--limit={config.read.limit} is for trials and --output={config.write.output} already holds a table; "
+            "give another folder"
+        )
+    check_model(live, plan, config)
+    layout = plan.layout(kept)
+    row_bytes = _OTHER_ROW_BYTES + int(plan.dimension * _STORED_BYTES[layout.dtype])
+    check_free_space(store.work, n_documents, row_bytes)
+    form = store.choose_form(config, layout)
+    attempts = attempts_folder(store.work, name)
+    make_folder(attempts)
+    if distributed:
+        if not isinstance(store, FolderStore):
+            raise ConfigError(f"--output={store.shown}: tables in databases are written by --runner=local only")
+        takeover = prepare_joins(store, live, plan, form, config)
+    else:
+        takeover = prepare_takeover(store, live, plan, form, scratch, config.reindex.verify_live)
+    settings = config.flat() | {
+        flag: absolute_path(path)  # a later query may run in another folder
+        for flag in ("encoder", "preprocessor")
+        if (path := config.flat()[flag])
+    }
+    if config.reindex.retry_dead_letters and live:
+        settings = dict(live.settings)  # what the table is made from has not changed
+    settings |= {"encoder_graph": plan.encoder.graph, "precision": plan.encoder.precision}  # as settled
+    facts = {
+        "embeam": __version__,
+        "file_format": form.name,
+        "compression": form.compression,
+        "layout": form.layout,
+        "fingerprint": plan.fingerprint,
+        "identity": plan.identity,
+        "settings": settings,
+        "parity": plan.encoder.parity._asdict() if plan.encoder.parity else {},
+    }
+    dead = config.write.max_dead_fraction
+    previous = live.snapshot if live else ""
+    publication = Publication(store.work, name, previous, version, started, facts, dead, config.reindex)
+    letters = DeadLetterFormat(config.write.dead_letter_text)
+    commit = CommitPlan(publication, takeover, form, config.write.shard_bytes, letters)
+    lease = Lease(store.work, name) if distributed and is_gcs(store.work) else None
+    progress = Progress("" if distributed else scratch, name, dead, lease.renew if lease else None)
+    journal = journal_folder(store.work, plan.fingerprint)
+    committer = store.committer(commit)
+    return Job(config, found, kept, plan, attempts, journal, commit, committer, distributed, lease, progress)

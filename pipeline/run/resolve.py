@@ -1,0 +1,153 @@
+"""What can be known of a run before it begins: its input, its model, and what the table has already."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+from pipeline.config import EmbedConfig, KeptField
+from pipeline.embedding_spec import EmbedPlan, plan_embedding
+from pipeline.engines.presets import find_device
+from pipeline.errors import ConfigError, InputError, RunError, TableError
+from pipeline.reuse.distributed import JoinRule
+from pipeline.reuse.index import build_known
+from pipeline.reuse.journal import journal_folder, list_segments
+from pipeline.reuse.look_up import RecallRule
+from pipeline.sinks.writing import RowFormat
+from pipeline.sources.planning import InputPlan, plan_dead_letters, plan_input
+from pipeline.sources.sampling import infer_kept_fields, sample_input
+from pipeline.tables.folder import FolderStore
+from pipeline.tables.manifest import Manifest
+from pipeline.tables.store import Store, Takeover, open_store
+
+_LOGGER = logging.getLogger(__name__)
+
+
+class Settled(NamedTuple):
+    """A configuration with everything that can be known without touching the output."""
+
+    config: EmbedConfig
+    store: Store
+    found: InputPlan
+    n_documents: int  # of the input, about
+    kept: tuple[KeptField, ...]
+    plan: EmbedPlan
+
+
+def settle(config: EmbedConfig) -> Settled:
+    """Checks everything that can be known without touching the output.
+
+    Raises:
+      EmbeamError: if the run could not succeed.
+    """
+    if not config.write.output:
+        raise ConfigError("--output is missing; name the folder of the table: --output=table")
+    if config.write.output_format == "parquet" and config.write.compression == "gzip":
+        raise ConfigError("--compression=gzip: Parquet files are compressed inside; leave it out")
+    store = open_store(config.write.output, config.write.work_dir)
+    if config.reindex.retry_dead_letters:
+        return settle_retry(config, store)
+    if not (config.read.input or config.read.query):
+        raise ConfigError("--input is missing; name the files to embed: --input='corpus/*.txt'")
+    found = plan_input(config.read)
+    if not found.files:
+        raise InputError(f"--input={' '.join(config.read.input)} matches only empty files; give files with text")
+    for path in found.empty_files:
+        _LOGGER.warning("%s is empty and holds no documents", path)
+    sample = sample_input(found, config.read)
+    kept = tuple(infer_kept_fields(sample.rows, config.read))
+    plan = plan_embedding(config, find_device(config.workers))
+    return Settled(config, store, found, sample.n_documents, kept, plan)
+
+
+def settle_retry(config: EmbedConfig, store: Store) -> Settled:
+    """As `settle`, for a run whose input are the live table's dead letters.
+
+    Raises:
+      EmbeamError: if there are none that hold their texts.
+    """
+    live = store.read_live().manifest
+    if live is None:
+        raise TableError(f"--retry_dead_letters: {store.shown} is no table yet; run without the flag first")
+    if not live.dead_letters:
+        raise RunError(f"--retry_dead_letters: {store.shown} has no dead letters; nothing is left to do")
+    if live.settings["dead_letter_text"] != "full":
+        raise ConfigError(
+            f"--retry_dead_letters: the dead letters of {store.shown} hold no texts, as it was made with "
+            f"--dead_letter_text={live.settings['dead_letter_text']}; run on the whole --input instead"
+        )
+    files = [(store.locate_dead_letters(live, file.name), file.n_bytes) for file in live.dead_letter_files]
+    read = replace(config.read, input=(), id_field="", max_document_bytes=1 << 40)  # they have been read once
+    write = replace(config.write, max_dead_fraction=1.0)
+    found = plan_dead_letters(files, read)
+    plan = plan_embedding(config, find_device(config.workers))
+    n_documents = sum(live.dead_letters.values())
+    return Settled(replace(config, read=read, write=write), store, found, n_documents, live.layout.kept, plan)
+
+
+def check_model(live: Manifest | None, plan: EmbedPlan, config: EmbedConfig) -> None:
+    """Says what differs between the live table and the wanted one, if that means to embed everything again.
+
+    Raises:
+      TableError: if that is not wanted.
+      ConfigError: if rows should be kept that cannot be made again.
+    """
+    if live is None or live.fingerprint == plan.fingerprint:
+        return
+    changes = "; ".join(describe_changes(live.identity, plan.identity))
+    if config.reindex.on_model_change == "stop":
+        raise TableError(
+            f"{config.write.output} was made otherwise ({changes}) and --on_model_change=stop; leave that out to embed "
+            "everything again, or give another --output"
+        )
+    if config.reindex.keeps_deleted:
+        flag = "--deletes=keep" if config.reindex.deletes == "keep" else "--retry_dead_letters"
+        raise ConfigError(
+            f"{flag}: {config.write.output} was made otherwise ({changes}), and its rows cannot be kept beside new "
+            "ones; give another --output, or leave the flag out to embed the whole input again"
+        )
+    _LOGGER.warning("%s was made otherwise (%s): everything is embedded again", config.write.output, changes)
+
+
+def describe_changes(old: dict[str, Any], new: dict[str, Any], name: str = "") -> Iterator[str]:
+    """What differs between two identities, such as `preprocessing.max_tokens 128 -> 256`."""
+    for key in sorted({*old, *new}):
+        before, after = old.get(key), new.get(key)
+        if isinstance(before, dict) and isinstance(after, dict):
+            yield from describe_changes(before, after, f"{name}{key}.")
+        elif before != after:
+            shown = (str(value) if len(str(value)) <= 40 else f"{str(value)[:12]}..." for value in (before, after))
+            yield f"{name}{key} {' -> '.join(shown)}"
+
+
+def prepare_takeover(
+    store: Store, live: Manifest | None, plan: EmbedPlan, form: RowFormat, scratch: str, verify: bool = False
+) -> Takeover:
+    """Indexes what is known, for the local back end: the live table and the journal of earlier attempts."""
+    folder = os.path.join(scratch, "known")
+    os.makedirs(folder)
+    reusable = live is not None and live.fingerprint == plan.fingerprint
+    lost = store.find_damaged(live, verify) if live else set()
+    indexes = store.read_indexes(live, folder, lost) if live else ()
+    build_known(folder, indexes, list_segments(store.work, plan.fingerprint), reusable)
+    rows_stay = live is not None and reusable and store.can_copy(live, form)
+    rule = RecallRule(folder, plan.split.prefix, reusable, rows_stay, form.layout.keep_text)
+    if live is None:
+        return Takeover(rule)
+    return Takeover(rule, store.reader(live, folder), reusable, store.live_files(live))
+
+
+def prepare_joins(
+    store: FolderStore, live: Manifest | None, plan: EmbedPlan, form: RowFormat, config: EmbedConfig
+) -> Takeover:
+    """Lists what is known, for the distributed back end."""
+    reusable = live is not None and live.fingerprint == plan.fingerprint
+    lost = store.find_damaged(live, config.reindex.verify_live) if live else set()
+    files = store.known_files(live, lost) if live else []
+    keeps, journal = config.reindex.keeps_deleted, journal_folder(store.work, plan.fingerprint)
+    reader = store.reader(live, "") if live else None
+    rule = JoinRule(tuple(files), journal, reader, reusable, form.layout, plan.split.prefix, keeps)
+    return Takeover(rule, reader, reusable)
