@@ -29,7 +29,7 @@ import tensorflow as tf
 from pipeline.errors import RunError, TableError
 from pipeline.records import Row
 from pipeline.reuse import journal
-from pipeline.reuse import journal_writer as journaling
+from pipeline.reuse import journal_writer
 from pipeline.tables.manifest import open_table
 from tests.support.paths import ENCODER
 from tests.support.processes import kill_group, start_cli, start_python, wait_for
@@ -199,9 +199,9 @@ def encode(corpus: Path, table: Path, **settings: Any) -> Any:
 STANDS_STILL = """
 import sys, threading
 from pathlib import Path
-from pipeline import cli
+from pipeline.cli import main as cli
 from pipeline.encoders.handler import LoadedEncoder
-from pipeline.reuse import journal_writer as journaling
+from pipeline.reuse import journal_writer
 
 told, encode, seen = Path(sys.argv.pop(1)), LoadedEncoder.encode, []
 
@@ -212,7 +212,7 @@ def encode_four(self, batch):
         threading.Event().wait()
     return encode(self, batch)
 
-LoadedEncoder.encode, journaling.FLUSH_BYTES = encode_four, 1
+LoadedEncoder.encode, journal_writer.FLUSH_BYTES = encode_four, 1
 cli.run()
 """
 
@@ -373,7 +373,7 @@ def test_the_journal_holds_back_neither_much_nor_for_half_a_minute(tmp_path, mon
     monkeypatch.setattr(journaling, "time", SimpleNamespace(monotonic=lambda: now[0]))
     folder = tmp_path / "journal" / "fingerprint"
     folder.mkdir(parents=True)
-    writer = journaling.JournalWriter(str(folder))
+    writer = journal_writer.JournalWriter(str(folder))
 
     def add(number: int, seconds: float, n_bytes: int = 256) -> list[int]:
         """How many rows each segment has after another row, so many seconds later."""
