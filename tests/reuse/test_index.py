@@ -12,8 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline.records import Document, Origin, Row, digest_id
-from pipeline.reuse import journal_writer as journaling
-from pipeline.reuse import look_up as recall
+from pipeline.reuse import journal_writer
+from pipeline.reuse import look_up
 from pipeline.reuse.distributed import read_journal, select_whole_rows
 from pipeline.reuse.index import SEGMENT, KnownVectors, build_known
 from pipeline.reuse.journal import list_folder, read_segment, write_segment
@@ -48,11 +48,11 @@ def test_a_set_of_digests_is_a_set(batches):
 
 
 def test_equal_texts_are_found_however_far_apart(tmp_path, monkeypatch):
-    monkeypatch.setattr(recall, "BUFFERED_DOCUMENTS", 2)
+    monkeypatch.setattr(look_up, "BUFFERED_DOCUMENTS", 2)
     table = SteppedTable(str(tmp_path / "table"))
     outcome = table.run([make_document(str(i), f"text {i % 3}") for i in range(11)])
     assert outcome.encoded == ["text 0", "text 1", "text 2"] and len(outcome.rows) == 11
-    monkeypatch.setattr(recall, "BUFFERED_CHARACTERS", 1)
+    monkeypatch.setattr(look_up, "BUFFERED_CHARACTERS", 1)
     again = table.run([make_document(str(i), f"text {i % 4}") for i in range(11)])
     assert again.encoded == ["text 3"] and len(again.rows) == 11
 
@@ -181,7 +181,7 @@ def test_a_segment_that_is_torn_or_damaged_is_none(tmp_path):
 
 
 def test_a_journal_is_written_once_there_is_enough(tmp_path, monkeypatch):
-    monkeypatch.setattr(journaling, "FLUSH_BYTES", 30)  # 11 are held of each
+    monkeypatch.setattr(journal_writer, "FLUSH_BYTES", 30)  # 11 are held of each
     writer = JournalWriter(str(tmp_path), seconds=1e9)
     writer.add(make_row("a", 1))
     writer.add(make_row("b", 2))

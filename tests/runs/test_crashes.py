@@ -370,7 +370,7 @@ def test_a_run_that_is_stopped_keeps_all_that_it_finished(tmp_path, number, to_g
 
 def test_the_journal_holds_back_neither_much_nor_for_half_a_minute(tmp_path, monkeypatch):
     now = [0.0]
-    monkeypatch.setattr(journaling, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    monkeypatch.setattr(journal_writer, "time", SimpleNamespace(monotonic=lambda: now[0]))
     folder = tmp_path / "journal" / "fingerprint"
     folder.mkdir(parents=True)
     writer = journal_writer.JournalWriter(str(folder))
@@ -397,7 +397,7 @@ def stopped_run(tmp_path_factory) -> tuple[Path, Path, Contents]:
     table = folder / "table"
     encode(write_corpus(folder / "c.jsonl", range(20), "old"), table)
     corpus = write_corpus(folder / "c.jsonl", range(5, 50), "old")  # 15 stay, 30 are new
-    with mock.patch.object(journaling, "FLUSH_BYTES", 1), pytest.raises(RunError, match="max_delete_fraction"):
+    with mock.patch.object(journal_writer, "FLUSH_BYTES", 1), pytest.raises(RunError, match="max_delete_fraction"):
         run_embed(corpus, table, id_field="id", max_delete_fraction=0.1)
     assert [count_rows(path) for path in list_segments(table)] == [1] * 30
     encode(corpus, folder / "fresh")

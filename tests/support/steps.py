@@ -29,7 +29,7 @@ from pipeline.engines.runner import make_runner
 from pipeline.files import make_folder
 from pipeline.preprocess.chunking import hash_content
 from pipeline.records import Chunk, DeadLetter, Document, Origin, Row, Tally
-from pipeline.reuse import distributed as joining
+from pipeline.reuse import distributed
 from pipeline.reuse.journal import journal_folder, list_folder, write_segment
 from pipeline.reuse.look_up import RecallDocuments
 from pipeline.run.resolve import prepare_joins, prepare_takeover
@@ -217,23 +217,23 @@ class Attempt:
         rule = self._plan.takeover.rule
         by_content, by_id = Outputs(), Outputs()
         groups = group(
-            known=flatten(joining.read_known_by_content(file, rule) for file in rule.files if rule.reusable),
-            journal=flatten(map(joining.read_journal_by_content, list_folder(rule.journal))),
-            documents=(joining._key_by_content(one, rule.prefix) for one in documents),
+            known=flatten(distributed.read_known_by_content(file, rule) for file in rule.files if rule.reusable),
+            journal=flatten(map(distributed.read_journal_by_content, list_folder(rule.journal))),
+            documents=(distributed._key_by_content(one, rule.prefix) for one in documents),
         )
-        by_content.add_bundle(joining.MeetByContent(rule), groups)
+        by_content.add_bundle(distributed.MeetByContent(rule), groups)
         fresh, probes, dead = self._encode(by_content["main"])
         rows, letters = [*fresh, *by_content["rows"]], [*letters, *dead]
         groups = group(
-            live=flatten(map(joining.ListLive(rule).process, range(len(rule.files)))),
-            fresh=map(joining._key_row, rows),
-            dead=flatten(map(joining._key_letter, letters)),
+            live=flatten(map(distributed.ListLive(rule).process, range(len(rule.files)))),
+            fresh=map(distributed._key_row, rows),
+            dead=flatten(map(distributed._key_letter, letters)),
             moved=by_content["moved"],
         )
-        blind = list(dict.fromkeys(flatten(map(joining._blind_file, letters))))
-        by_id.add_bundle(joining.MeetById(rule.keeps_deleted, rule.reusable), groups, blind)
+        blind = list(dict.fromkeys(flatten(map(distributed._blind_file, letters))))
+        by_id.add_bundle(distributed.MeetById(rule.keeps_deleted, rule.reusable), groups, blind)
         for file, numbers in group(rows=by_id["main"]):
-            rows += joining.ReadCarried(rule).process((file, numbers["rows"]))
+            rows += distributed.ReadCarried(rule).process((file, numbers["rows"]))
         tallies = [*by_content["tallies"], *by_id["tallies"], count_letters(letters)]
         return Results(self._write(rows, letters), tallies, probes, samples=by_content["samples"])
 
