@@ -58,13 +58,13 @@ def run_benchmark(name: str, options: argparse.Namespace) -> None:
     shutil.rmtree(folder, ignore_errors=True)
     os.makedirs(folder)
     module = importlib.import_module(f"benchmarks.{name}")
-    settled = argparse.Namespace(**vars(options), folder=folder, models=output)
-    settled.count = options.count or module.COUNT
-    settled.repetitions = options.repetitions or module.REPETITIONS
-    settled.size = options.size or module.SIZE
-    report = module.run(settled)
+    resolved = argparse.Namespace(**vars(options), folder=folder, models=output)
+    resolved.count = options.count or module.COUNT
+    resolved.repetitions = options.repetitions or module.REPETITIONS
+    resolved.size = options.size or module.SIZE
+    report = module.run(resolved)
     path = os.path.join(output, f"{name}.json")
-    write_json(name, report, vars(settled), path)
+    write_json(name, report, vars(resolved), path)
     print(f"{name}: {format_report(report)}\n  results: {path}\n", flush=True)
     shutil.rmtree(folder)
 

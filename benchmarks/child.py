@@ -72,7 +72,7 @@ def time_batches(owner: Any, method: str, is_spot_check: Callable[[Any], bool] =
 
 def is_spot_check(chunk: Any) -> bool:
     """Whether the product encodes a chunk only to compare its vector with the one that a row has."""
-    return bool(chunk.document.is_probe)
+    return bool(chunk.document.is_spot_check)
 
 
 def embed(arguments: list[str]) -> dict[str, float]:

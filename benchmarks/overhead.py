@@ -21,7 +21,7 @@ from benchmarks.models import find_models
 from benchmarks.texts import make_sentences, write_lines
 
 if TYPE_CHECKING:
-    from pipeline.embedding_spec import EmbedPlan
+    from pipeline.embedding_spec import EmbeddingSpec
     from pipeline.records import Batch
 
 SIZE, COUNT, REPETITIONS = "base", 400, 3
@@ -33,10 +33,10 @@ def capture_batches(texts: str, encoder: str, preprocessor: str, packed: str) ->
     import numpy as np
 
     from pipeline.config import EmbedConfig
-    from pipeline.embedding_spec import plan_embedding
+    from pipeline.embedding_spec import make_embedding_spec
     from pipeline.preprocess.packing import pack_batch
 
-    plan = plan_embedding(EmbedConfig.from_flat({"encoder": encoder, "preprocessor": preprocessor}))
+    plan = make_embedding_spec(EmbedConfig.from_flat({"encoder": encoder, "preprocessor": preprocessor}))
     with open(texts, encoding="utf-8") as file:
         batches = list(make_batches(plan, [line.rstrip("\n") for line in file]))
     arrays, n_padded = {}, 0
@@ -48,7 +48,7 @@ def capture_batches(texts: str, encoder: str, preprocessor: str, packed: str) ->
     return {"batches": len(batches), "padded_tokens": n_padded}
 
 
-def make_batches(plan: EmbedPlan, texts: list[str]) -> Iterator[Batch]:
+def make_batches(plan: EmbeddingSpec, texts: list[str]) -> Iterator[Batch]:
     """The pipeline's batches, by its own functions and without Beam; the ids of documents are the texts' numbers."""
     from pipeline.preprocess.batching import Batcher
     from pipeline.records import Chunk, Document

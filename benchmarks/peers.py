@@ -86,11 +86,11 @@ def encode_alone(models: str, precision: str, source: str, output: str) -> dict[
     from benchmarks.overhead import make_batches
     from benchmarks.peer_sides import time_encoding
     from pipeline.config import EmbedConfig
-    from pipeline.embedding_spec import plan_embedding
+    from pipeline.embedding_spec import make_embedding_spec
     from pipeline.encoders.handler import EncoderHandler
     from pipeline.vectors.storing import shape_vectors
 
-    plan = plan_embedding(EmbedConfig.from_flat(list_flags(models, precision)))
+    plan = make_embedding_spec(EmbedConfig.from_flat(list_flags(models, precision)))
     encoder = EncoderHandler(plan.encoder, plan.buckets.full_shapes()).load_model()
 
     def encode(texts: list[str]) -> np.ndarray:

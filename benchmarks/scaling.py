@@ -40,17 +40,17 @@ def embed_distributed(flags: dict[str, str], workers: int) -> dict[str, Any]:
     from pipeline.engines.runner import make_runner
     from pipeline.files import make_folder
     from pipeline.run.job import prepare_job, run_job, scratch_folder
-    from pipeline.run.resolve import settle
+    from pipeline.run.resolve import resolve
     from pipeline.tables.publish import name_snapshot
 
     engine = ["--direct_running_mode=multi_processing", f"--direct_num_workers={workers}"]
-    settled, options, name = settle(EmbedConfig.from_flat(flags)), PipelineOptions(engine), name_snapshot()
-    make_folder(settled.store.work)
+    resolved, options, name = resolve(EmbedConfig.from_flat(flags)), PipelineOptions(engine), name_snapshot()
+    make_folder(resolved.store.work)
     watch = WorkerWatch()
-    with scratch_folder(settled.store.work, name) as scratch, watch:
-        job = prepare_job(settled, name, time.time(), True, scratch)
+    with scratch_folder(resolved.store.work, name) as scratch, watch:
+        job = prepare_job(resolved, name, time.time(), True, scratch)
         run_job(job, make_runner(options), options)
-    manifest = settled.store.read_live().manifest
+    manifest = resolved.store.read_live().manifest
     assert manifest is not None
     return {"items": manifest.counts["encode"]["rows"], "cpu_seconds": watch.seconds()}
 

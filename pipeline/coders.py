@@ -7,23 +7,23 @@ from concurrent.futures import Future
 
 from apache_beam import coders
 
-from pipeline.records import Chunk, DeadLetter, Document, Encoded, Encoding, Origin, Pack, Row, Tally
+from pipeline.records import BundleCounts, Chunk, DeadLetter, Document, ElementGroup, Encoded, Encoding, Origin, Row
 
 
-class PackCoder(coders.Coder):
+class ElementGroupCoder(coders.Coder):
     """Pickles a pack, in which chunks of one document share that document: a row coder would repeat its text."""
 
-    def encode(self, value: Pack) -> bytes:
+    def encode(self, value: ElementGroup) -> bytes:
         return pickle.dumps(list(value), pickle.HIGHEST_PROTOCOL)
 
-    def decode(self, encoded: bytes) -> Pack:
-        return Pack(pickle.loads(encoded))
+    def decode(self, encoded: bytes) -> ElementGroup:
+        return ElementGroup(pickle.loads(encoded))
 
     def is_deterministic(self) -> bool:
         return False
 
     def to_type_hint(self) -> type:
-        return Pack
+        return ElementGroup
 
 
 class EncodingCoder(coders.Coder):
@@ -47,7 +47,7 @@ class EncodingCoder(coders.Coder):
         return Encoding
 
 
-coders.registry.register_coder(Pack, PackCoder)
+coders.registry.register_coder(ElementGroup, ElementGroupCoder)
 coders.registry.register_coder(Encoding, EncodingCoder)
-for _record in (Origin, Document, Chunk, Row, DeadLetter, Tally):
+for _record in (Origin, Document, Chunk, Row, DeadLetter, BundleCounts):
     coders.registry.register_coder(_record, coders.RowCoder)

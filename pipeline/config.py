@@ -265,7 +265,9 @@ class ReindexConfig(_Checked):
     )
     retry_dead_letters: bool = setting("try the table's dead letters again, instead of reading --input", False)
     create_vector_index: bool = setting("give a database's table an index for nearest neighbours", False)
-    gate: str = setting("check a snapshot before it goes live; off publishes whatever came out", "on", ("on", "off"))
+    validate: str = setting(
+        "check a snapshot before it is published; off publishes whatever came out", "on", ("on", "off")
+    )
     keep_snapshots: int = setting("how many snapshots are kept, the live one included", 2)
     grace_seconds: int = setting("how long a snapshot that is no longer live stays for its readers", 3600)
 

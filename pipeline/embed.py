@@ -9,9 +9,9 @@ import apache_beam as beam
 
 import pipeline.coders  # noqa: F401  tells Beam how records travel
 from pipeline.config import EmbedConfig, KeptField
-from pipeline.embedding_spec import EmbedPlan, plan_embedding
+from pipeline.embedding_spec import EmbeddingSpec, make_embedding_spec
 from pipeline.encoders.handler import Encode
-from pipeline.engines.dedicated_workers import OnOwnWorkers
+from pipeline.engines.dedicated_workers import OnDedicatedWorkers
 from pipeline.engines.presets import resource_hints, share_memory
 from pipeline.preprocess.batching import BatchByTokens
 from pipeline.preprocess.chunking import Preprocess
@@ -54,7 +54,7 @@ class EmbedDocuments(beam.PTransform):
 
     def __post_init__(self) -> None:
         super().__init__()
-        self.plan = plan_embedding(self.config)
+        self.plan = make_embedding_spec(self.config)
 
     def expand(self, documents: beam.PCollection) -> Embedded:
         if not documents.windowing.is_default():
@@ -69,9 +69,9 @@ class Encoding(NamedTuple):
     """What `EncodeChunks` gives."""
 
     rows: beam.PCollection  # of Row
-    probes: beam.PCollection  # of Row, for comparison only
+    spot_checks: beam.PCollection  # of Row, for comparison only
     dead_letters: beam.PCollection  # of DeadLetter
-    tallies: beam.PCollection  # of Tally
+    bundle_counts: beam.PCollection  # of BundleCounts
 
 
 @dataclass
@@ -84,7 +84,7 @@ class EncodeChunks(beam.PTransform):
       gpu_memory_mib: what a process may take of a GPU that it shares; 0 for one to itself.
     """
 
-    plan: EmbedPlan
+    plan: EmbeddingSpec
     journal: str = ""
     gpu_memory_mib: int = 0
 
@@ -92,18 +92,18 @@ class EncodeChunks(beam.PTransform):
         plan, vectors = self.plan, self.plan.vectors
         # A document of several chunks is safe only with its last one, which must not wait for its bucket to fill.
         max_waiting = SAFE_DOCUMENTS if vectors.average or vectors.chunked else 0
-        batches, batch_tallies = chunks | "Batch" >> BatchByTokens(plan.buckets, vectors.counts_tokens, max_waiting)
+        batches, batch_counts = chunks | "Batch" >> BatchByTokens(plan.buckets, vectors.counts_tokens, max_waiting)
         encoded = batches | "Encode" >> Encode(plan.encoder, plan.buckets.full_shapes(), self.gpu_memory_mib)
-        rows, probes, bad_vectors, encode_tallies = encoded | "Finish" >> Finish(vectors)
+        rows, spot_checks, bad_vectors, encode_counts = encoded | "Finish" >> Finish(vectors)
         if self.journal:
             rows = rows | "Journal" >> Journal(self.journal)
-        tallies = (batch_tallies, encode_tallies) | "Tallies" >> beam.Flatten()
-        return Encoding(rows, probes, bad_vectors, tallies)
+        bundle_counts = (batch_counts, encode_counts) | "Tallies" >> beam.Flatten()
+        return Encoding(rows, spot_checks, bad_vectors, bundle_counts)
 
 
 @dataclass(frozen=True)
 class Job:
-    """One run from files to a published table, with everything settled.
+    """One run from files to a published table, with everything resolved.
 
     Attributes:
       config: what the user asked for.
@@ -112,7 +112,7 @@ class Job:
       plan: how documents become rows.
       attempts: folder for what the run writes before it is published.
       journal: folder for finished vectors.
-      commit_plan: what is settled about the run's end.
+      commit_plan: what is resolved about the run's end.
       committer: what carries it out, by the kind of output.
       distributed: whether the engine may shuffle what grows with the corpus.
       lease: the hold on the table that the job's own workers keep and give back, where it may outlive its launcher.
@@ -122,7 +122,7 @@ class Job:
     config: EmbedConfig
     input: InputPlan
     kept: tuple[KeptField, ...]
-    plan: EmbedPlan
+    plan: EmbeddingSpec
     attempts: str
     journal: str
     commit_plan: CommitPlan
@@ -139,36 +139,36 @@ def build_pipeline(pipeline: beam.Pipeline, job: Job) -> beam.PCollection:
       PCollection[str]: the name of what was published.
     """
     write, plan = job.config.write, job.commit_plan
-    documents, unread, read_tallies = pipeline | "Read" >> ReadDocuments(
+    documents, unread, read_counts = pipeline | "Read" >> ReadDocuments(
         job.input, job.config.read, job.kept, job.attempts, job.distributed, job.progress
     )
     rule = plan.takeover.rule
     recalled = documents | "Recall" >> (JoinByContent(rule) if isinstance(rule, JoinRule) else Recall(rule))
-    chunks, bad_documents, preprocess_tallies = recalled.documents | "Preprocess" >> Preprocess(job.plan.split)
+    chunks, bad_documents, preprocess_counts = recalled.documents | "Preprocess" >> Preprocess(job.plan.split)
     workers = job.config.workers
     encode = EncodeChunks(job.plan, job.journal, share_memory(workers))
-    embedded = chunks | "Embed" >> (OnOwnWorkers(encode, resource_hints(workers)) if job.distributed else encode)
-    all_letters, rows = (unread, bad_documents, embedded.dead_letters), embedded.rows
-    tallies = [read_tallies, recalled.tallies, preprocess_tallies, embedded.tallies]
-    results = {"probes": embedded.probes}
+    embedded = chunks | "Embed" >> (OnDedicatedWorkers(encode, resource_hints(workers)) if job.distributed else encode)
+    all_dead_letters, rows = (unread, bad_documents, embedded.dead_letters), embedded.rows
+    bundle_counts = [read_counts, recalled.bundle_counts, preprocess_counts, embedded.bundle_counts]
+    results = {"spot_checks": embedded.spot_checks}
     if isinstance(rule, JoinRule):
         rows = (rows, recalled.rows) | "Rows" >> beam.Flatten()
-        carried = rows | "Carry" >> JoinById(rule, recalled.moved, all_letters)
+        carried = rows | "Carry" >> JoinById(rule, recalled.moved, all_dead_letters)
         rows = (rows, carried.rows) | "AllRows" >> beam.Flatten()
-        tallies.append(carried.tallies)
+        bundle_counts.append(carried.bundle_counts)
         results["samples"] = recalled.samples
     else:
         results["notes"] = recalled.notes
-    shards, row_tallies = rows | "WriteRows" >> WriteTo(job.attempts, plan.form, write.shard_bytes, job.progress)
-    all_shards, tallies = [shards], [*tallies, row_tallies]
+    shards, row_counts = rows | "WriteRows" >> WriteTo(job.attempts, plan.form, write.shard_bytes, job.progress)
+    all_shards, bundle_counts = [shards], [*bundle_counts, row_counts]
 
     # One writer per stage instead of one for all: the local engine would hold what crosses a Flatten in memory.
-    for stage, letters in zip(("Read", "Preprocess", "Encode"), all_letters, strict=True):
-        to = WriteTo(job.attempts, plan.letter_format, write.shard_bytes, job.progress)
-        letter_shards, letter_tallies = letters | f"Write{stage}DeadLetters" >> to
-        all_shards.append(letter_shards)
-        tallies.append(letter_tallies)
+    for stage, dead_letters in zip(("Read", "Preprocess", "Encode"), all_dead_letters, strict=True):
+        to = WriteTo(job.attempts, plan.dead_letter_format, write.shard_bytes, job.progress)
+        dead_letter_shards, dead_letter_counts = dead_letters | f"Write{stage}DeadLetters" >> to
+        all_shards.append(dead_letter_shards)
+        bundle_counts.append(dead_letter_counts)
 
     results["shards"] = tuple(all_shards) | "Shards" >> beam.Flatten()
-    results["tallies"] = tuple(tallies) | "Tallies" >> beam.Flatten()
+    results["bundle_counts"] = tuple(bundle_counts) | "Tallies" >> beam.Flatten()
     return pipeline | "Commit" >> Commit(job.committer, results, job.lease)

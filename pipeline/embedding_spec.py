@@ -1,4 +1,4 @@
-"""What a configuration comes to: encoder, tokeniser, batch shapes and fingerprint, settled before anything runs."""
+"""What a configuration comes to: encoder, tokeniser, batch shapes and fingerprint, resolved before anything runs."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ FIXED_PREPROCESSOR_LENGTH = 128  # of a preprocessor that can pack to one length
 
 
 @dataclass(frozen=True)
-class EmbedPlan:
+class EmbeddingSpec:
     """Everything that workers need to turn documents into rows; small and picklable.
 
     Attributes:
@@ -57,8 +57,8 @@ class EmbedPlan:
         return TableLayout(rule.vectors.dtype, self.dimension, *flags, rule.chunked, kept=kept)
 
 
-def plan_embedding(config: EmbedConfig, device: Device | None = None) -> EmbedPlan:
-    """Settles a configuration.
+def make_embedding_spec(config: EmbedConfig, device: Device | None = None) -> EmbeddingSpec:
+    """Resolves a configuration.
 
     Args:
       config: all settings.
@@ -103,7 +103,7 @@ def plan_embedding(config: EmbedConfig, device: Device | None = None) -> EmbedPl
         keep_text=config.write.keep_text,
     )
     buckets = Buckets(lengths, config.batching.batch_tokens or choose_batch_tokens(encoder, device))
-    return EmbedPlan(encoder, split, buckets, rule, dimension, identity)
+    return EmbeddingSpec(encoder, split, buckets, rule, dimension, identity)
 
 
 def choose_batch_tokens(encoder: EncoderSpec, device: Device) -> int:

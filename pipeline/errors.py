@@ -25,7 +25,7 @@ class RunError(EmbeamError):
     """A run that was stopped on purpose: too many dead letters, a full disk, no documents."""
 
 
-class GateError(RunError):
+class ValidationError(RunError):
     """A finished snapshot that must not become the live one."""
 
 

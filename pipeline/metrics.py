@@ -1,6 +1,6 @@
 """What an engine shows of a job while it runs: Beam's metrics, under fixed names in the namespace `embeam`.
 
-They are for watching and alerts. Engines may count a repeated bundle twice; the tallies, which the manifest is made
+They are for watching and alerts. Engines may count a repeated bundle twice; the counts, which the manifest is made
 from, they do not.
 """
 

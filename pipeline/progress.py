@@ -58,7 +58,7 @@ class Progress:
         if self.heartbeat:
             self.heartbeat()
 
-    def add_dead_letter(self, letter: DeadLetter) -> None:
+    def add_dead_letter(self, dead_letter: DeadLetter) -> None:
         """Counts a dead letter.
 
         Raises:
@@ -68,10 +68,11 @@ class Progress:
         with _lock:
             total = _counts[self.run]
             reasons = _reasons.setdefault(self.run, Counter())
-            reasons[letter.reason] += 1
+            reasons[dead_letter.reason] += 1
             seen = total["documents"] + total["dead_letters"]
         if seen >= TESTED_FROM_DOCUMENTS:
-            last = f"; the last: {letter.origin.path} {letter.origin.unit} {letter.origin.position}: {letter.message}"
+            path, position, unit = dead_letter.origin
+            last = f"; the last: {path} {unit} {position}: {dead_letter.message}"
             check_dead_fraction(reasons, seen, self.max_dead_fraction, last)
 
     def _write(self, total: Counter[str]) -> None:

@@ -1,4 +1,4 @@
-"""What flows between the stages: documents, chunks, batches, encoded batches, rows, dead letters, tallies.
+"""What flows between the stages: documents, chunks, batches, encoded batches, rows, dead letters, counts.
 
 Everything is a NamedTuple with primitive fields (Beam's RowCoder moves those about ten times faster than arrays or
 pickles), except `Batch`, which is a list because Beam takes `len()` of it for its batch-size metric.
@@ -38,7 +38,7 @@ class Document(NamedTuple):
       pair: the second segment, or None; its tokens get type id 1.
       kept: JSON list of the kept fields' values, in the order of the table's kept fields; empty if there are none.
       origin: where the document came from, for dead letters.
-      is_probe: it is encoded once more to be compared with the row that the table has of it, and makes no row itself.
+      is_spot_check: it is encoded once more, to be compared with its row of the table, and makes no row itself.
       followers: other documents with the same text and pair, which get its rows and its dead letters too; packed by
         `pack_followers`.
     """
@@ -48,7 +48,7 @@ class Document(NamedTuple):
     pair: Optional[str] = None
     kept: bytes = b""
     origin: Origin = Origin()
-    is_probe: bool = False
+    is_spot_check: bool = False
     followers: bytes = b""
 
 
@@ -110,7 +110,7 @@ class Batch(list[Chunk]):
         return Batch, (list(self), self.length, self.rows)
 
 
-class Pack(list[Any]):
+class ElementGroup(list[Any]):
     """A few hundred elements that go from one worker to another as one."""
 
 
@@ -203,14 +203,14 @@ class DeadLetter(NamedTuple):
         return cls(stage, reason, message, d.origin, d.id, d.text, content_hash or None, d.pair, d.kept)
 
 
-class Tally(NamedTuple):
+class BundleCounts(NamedTuple):
     """What one bundle of one stage counted; summed over a run they become the manifest's counts."""
 
     stage: str
     counts: bytes  # JSON object of numbers
 
     @classmethod
-    def of(cls, stage: str, counts: Mapping[str, float]) -> "Tally":
+    def of(cls, stage: str, counts: Mapping[str, float]) -> "BundleCounts":
         return cls(stage, json.dumps(dict(counts)).encode())
 
 

@@ -150,6 +150,6 @@ def wait_for_port(process: subprocess.Popen[bytes], port: int, log: Path) -> Non
 
 
 def find_free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("localhost", 0))
-        return int(probe.getsockname()[1])
+    with socket.socket() as spot_check:
+        spot_check.bind(("localhost", 0))
+        return int(spot_check.getsockname()[1])

@@ -162,7 +162,7 @@ def read_encoder(known: argparse.Namespace) -> Content:
       ConfigError: if flags contradict it.
     """
     load_tensorflow()  # before anything else imports it with all its noise
-    from pipeline.encoders.parity import ParityProbe
+    from pipeline.encoders.parity import ParityCheck
     from pipeline.encoders.spec import hash_variables
 
     shown = f"--from_encoder={known.from_encoder}"
@@ -192,7 +192,7 @@ def read_encoder(known: argparse.Namespace) -> Content:
             f"{name} has {len(vocabulary):,} pieces and the encoder {sizes.vocabulary:,} word embeddings; "
             "name the file with one piece for each"
         )
-    parity = ParityProbe(folder, sizes, hash_variables(folder, model)).prove("float32")
+    parity = ParityCheck(folder, sizes, hash_variables(folder, model)).prove("float32")
     if not parity.holds:
         raise EncoderError(
             f"{shown} does not compute what its variables suggest ({parity}) and would be written as something else; "

@@ -15,7 +15,7 @@ from pipeline.files import absolute_path
 
 if TYPE_CHECKING:
     from pipeline.cli.flags import Verbs
-    from pipeline.run.dry_run import Forecast
+    from pipeline.run.dry_run import DryRun
     from pipeline.run.verify import Finding, Verification
 
 SHOWN_FINDINGS = 20  # of each kind
@@ -92,18 +92,18 @@ def run_plan(known: argparse.Namespace) -> None:
 
     from dataclasses import asdict
 
-    from pipeline.run.dry_run import forecast_table
+    from pipeline.run.dry_run import make_dry_run
 
-    forecast = forecast_table(config)
-    print(json.dumps(asdict(forecast), indent=1) if known.json else format_plan(forecast, config.write.output))
+    dry_run = make_dry_run(config)
+    print(json.dumps(asdict(dry_run), indent=1) if known.json else format_plan(dry_run, config.write.output))
 
 
-def format_plan(forecast: Forecast, output: str) -> str:
+def format_plan(dry_run: DryRun, output: str) -> str:
     """What `embeam plan` prints."""
     from pipeline.records import REASONS
     from pipeline.report.summary import format_bytes
 
-    f = forecast
+    f = dry_run
     about = "about " if f.is_sampled else ""
     lines = [
         f"{output} would have {about}{f.rows:,} rows, about {format_bytes(f.bytes)}",
@@ -113,7 +113,7 @@ def format_plan(forecast: Forecast, output: str) -> str:
         + "".join(
             f", {n:,} {what}" for n, what in ((f.kept, "kept"), (f.stale, "kept as they were"), (f.lost, "lost")) if n
         ),
-        f"  to encode    {f.to_encode:,} texts; {f.recalled:,} have a vector already, {f.equal_texts:,} are equal to "
+        f"  to encode    {f.to_encode:,} texts; {f.reused:,} have a vector already, {f.same_text:,} are equal to "
         "another",
     ]
     if f.to_encode:
@@ -135,18 +135,18 @@ def format_plan(forecast: Forecast, output: str) -> str:
     return "\n".join(lines)
 
 
-def describe_time(forecast: Forecast) -> str:
+def describe_time(dry_run: DryRun) -> str:
     """How long encoding takes, and where that is known from."""
     from pipeline.report.progress_bar import format_seconds
 
-    if forecast.seconds is None:
+    if dry_run.seconds is None:
         return "unknown: the encoder's architecture is, and no earlier run tells its speed"
-    spent = f"about {format_seconds(forecast.seconds)} in the encoder, on one worker"
-    if forecast.speed == "measured":
-        return f"{spent}, at the speed of the run of {forecast.speed_source}"
-    if forecast.speed_source:
-        return f"{spent}; a rough guess, from the short run of {forecast.speed_source}"
-    return f"{spent}; a rough guess, from how fast this machine multiplies" if forecast.speed == "rough" else spent
+    spent = f"about {format_seconds(dry_run.seconds)} in the encoder, on one worker"
+    if dry_run.speed == "measured":
+        return f"{spent}, at the speed of the run of {dry_run.speed_source}"
+    if dry_run.speed_source:
+        return f"{spent}; a rough guess, from the short run of {dry_run.speed_source}"
+    return f"{spent}; a rough guess, from how fast this machine multiplies" if dry_run.speed == "rough" else spent
 
 
 def run_verify(known: argparse.Namespace) -> None:

@@ -60,7 +60,7 @@ class Parity(NamedTuple):
         return self.problem or f"max abs {self.max_abs:.1e}, lowest cosine {self.min_cosine:.6f}"
 
 
-class ParityProbe:
+class ParityCheck:
     """A few rows of mixed lengths that go through a SavedModel, once, and through our graph over its weights.
 
     Names and shapes do not tell the form of GELU, the epsilon of a norm or the masking; the outputs do. Loading both

@@ -14,7 +14,7 @@ from pipeline.config import EncoderConfig, VectorChoice
 from pipeline.encoders.architecture import Architecture, canonical_names, recognise_architecture
 from pipeline.encoders.cache import hash_file
 from pipeline.encoders.default import default_encoder
-from pipeline.encoders.parity import Parity, ParityProbe
+from pipeline.encoders.parity import Parity, ParityCheck
 from pipeline.encoders.runtime import Device, this_device
 from pipeline.encoders.saved_model import (
     TOKEN_INPUTS,
@@ -104,7 +104,7 @@ def describe_encoder(config: EncoderConfig, device: Device | None = None) -> tup
         recognise_architecture(model.variables) if takes == "tokens" else "it takes strings and tokenises itself"
     )
     if isinstance(found, Architecture):
-        probe = ParityProbe(folder, found, weights_hash)
+        probe = ParityCheck(folder, found, weights_hash)
         parity = probe.prove("float32")
         if not parity.holds:
             found = f"it does not compute what its variables suggest ({parity})"
@@ -127,8 +127,8 @@ def describe_encoder(config: EncoderConfig, device: Device | None = None) -> tup
     return spec, model
 
 
-def choose_graph(spec: EncoderSpec, config: EncoderConfig, probe: ParityProbe, device: Device) -> EncoderSpec:
-    """Settles graph and precision of an encoder of a known family, once for all workers.
+def choose_graph(spec: EncoderSpec, config: EncoderConfig, probe: ParityCheck, device: Device) -> EncoderSpec:
+    """Resolves graph and precision of an encoder of a known family, once for all workers.
 
     Raises:
       EncoderError: if the precision that is asked for would spoil the vectors.

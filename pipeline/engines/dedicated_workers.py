@@ -13,10 +13,10 @@ from typing import Any
 import apache_beam as beam
 
 from pipeline.bundles import end_bundle
-from pipeline.records import Chunk, Pack, Row
+from pipeline.records import Chunk, ElementGroup, Row
 
-PACK_ELEMENTS = 512
-PACK_BYTES = 4 << 20  # of texts, token ids and vectors
+GROUP_ELEMENTS = 512
+GROUP_BYTES = 4 << 20  # of texts, token ids and vectors
 
 
 def size_chunk(chunk: Chunk) -> int:
@@ -34,7 +34,7 @@ def ends_document(chunk: Chunk) -> bool:
     return chunk.number == chunk.n_chunks - 1
 
 
-class PackElements(beam.DoFn):
+class GroupElements(beam.DoFn):
     """Elements to packs, within the bundle."""
 
     def __init__(self, size: Callable[[Any], int], may_end: Callable[[Any], bool] | None = None) -> None:
@@ -42,13 +42,13 @@ class PackElements(beam.DoFn):
         self.may_end = may_end
 
     def start_bundle(self) -> None:
-        self._pack = Pack()
+        self._pack = ElementGroup()
         self._bytes = 0
 
-    def process(self, element: Any) -> Iterator[Pack]:
+    def process(self, element: Any) -> Iterator[ElementGroup]:
         self._pack.append(element)
         self._bytes += self.size(element)
-        is_full = len(self._pack) >= PACK_ELEMENTS or self._bytes >= PACK_BYTES
+        is_full = len(self._pack) >= GROUP_ELEMENTS or self._bytes >= GROUP_BYTES
         if is_full and (self.may_end is None or self.may_end(element)):
             yield self._take()
 
@@ -56,8 +56,8 @@ class PackElements(beam.DoFn):
         if self._pack:
             yield from end_bundle([self._take()])
 
-    def _take(self) -> Pack:
-        pack, self._pack, self._bytes = self._pack, Pack(), 0
+    def _take(self) -> ElementGroup:
+        pack, self._pack, self._bytes = self._pack, ElementGroup(), 0
         return pack
 
 
@@ -66,7 +66,7 @@ def unpack(packs: beam.PCollection, kind: type) -> beam.PCollection:
 
 
 @dataclass
-class OnOwnWorkers(beam.PTransform):
+class OnDedicatedWorkers(beam.PTransform):
     """Runs a transform apart from what is before and after it: PCollection[Chunk] -> what the transform gives.
 
     Attributes:
@@ -80,11 +80,11 @@ class OnOwnWorkers(beam.PTransform):
     def expand(self, chunks: beam.PCollection) -> Any:
         packs = (
             chunks
-            | "PackChunks" >> beam.ParDo(PackElements(size_chunk, ends_document)).with_output_types(Pack)
-            | "HandOver" >> beam.Reshuffle()
+            | "GroupChunks" >> beam.ParDo(GroupElements(size_chunk, ends_document)).with_output_types(ElementGroup)
+            | "ToDedicatedWorkers" >> beam.Reshuffle()
         )
         outputs = packs | "Workers" >> _Packed(self.inner).with_resource_hints(**self.hints)
-        return outputs._replace(rows=unpack(outputs.rows | "HandBack" >> beam.Reshuffle(), Row))
+        return outputs._replace(rows=unpack(outputs.rows | "FromDedicatedWorkers" >> beam.Reshuffle(), Row))
 
 
 class _Packed(beam.PTransform):
@@ -96,5 +96,5 @@ class _Packed(beam.PTransform):
 
     def expand(self, packs: beam.PCollection) -> Any:
         outputs = unpack(packs, Chunk) | self.inner
-        rows = outputs.rows | "PackRows" >> beam.ParDo(PackElements(size_row)).with_output_types(Pack)
+        rows = outputs.rows | "GroupRows" >> beam.ParDo(GroupElements(size_row)).with_output_types(ElementGroup)
         return outputs._replace(rows=rows)

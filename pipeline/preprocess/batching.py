@@ -18,7 +18,7 @@ import apache_beam as beam
 
 from pipeline import metrics
 from pipeline.bundles import end_bundle
-from pipeline.records import Batch, Chunk, Tally
+from pipeline.records import Batch, BundleCounts, Chunk
 
 # (up to this length, steps of): a finer grid wastes less on padding, a coarser one compiles fewer shapes.
 LENGTH_STEPS = ((64, 4), (128, 8), (256, 16), (512, 32))
@@ -117,8 +117,8 @@ class CollectBatches(beam.DoFn):
 
     def finish_bundle(self) -> Iterator[Any]:
         yield from end_bundle(map(self._count, self._batcher.drain()))
-        tally = Tally.of("batch", dict(self._counts))
-        yield from end_bundle([beam.pvalue.TaggedOutput("tallies", tally)])
+        counted = BundleCounts.of("batch", dict(self._counts))
+        yield from end_bundle([beam.pvalue.TaggedOutput("bundle_counts", counted)])
 
     def _count(self, batch: Batch) -> Batch:
         padded = batch.rows * batch.length
@@ -131,7 +131,7 @@ class CollectBatches(beam.DoFn):
 
 @dataclass
 class BatchByTokens(beam.PTransform):
-    """PCollection[Chunk] -> (PCollection[Batch], PCollection[Tally]), without a shuffle.
+    """PCollection[Chunk] -> (PCollection[Batch], PCollection[BundleCounts]), without a shuffle.
 
     Attributes:
       buckets: the grid of shapes.
@@ -147,5 +147,5 @@ class BatchByTokens(beam.PTransform):
     def expand(self, chunks: beam.PCollection) -> tuple[beam.PCollection, beam.PCollection]:
         outputs = chunks | "CollectBatches" >> beam.ParDo(
             CollectBatches(self.buckets, self.counts_tokens, self.max_waiting)
-        ).with_outputs("tallies", main="batches")
-        return outputs.batches, outputs.tallies
+        ).with_outputs("bundle_counts", main="batches")
+        return outputs.batches, outputs.bundle_counts

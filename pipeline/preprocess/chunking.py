@@ -19,7 +19,7 @@ from pipeline.encoders.runtime import load_tensorflow
 from pipeline.encoders.saved_model import resolve_handle
 from pipeline.errors import ConfigError
 from pipeline.preprocess.wordpiece import Vocabulary, load_tokenizer
-from pipeline.records import Chunk, DeadLetter, Document, Tally, list_followers
+from pipeline.records import BundleCounts, Chunk, DeadLetter, Document, list_followers
 
 BUFFERED_DOCUMENTS = 1024  # the tokeniser's kernel costs about 0.2 ms a call, whatever it is given
 BUFFERED_CHARACTERS = 4_000_000
@@ -246,8 +246,8 @@ class SplitDocuments(beam.DoFn):
             self._counts["dead_letters"] += 1
             message = "the text holds half of a surrogate pair, which no encoding can express"
             text = document.text.encode("utf-8", "backslashreplace").decode()
-            letter = DeadLetter("preprocess", "invalid_utf8", message, document.origin, document.id, text)
-            return [beam.pvalue.TaggedOutput("dead_letters", letter)]
+            dead_letter = DeadLetter("preprocess", "invalid_utf8", message, document.origin, document.id, text)
+            return [beam.pvalue.TaggedOutput("dead_letters", dead_letter)]
         self._buffer.append(document)
         self._characters += len(document.text) + len(document.pair or "")
         if len(self._buffer) >= BUFFERED_DOCUMENTS or self._characters >= BUFFERED_CHARACTERS:
@@ -256,15 +256,15 @@ class SplitDocuments(beam.DoFn):
 
     def finish_bundle(self) -> Iterable[Any]:
         yield from end_bundle(self._flush())
-        tally = Tally.of("preprocess", dict(self._counts))
-        yield from end_bundle([beam.pvalue.TaggedOutput("tallies", tally)])
+        counted = BundleCounts.of("preprocess", dict(self._counts))
+        yield from end_bundle([beam.pvalue.TaggedOutput("bundle_counts", counted)])
 
     def _flush(self) -> Iterator[Any]:
         documents, self._buffer, self._characters = self._buffer, [], 0
         if not documents:
             return
-        probes = [document for document in documents if document.is_probe]
-        wanted = [document for document in documents if not document.is_probe] if probes else documents
+        spot_checks = [document for document in documents if document.is_spot_check]
+        wanted = [document for document in documents if not document.is_spot_check] if spot_checks else documents
         begun = time.perf_counter()
         outputs = list(self._splitter.split(wanted))
         self._counts["tokenize_seconds"] += time.perf_counter() - begun
@@ -277,25 +277,25 @@ class SplitDocuments(beam.DoFn):
                 yield beam.pvalue.TaggedOutput("dead_letters", output)
                 for document in list_followers(followed[output.id]) if output.id in followed else ():
                     facts = output.stage, output.reason, output.message
-                    letter = DeadLetter.of(*facts, document, output.content_hash or "")
-                    yield beam.pvalue.TaggedOutput("dead_letters", letter)
+                    dead_letter = DeadLetter.of(*facts, document, output.content_hash or "")
+                    yield beam.pvalue.TaggedOutput("dead_letters", dead_letter)
             else:
                 self._counts["chunks"] += 1
                 self._counts["tokens"] += output.n_content
                 self._counts["truncated_tokens"] += output.n_truncated or 0
                 yield output
-        if probes:
-            yield from (output for output in self._splitter.split(probes) if isinstance(output, Chunk))
+        if spot_checks:
+            yield from (output for output in self._splitter.split(spot_checks) if isinstance(output, Chunk))
 
 
 @dataclass
 class Preprocess(beam.PTransform):
-    """PCollection[Document] -> (PCollection[Chunk], PCollection[DeadLetter], PCollection[Tally])."""
+    """PCollection[Document] -> (PCollection[Chunk], PCollection[DeadLetter], PCollection[BundleCounts])."""
 
     rule: SplitRule
 
     def expand(self, documents: beam.PCollection) -> tuple[beam.PCollection, beam.PCollection, beam.PCollection]:
         outputs = documents | "SplitDocuments" >> beam.ParDo(SplitDocuments(self.rule)).with_outputs(
-            "dead_letters", "tallies", main="chunks"
+            "dead_letters", "bundle_counts", main="chunks"
         )
-        return outputs.chunks, outputs.dead_letters, outputs.tallies
+        return outputs.chunks, outputs.dead_letters, outputs.bundle_counts

@@ -63,7 +63,7 @@ def summarize(manifest: Manifest | None, table: str) -> dict[str, Any]:
     """
     if manifest is None:
         return {"status": "staged", "table": table}
-    counts = {stage: manifest.counts.get(stage, {}) for stage in ("read", "preprocess", "batch", "encode", "carry")}
+    counts = {stage: manifest.counts.get(stage, {}) for stage in ("read", "preprocess", "batch", "encode", "merge")}
     padded, used = (counts["batch"].get(name, 0) for name in ("padded_tokens", "used_tokens"))
     return {
         "status": "published",
@@ -73,7 +73,7 @@ def summarize(manifest: Manifest | None, table: str) -> dict[str, Any]:
         "rows": manifest.rows,
         "documents": int(counts["read"].get("records", 0)),
         "encoded_chunks": int(counts["encode"].get("chunks", 0)),
-        "deleted": int(counts["carry"].get("deleted", 0)),
+        "deleted": int(counts["merge"].get("deleted", 0)),
         "dead_letters": sum(manifest.dead_letters.values()),
         "dead_letter_reasons": manifest.dead_letters,
         "tokens": int(counts["preprocess"].get("tokens", 0)),
@@ -86,7 +86,7 @@ def summarize(manifest: Manifest | None, table: str) -> dict[str, Any]:
 
 def describe_changes(manifest: Manifest) -> list[str]:
     """What a run found changed, and what it took over; nothing for the first run of a table without equal texts."""
-    recall, carry = manifest.counts.get("recall", {}), manifest.counts.get("carry", {})
+    recall, carry = manifest.counts.get("reuse", {}), manifest.counts.get("merge", {})
     found = [
         f"{int(recall[name]):,} {name}"
         for name in ("new", "changed", "updated", "remade", "unchanged")
@@ -95,7 +95,7 @@ def describe_changes(manifest: Manifest) -> list[str]:
     found += [f"{int(carry[name]):,} {name}" for name in ("deleted", "kept", "stale", "lost") if carry.get(name)]
     known = [
         f"{int(recall[name]):,} {what}"
-        for name, what in (("recalled", "had a vector already"), ("equal_texts", "equal to another text"))
+        for name, what in (("reused", "had a vector already"), ("same_text", "equal to another text"))
         if recall.get(name)
     ]
     lines = [f"  changes      {', '.join(found)}"] if manifest.previous and found else []

@@ -22,7 +22,7 @@ UNSEEN, STALE, KEPT, GONE = 0, 3, 4, 5  # besides STAYS and SUPERSEDED
 CARRIED = (STAYS, STALE, KEPT)
 
 
-def read_letters(shards: Iterable[Shard]) -> Letters:
+def read_dead_letters(shards: Iterable[Shard]) -> Letters:
     """Reads the dead letters that a run has written."""
     ids: list[bytes] = []
     blind: set[str] = set()
@@ -30,13 +30,13 @@ def read_letters(shards: Iterable[Shard]) -> Letters:
     for shard in shards:
         with open_file(shard.path) as stream:
             for line in stream:
-                letter = json.loads(line)
-                if letter["id"] is None:
-                    blind.add(letter["file"])
-                elif letter["reason"] != "duplicate_id":  # another document has the id, and counts
-                    ids.append(digest_id(letter["id"]))
-                if "content_hash" in letter:
-                    by_content[letter["content_hash"]].append(letter)
+                dead_letter = json.loads(line)
+                if dead_letter["id"] is None:
+                    blind.add(dead_letter["file"])
+                elif dead_letter["reason"] != "duplicate_id":  # another document has the id, and counts
+                    ids.append(digest_id(dead_letter["id"]))
+                if "content_hash" in dead_letter:
+                    by_content[dead_letter["content_hash"]].append(dead_letter)
     return Letters(np.unique(np.array(ids, "S16")), blind, dict(by_content))
 
 
@@ -59,7 +59,7 @@ class Fates(NamedTuple):
 def decide_fates(
     known: KnownVectors,
     notes: Iterable[Note],
-    letters: Letters,
+    dead_letters: Letters,
     recalled: np.ndarray,
     new_ids: np.ndarray,
     keeps_deleted: bool,
@@ -72,7 +72,7 @@ def decide_fates(
     Args:
       known: the index of known vectors.
       notes: of the run.
-      letters: the run's dead letters.
+      dead_letters: the run's dead letters.
       recalled: numbers of known rows whose vectors go on in other rows, `[n]`.
       new_ids: digests of the ids of all new rows, encoded or from known vectors, `[n]` of S16.
       keeps_deleted: whether rows of documents that are gone are kept.
@@ -88,8 +88,8 @@ def decide_fates(
             source[marks["row"]] = marks["source"] + len(sources)
             sources += names
     ids = known.entries["id"][:n]
-    is_dead = np.isin(ids, letters.ids[~np.isin(letters.ids, new_ids)])
-    blind = np.array([i for i, path in enumerate(sources) if path in letters.blind])
+    is_dead = np.isin(ids, dead_letters.ids[~np.isin(dead_letters.ids, new_ids)])
+    blind = np.array([i for i, path in enumerate(sources) if path in dead_letters.blind])
     unseen = fate == UNSEEN
     fate[unseen] = KEPT if keeps_deleted else GONE
     fate[(unseen & np.isin(source, blind)) | (is_dead & (fate != STAYS))] = STALE

@@ -18,9 +18,9 @@ import numpy as np
 
 from pipeline.bundles import end_bundle
 from pipeline.preprocess.chunking import hash_content
-from pipeline.records import DeadLetter, Document, Row, Tally, digest_id, pack_followers
+from pipeline.records import BundleCounts, DeadLetter, Document, Row, digest_id, pack_followers
 from pipeline.reuse.journal import list_folder, read_segment
-from pipeline.reuse.look_up import ProbePicker
+from pipeline.reuse.look_up import SpotCheckPicker
 from pipeline.reuse.merge import convert_rows
 from pipeline.sinks.index import read_index, whole_digest
 from pipeline.sinks.layout import Columns, TableLayout
@@ -63,9 +63,9 @@ class Joined(NamedTuple):
 
     documents: beam.PCollection  # of Document, to encode
     rows: beam.PCollection  # of Row, recalled
-    samples: beam.PCollection  # of Row, recalled, for comparison with probes
+    samples: beam.PCollection  # of Row, recalled, for comparison with spot checks
     moved: beam.PCollection  # of (digest, 0): ids of live rows whose vectors go on under another id
-    tallies: beam.PCollection
+    bundle_counts: beam.PCollection
 
 
 def read_known(known: KnownFile, rule: JoinRule) -> Iterator[Row]:
@@ -130,7 +130,7 @@ class MeetByContent(beam.DoFn):
 
     def start_bundle(self) -> None:
         self._counts: Counter[str] = Counter()
-        self._probes = ProbePicker()
+        self._probes = SpotCheckPicker()
 
     def process(self, group: tuple[str, dict[str, Iterable[Any]]]) -> Iterator[Any]:
         live_rows = list(group[1]["known"])
@@ -143,23 +143,23 @@ class MeetByContent(beam.DoFn):
         first = documents[0]
         if known:
             for document in documents:
-                self._counts["unchanged" if (document.id, document.kept) in live else "recalled"] += 1
+                self._counts["unchanged" if (document.id, document.kept) in live else "reused"] += 1
                 for row in known:
                     yield beam.pvalue.TaggedOutput("rows", give_row(row, document, self.rule.layout))
             for name in {row.id for row in live_rows} - {document.id for document in documents}:
                 yield beam.pvalue.TaggedOutput("moved", (digest_id(name), 0))
         else:
             self._counts["encoded"] += 1
-            self._counts["equal_texts"] += len(documents) - 1
+            self._counts["same_text"] += len(documents) - 1
             yield first._replace(followers=pack_followers(documents[1:]))
         if self._probes.picks("known" if known else "encoded"):
-            yield first._replace(is_probe=True)
+            yield first._replace(is_spot_check=True)
             for row in known:
                 yield beam.pvalue.TaggedOutput("samples", row)
 
     def finish_bundle(self) -> Iterator[Any]:
-        tally = Tally.of("recall", dict(self._counts))
-        yield from end_bundle([beam.pvalue.TaggedOutput("tallies", tally)])
+        counted = BundleCounts.of("reuse", dict(self._counts))
+        yield from end_bundle([beam.pvalue.TaggedOutput("bundle_counts", counted)])
 
 
 @dataclass
@@ -191,10 +191,10 @@ class JoinByContent(beam.PTransform):
             | "GroupByContent" >> beam.CoGroupByKey()
             | "MeetByContent"
             >> beam.ParDo(MeetByContent(rule))
-            .with_output_types(Document, rows=Row, samples=Row, moved=tuple[bytes, int], tallies=Tally)
-            .with_outputs("rows", "samples", "moved", "tallies", main="documents")
+            .with_output_types(Document, rows=Row, samples=Row, moved=tuple[bytes, int], bundle_counts=BundleCounts)
+            .with_outputs("rows", "samples", "moved", "bundle_counts", main="documents")
         )
-        return Joined(outputs.documents, outputs.rows, outputs.samples, outputs.moved, outputs.tallies)
+        return Joined(outputs.documents, outputs.rows, outputs.samples, outputs.moved, outputs.bundle_counts)
 
 
 def _key_by_content(document: Document, prefix: str) -> tuple[str, Document]:
@@ -247,8 +247,8 @@ class MeetById(beam.DoFn):
                 yield entry.file, entry.row
 
     def finish_bundle(self) -> Iterator[Any]:
-        tally = Tally.of("carry", dict(self._counts))
-        yield from end_bundle([beam.pvalue.TaggedOutput("tallies", tally)])
+        counted = BundleCounts.of("merge", dict(self._counts))
+        yield from end_bundle([beam.pvalue.TaggedOutput("bundle_counts", counted)])
 
 
 class ReadCarried(beam.DoFn):
@@ -268,7 +268,7 @@ class Carried(NamedTuple):
     """What `JoinById` gives."""
 
     rows: beam.PCollection  # of Row, stale or kept
-    tallies: beam.PCollection
+    bundle_counts: beam.PCollection
 
 
 @dataclass
@@ -278,12 +278,12 @@ class JoinById(beam.PTransform):
     Attributes:
       rule: what may be taken over.
       moved: from `JoinByContent`.
-      letters: PCollections of the run's dead letters.
+      dead_letters: PCollections of the run's dead letters.
     """
 
     rule: JoinRule
     moved: beam.PCollection
-    letters: Sequence[beam.PCollection]
+    dead_letters: Sequence[beam.PCollection]
 
     def expand(self, rows: beam.PCollection) -> Carried:
         rule = self.rule
@@ -293,34 +293,34 @@ class JoinById(beam.PTransform):
             | "ListLive" >> beam.ParDo(ListLive(rule)).with_output_types(tuple[bytes, LiveEntry])
         )
         fresh = rows | "FreshIds" >> beam.Map(_key_row).with_output_types(tuple[bytes, int])
-        letters = tuple(self.letters) | "Letters" >> beam.Flatten()
-        dead = letters | "DeadIds" >> beam.FlatMap(_key_letter).with_output_types(tuple[bytes, int])
-        blind = letters | "BlindFiles" >> beam.FlatMap(_blind_file).with_output_types(str) | beam.Distinct()
+        dead_letters = tuple(self.dead_letters) | "Letters" >> beam.Flatten()
+        dead = dead_letters | "DeadIds" >> beam.FlatMap(_key_dead_letter).with_output_types(tuple[bytes, int])
+        blind = dead_letters | "BlindFiles" >> beam.FlatMap(_blind_file).with_output_types(str) | beam.Distinct()
         outputs = (
             {"live": live, "fresh": fresh, "dead": dead, "moved": self.moved}
             | "GroupById" >> beam.CoGroupByKey()
             | "MeetById"
             >> beam.ParDo(MeetById(rule.keeps_deleted, rule.reusable), beam.pvalue.AsList(blind))
-            .with_output_types(tuple[int, int], tallies=Tally)
-            .with_outputs("tallies", main="carried")
+            .with_output_types(tuple[int, int], bundle_counts=BundleCounts)
+            .with_outputs("bundle_counts", main="carried")
         )
         carried = (
             outputs.carried
             | "GroupByFile" >> beam.GroupByKey()
             | "ReadCarried" >> beam.ParDo(ReadCarried(rule)).with_output_types(Row)
         )
-        return Carried(carried, outputs.tallies)
+        return Carried(carried, outputs.bundle_counts)
 
 
 def _key_row(row: Row) -> tuple[bytes, int]:
     return digest_id(row.id), row.chunk
 
 
-def _key_letter(letter: DeadLetter) -> list[tuple[bytes, int]]:
-    if letter.id is None or letter.reason == "duplicate_id":
+def _key_dead_letter(dead_letter: DeadLetter) -> list[tuple[bytes, int]]:
+    if dead_letter.id is None or dead_letter.reason == "duplicate_id":
         return []
-    return [(digest_id(letter.id), 0)]
+    return [(digest_id(dead_letter.id), 0)]
 
 
-def _blind_file(letter: DeadLetter) -> list[str]:
-    return [letter.origin.path] if letter.id is None else []
+def _blind_file(dead_letter: DeadLetter) -> list[str]:
+    return [dead_letter.origin.path] if dead_letter.id is None else []

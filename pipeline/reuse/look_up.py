@@ -20,7 +20,7 @@ import numpy as np
 
 from pipeline.bundles import end_bundle
 from pipeline.preprocess.chunking import hash_content
-from pipeline.records import Document, Origin, Tally, digest_id
+from pipeline.records import BundleCounts, Document, Origin, digest_id
 from pipeline.reuse.index import KnownVectors, open_known
 from pipeline.sinks.index import SourceNumbers, digest_kept, pack_records
 
@@ -103,7 +103,7 @@ class RecallRule:
     keep_text: bool
 
 
-class ProbePicker:
+class SpotCheckPicker:
     """Picks the first of a kind of document and then ever fewer: the 4th, the 16th, the 64th."""
 
     def __init__(self) -> None:
@@ -159,8 +159,8 @@ class Recaller:
         self.counts["documents"] += len(documents)
         self.counts["unchanged"] += int(stays.sum())
         self.counts["encoded"] += len(to_encode)
-        self.counts["recalled"] += len(known) - len(unknown)
-        self.counts["equal_texts"] += len(unknown) - len(to_encode)
+        self.counts["reused"] += len(known) - len(unknown)
+        self.counts["same_text"] += len(unknown) - len(to_encode)
         return Verdicts(names, rows, stays, known, to_encode)
 
     def _compare(self, documents: Sequence[Document], hashes: np.ndarray, found: list[np.ndarray]) -> np.ndarray:
@@ -203,7 +203,7 @@ class MarkWriter:
 
 
 class RecallDocuments(beam.DoFn):
-    """Passes on the documents that have to be encoded, and a few probes; notes the others."""
+    """Passes on the documents that have to be encoded, and a few spot checks; notes the others."""
 
     def __init__(self, rule: RecallRule) -> None:
         self.rule = rule
@@ -215,7 +215,7 @@ class RecallDocuments(beam.DoFn):
         self._buffer: list[Document] = []
         self._characters = 0
         self._recaller = Recaller(self._known, self.rule)
-        self._probes = ProbePicker()
+        self._probes = SpotCheckPicker()
         name = uuid.uuid4().hex
         self._marks = MarkWriter(os.path.join(self.rule.folder, f"marks-{name}.bin"))
         self._wishes_path = os.path.join(self.rule.folder, f"wishes-{name}.jsonl")
@@ -233,8 +233,8 @@ class RecallDocuments(beam.DoFn):
         self._wishes_file.close()
         notes = (self._marks.note, Note(self._wishes_path, "wishes"))
         yield from end_bundle(beam.pvalue.TaggedOutput("notes", note) for note in notes)
-        tally = Tally.of("recall", {name: n for name, n in self._recaller.counts.items() if n})
-        yield from end_bundle([beam.pvalue.TaggedOutput("tallies", tally)])
+        counted = BundleCounts.of("reuse", {name: n for name, n in self._recaller.counts.items() if n})
+        yield from end_bundle([beam.pvalue.TaggedOutput("bundle_counts", counted)])
 
     def _flush(self) -> Iterator[Document]:
         documents, self._buffer, self._characters = self._buffer, [], 0
@@ -248,7 +248,7 @@ class RecallDocuments(beam.DoFn):
             elif not verdicts.stays[i]:
                 self._wish(document, verdicts.names[i], verdicts.known[i])
             if self._probes.picks("encoded" if i in verdicts.to_encode else "known"):
-                yield document._replace(is_probe=True)
+                yield document._replace(is_spot_check=True)
 
     def _wish(self, document: Document, content_hash: str, rows: np.ndarray) -> None:
         if len(rows):
@@ -264,7 +264,7 @@ class Recalled(NamedTuple):
 
     documents: beam.PCollection  # of Document, to encode
     notes: beam.PCollection  # of Note
-    tallies: beam.PCollection  # of Tally
+    bundle_counts: beam.PCollection  # of BundleCounts
 
 
 @dataclass
@@ -274,6 +274,8 @@ class Recall(beam.PTransform):
     rule: RecallRule
 
     def expand(self, documents: beam.PCollection) -> Recalled:
-        recall = beam.ParDo(RecallDocuments(self.rule)).with_output_types(Document, notes=Note, tallies=Tally)
-        outputs = documents | "RecallDocuments" >> recall.with_outputs("notes", "tallies", main="documents")
-        return Recalled(outputs.documents, outputs.notes, outputs.tallies)
+        recall = beam.ParDo(RecallDocuments(self.rule)).with_output_types(
+            Document, notes=Note, bundle_counts=BundleCounts
+        )
+        outputs = documents | "RecallDocuments" >> recall.with_outputs("notes", "bundle_counts", main="documents")
+        return Recalled(outputs.documents, outputs.notes, outputs.bundle_counts)

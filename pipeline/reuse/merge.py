@@ -164,7 +164,7 @@ class Carrier:
             rows.append(build_row(columns, i, wish, self.form.layout))
         for start in range(0, len(rows), 1024):
             self._writer.write(rows[start : start + 1024])
-        self.counts["granted_rows"] += len(rows)
+        self.counts["reused_rows"] += len(rows)
 
 
 def build_row(columns: Columns, i: int, wish: Wish, layout: TableLayout) -> Row:

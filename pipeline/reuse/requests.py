@@ -27,7 +27,7 @@ class Letters(NamedTuple):
     Attributes:
       ids: digests of the documents' ids, sorted, `[n]` of S16.
       blind: files of which not every record could be told: they prove of no document that it is gone.
-      by_content: content hash to the letters of documents that were read.
+      by_content: content hash to the dead letters of documents that were read.
     """
 
     ids: np.ndarray
@@ -53,12 +53,12 @@ class Wishes(NamedTuple):
     dead: list[DeadLetter]
 
 
-def plan_wishes(notes: Iterable[Note], letters: Letters, fresh: Sequence[Shard], n_known: int) -> Wishes:
+def plan_wishes(notes: Iterable[Note], dead_letters: Letters, fresh: Sequence[Shard], n_known: int) -> Wishes:
     """Finds the rows for all wishes of a run. Takes 36 bytes of memory a wish.
 
     Args:
       notes: of the run.
-      letters: its dead letters.
+      dead_letters: its dead letters.
       fresh: its files of new rows.
       n_known: how many rows are known from before.
 
@@ -76,7 +76,7 @@ def plan_wishes(notes: Iterable[Note], letters: Letters, fresh: Sequence[Shard],
             digest = digest_id(wish.document.id)
             if wish.rows is None:
                 equal_block.append((bytes.fromhex(wish.content_hash), number, offset, digest))
-                dead += follow_letters(wish, letters)
+                dead += follow_dead_letters(wish, dead_letters)
             else:
                 known_block += [(row, number, offset) for row in wish.rows]
                 id_block.append(digest)
@@ -88,7 +88,7 @@ def plan_wishes(notes: Iterable[Note], letters: Letters, fresh: Sequence[Shard],
         wants.append(np.array(known_block, WANT))
         equal.append(np.array(equal_block, _EQUAL))
         ids.append(np.array(id_block, "S16"))
-    found, found_ids = find_equal(np.concatenate(equal), letters, files, fresh)
+    found, found_ids = find_equal(np.concatenate(equal), dead_letters, files, fresh)
     joined = np.concatenate([*wants, found])
     all_ids = np.concatenate([*ids, found_ids])
     return Wishes(paths, joined[np.argsort(joined["row"], kind="stable")], all_ids, files, dead)
@@ -103,14 +103,14 @@ def read_wishes(path: str) -> Iterator[tuple[int, Wish]]:
             offset += len(line)
 
 
-def follow_letters(wish: Wish, letters: Letters) -> list[DeadLetter]:
+def follow_dead_letters(wish: Wish, dead_letters: Letters) -> list[DeadLetter]:
     """The dead letters of a document whose text others have that could not be encoded; each of theirs once."""
-    facts = {(x["stage"], x["reason"], x["message"]): None for x in letters.by_content.get(wish.content_hash, ())}
+    facts = {(x["stage"], x["reason"], x["message"]): None for x in dead_letters.by_content.get(wish.content_hash, ())}
     return [DeadLetter.of(*fact, wish.document, wish.content_hash) for fact in facts]
 
 
 def find_equal(
-    waiting: np.ndarray, letters: Letters, files: Sequence[VectorFile], fresh: Sequence[Shard]
+    waiting: np.ndarray, dead_letters: Letters, files: Sequence[VectorFile], fresh: Sequence[Shard]
 ) -> tuple[np.ndarray, np.ndarray]:
     """The rows of this run for texts that are equal to one that was encoded.
 
@@ -136,7 +136,7 @@ def find_equal(
     rows = rows[first]
     low, high = (np.searchsorted(rows["content"], waiting["content"], side) for side in ("left", "right"))
     for content in np.unique(waiting["content"][low == high]):
-        if whole_digest(content).hex() not in letters.by_content:
+        if whole_digest(content).hex() not in dead_letters.by_content:
             raise RunError("a vector was lost between encoding and publishing; run the same command again")
     n = high - low
     wants = np.empty(int(n.sum()), WANT)

@@ -21,7 +21,7 @@ import numpy as np
 
 from pipeline.config import EmbedConfig
 from pipeline.embed import SAFE_DOCUMENTS
-from pipeline.embedding_spec import EmbedPlan
+from pipeline.embedding_spec import EmbeddingSpec
 from pipeline.encoders.architecture import text_flops
 from pipeline.encoders.runtime import has_gpu, load_tensorflow
 from pipeline.errors import EmbeamError
@@ -44,7 +44,7 @@ from pipeline.tables.store import Store
 from pipeline.vectors.storing import quantize_vectors
 
 if TYPE_CHECKING:
-    from pipeline.run.resolve import Settled
+    from pipeline.run.resolve import ResolvedRun
 
 SAMPLE_TEXTS, SAMPLE_CHARACTERS = 2000, 16_000_000  # that are tokenised
 SAMPLE_ROWS, SAMPLE_ROW_BYTES = 256, 8 << 20  # that are written to memory, to see how large they get
@@ -56,7 +56,7 @@ MATMUL_SHARE = 0.5  # of the rate of bare matmuls that encoders reach, about
 
 
 @dataclass(frozen=True)
-class Forecast:
+class DryRun:
     """What a run would do. Counts of documents and vectors are exact unless `is_sampled`, or dead letters are expected.
 
     Attributes:
@@ -65,8 +65,8 @@ class Forecast:
       changed: whose text is another one.
       updated: whose text is the same, but not the kept fields, or that are stored in another way.
       unchanged: whose rows stay.
-      recalled: of all but the unchanged: those whose vector is known.
-      equal_texts: of all but the unchanged: those with the text of another one that is encoded.
+      reused: of all but the unchanged: those whose vector is known.
+      same_text: of all but the unchanged: those with the text of another one that is encoded.
       to_encode: texts that are encoded.
       deleted: documents of the table that are gone from the input.
       stale: documents whose old rows stay because their new text cannot be embedded or read.
@@ -93,8 +93,8 @@ class Forecast:
     changed: int
     updated: int
     unchanged: int
-    recalled: int
-    equal_texts: int
+    reused: int
+    same_text: int
     to_encode: int
     deleted: int
     stale: int
@@ -116,7 +116,7 @@ class Forecast:
     stops: list[str] = field(default_factory=list)
 
 
-def forecast_table(config: EmbedConfig) -> Forecast:
+def make_dry_run(config: EmbedConfig) -> DryRun:
     """Forecasts a run from its whole input.
 
     Args:
@@ -125,18 +125,18 @@ def forecast_table(config: EmbedConfig) -> Forecast:
     Raises:
       EmbeamError: if the run could not even begin: settings that do not fit, no input, a damaged table.
     """
-    from pipeline.run.resolve import prepare_takeover, settle
+    from pipeline.run.resolve import prepare_takeover, resolve
 
-    settled = settle(config)
-    config = settled.config  # which retrying changes
-    live = settled.store.read_live().manifest
-    form = settled.store.choose_form(config, settled.plan.layout(settled.kept))
+    resolved = resolve(config)
+    config = resolved.config  # which retrying changes
+    live = resolved.store.read_live().manifest
+    form = resolved.store.choose_form(config, resolved.plan.layout(resolved.kept))
     with tempfile.TemporaryDirectory(prefix="embeam-plan-") as scratch:
-        takeover = prepare_takeover(settled.store, live, settled.plan, form, scratch)
+        takeover = prepare_takeover(resolved.store, live, resolved.plan, form, scratch)
         assert isinstance(takeover.rule, RecallRule)
-        seen = look_up_all(settled, takeover.rule, scratch)
-        measured = measure_texts(settled.plan, form, seen.sample.documents)
-        return combine(settled, live, form, takeover.reusable, seen, measured)
+        seen = look_up_all(resolved, takeover.rule, scratch)
+        measured = measure_texts(resolved.plan, form, seen.sample.documents)
+        return combine(resolved, live, form, takeover.reusable, seen, measured)
 
 
 class ThinnedSample:
@@ -178,7 +178,7 @@ class Seen(NamedTuple):
       read: counts of the reading, as in the manifest.
       counts: documents, as the run's recalling counts them.
       dead: dead letters of the reading, by reason.
-      letters: whose they are.
+      dead_letters: whose they are.
       recalled: numbers of the known rows whose vectors other rows are made of.
       equal: of some documents with the text of another one that is encoded: content hash, id and file.
       sample: of the texts to encode.
@@ -189,7 +189,7 @@ class Seen(NamedTuple):
     read: Counter[str]
     counts: Counter[str]
     dead: Counter[str]
-    letters: Accounts
+    dead_letters: Accounts
     recalled: np.ndarray
     equal: list[tuple[str, str, str]]
     sample: ThinnedSample
@@ -197,23 +197,23 @@ class Seen(NamedTuple):
     marks: MarkWriter
 
 
-def look_up_all(settled: Settled, rule: RecallRule, scratch: str) -> Seen:
+def look_up_all(resolved: ResolvedRun, rule: RecallRule, scratch: str) -> Seen:
     """Reads the whole input and looks every document up, as a run does."""
     known = KnownVectors(rule.folder)
     recaller, marks = Recaller(known, rule), MarkWriter(os.path.join(rule.folder, "marks-plan.bin"))
-    sample, letters = ThinnedSample(), Accounts(set(), set())
+    sample, dead_letters = ThinnedSample(), Accounts(set(), set())
     read: Counter[str] = Counter()
     dead: Counter[str] = Counter()
     recalled = [np.empty(0, np.int64)]
     equal: list[tuple[str, str, str]] = []
 
     def documents() -> Iterator[Document]:
-        for outcome in read_outcomes(settled.found, settled.config.read, settled.kept, scratch):
+        for outcome in read_outcomes(resolved.found, resolved.config.read, resolved.kept, scratch):
             if isinstance(outcome, Document):
                 yield outcome
             elif isinstance(outcome, DeadLetter):
                 dead[outcome.reason] += 1
-                letters.add(outcome.id, outcome.reason, outcome.origin.path)
+                dead_letters.add(outcome.id, outcome.reason, outcome.origin.path)
             else:
                 read.update(json.loads(outcome.counts))
 
@@ -227,7 +227,7 @@ def look_up_all(settled: Settled, rule: RecallRule, scratch: str) -> Seen:
             if not len(rows) and i not in verdicts.to_encode and len(equal) < SAMPLE_TEXTS:
                 equal.append((verdicts.names[i], block[i].id, block[i].origin.path))
     marks.close()
-    return Seen(read, recaller.counts, dead, letters, np.concatenate(recalled), equal, sample, known, marks)
+    return Seen(read, recaller.counts, dead, dead_letters, np.concatenate(recalled), equal, sample, known, marks)
 
 
 class Measured(NamedTuple):
@@ -248,11 +248,11 @@ class Measured(NamedTuple):
     row_bytes: float
 
     @property
-    def letters(self) -> list[DeadLetter]:
+    def dead_letters(self) -> list[DeadLetter]:
         return [made for made in self.made.values() if isinstance(made, DeadLetter)]
 
 
-def measure_texts(plan: EmbedPlan, form: RowFormat, documents: Sequence[Document]) -> Measured:
+def measure_texts(plan: EmbeddingSpec, form: RowFormat, documents: Sequence[Document]) -> Measured:
     """Tokenises texts, but encodes none."""
     rule, splitter = plan.vectors, plan.split.load()
     counts: Counter[str] = Counter()
@@ -279,7 +279,7 @@ def measure_texts(plan: EmbedPlan, form: RowFormat, documents: Sequence[Document
     return Measured(len(documents), counts, lengths, made, row_bytes)
 
 
-def measure_row(plan: EmbedPlan, form: RowFormat, chunks: Sequence[Chunk]) -> float:
+def measure_row(plan: EmbeddingSpec, form: RowFormat, chunks: Sequence[Chunk]) -> float:
     """Bytes of a row and its index entry, by writing some with random vectors to memory."""
     rng = np.random.default_rng(0)
     rows, n_bytes = [], 0
@@ -322,7 +322,7 @@ class Scaled(NamedTuple):
     source: str
 
 
-def scale_up(store: Store, plan: EmbedPlan, measured: Measured, n_texts: int) -> Scaled:
+def scale_up(store: Store, plan: EmbeddingSpec, measured: Measured, n_texts: int) -> Scaled:
     """From a sample to all texts."""
     if not measured.counts["chunks"] or not n_texts:
         return Scaled({}, 0, 0.0, "idle", "")
@@ -339,7 +339,7 @@ def scale_up(store: Store, plan: EmbedPlan, measured: Measured, n_texts: int) ->
     return Scaled(counts, padded, padded / rate if rate else None, "rough" if rate else "unknown", source)
 
 
-def count_batches(plan: EmbedPlan, measured: Measured, n_texts: int) -> Counter[int]:
+def count_batches(plan: EmbeddingSpec, measured: Measured, n_texts: int) -> Counter[int]:
     """Rows of all batches, padding rows included, by length."""
     # As in the graph: what waits for its bucket to fill leaves with the bundle, or after so many documents.
     most = SAFE_DOCUMENTS if plan.vectors.average or plan.vectors.chunked else n_texts
@@ -358,7 +358,7 @@ def count_batches(plan: EmbedPlan, measured: Measured, n_texts: int) -> Counter[
     return total
 
 
-def find_rate(store: Store, plan: EmbedPlan) -> tuple[float, str, bool]:
+def find_rate(store: Store, plan: EmbeddingSpec) -> tuple[float, str, bool]:
     """Padded tokens that the same encoder took in a second in the table's longest run.
 
     Returns:
@@ -387,7 +387,7 @@ def read_manifests(store: Store) -> Iterator[Manifest]:
             continue
 
 
-def measure_matmul(plan: EmbedPlan) -> float:
+def measure_matmul(plan: EmbeddingSpec) -> float:
     """FLOP/s of this machine's bare matmuls of the encoder's feed-forward, in about a tenth of a second."""
     tf = load_tensorflow()
     a = plan.encoder.architecture
@@ -405,40 +405,40 @@ def measure_matmul(plan: EmbedPlan) -> float:
 
 
 def combine(
-    settled: Settled, live: Manifest | None, form: RowFormat, reusable: bool, seen: Seen, measured: Measured
-) -> Forecast:
+    resolved: ResolvedRun, live: Manifest | None, form: RowFormat, reusable: bool, seen: Seen, measured: Measured
+) -> DryRun:
     """Puts the counts together, and finds what would stop the run."""
-    plan, config, counts = settled.plan, settled.config, seen.counts
-    to_encode, n_equal = counts["encoded"], counts["equal_texts"]
-    scaled = scale_up(settled.store, plan, measured, to_encode)
+    plan, config, counts = resolved.plan, resolved.config, seen.counts
+    to_encode, n_equal = counts["encoded"], counts["same_text"]
+    scaled = scale_up(resolved.store, plan, measured, to_encode)
     factor = to_encode / measured.documents if measured.documents else 0.0
     each = measured.counts["rows"] / measured.documents if measured.documents else 1.0
     dead = seen.dead.copy()
-    for reason, n in Counter(letter.reason for letter in measured.letters).items():
+    for reason, n in Counter(dead_letter.reason for dead_letter in measured.dead_letters).items():
         dead[reason] += round(n * factor)
-    for letter in measured.letters:
-        seen.letters.add(letter.id, letter.reason, letter.origin.path)
+    for dead_letter in measured.dead_letters:
+        seen.dead_letters.add(dead_letter.id, dead_letter.reason, dead_letter.origin.path)
     equal_rows = 0.0
     for content_hash, document_id, path in seen.equal:  # they share the fate of the text that is encoded
         made = measured.made.get(content_hash, each)
         if isinstance(made, DeadLetter):
             dead[made.reason] += 1
-            seen.letters.add(document_id, made.reason, path)
+            seen.dead_letters.add(document_id, made.reason, path)
         else:
             equal_rows += made
     if seen.equal:
         equal_rows *= n_equal / len(seen.equal)
-    ids = np.unique(np.array(list(seen.letters.ids), "S16"))
-    letters = Letters(ids, seen.letters.blind, {})
+    ids = np.unique(np.array(list(seen.dead_letters.ids), "S16"))
+    dead_letters = Letters(ids, seen.dead_letters.blind, {})
     keeps = config.reindex.keeps_deleted
-    fates = decide_fates(seen.known, [seen.marks.note], letters, seen.recalled, np.empty(0, "S16"), keeps)
+    fates = decide_fates(seen.known, [seen.marks.note], dead_letters, seen.recalled, np.empty(0, "S16"), keeps)
     carried = int(np.isin(fates.fate, CARRIED).sum()) if reusable else 0
     rows = carried + len(seen.recalled) + round(to_encode * each + equal_rows)
     row_bytes = live_row_bytes(live, form) or measured.row_bytes or live_row_bytes(live)
     lost = 0 if reusable else fates.counts["stale"] + fates.counts["kept"]
-    return Forecast(
+    return DryRun(
         **{name: counts[name] for name in ("documents", "new", "changed", "updated", "unchanged")},
-        **{name: counts[name] for name in ("recalled", "equal_texts")},
+        **{name: counts[name] for name in ("reused", "same_text")},
         to_encode=to_encode,
         deleted=fates.counts["deleted"],
         stale=fates.counts["stale"] if reusable else 0,
@@ -458,7 +458,7 @@ def combine(
         is_sampled=measured.documents < to_encode,
         changes=find_changes(live, plan),
         stops=list(
-            find_stops(settled, live, seen, dead, fates.counts["deleted"] - fates.counts["moved"], rows, row_bytes)
+            find_stops(resolved, live, seen, dead, fates.counts["deleted"] - fates.counts["moved"], rows, row_bytes)
         ),
     )
 
@@ -472,7 +472,7 @@ def live_row_bytes(live: Manifest | None, form: RowFormat | None = None) -> floa
     return sum(file.n_bytes for file in (*live.files, *live.index_files)) / live.rows
 
 
-def find_changes(live: Manifest | None, plan: EmbedPlan) -> list[str]:
+def find_changes(live: Manifest | None, plan: EmbeddingSpec) -> list[str]:
     """What makes all rows of the live table useless."""
     from pipeline.run.resolve import describe_changes
 
@@ -482,12 +482,18 @@ def find_changes(live: Manifest | None, plan: EmbedPlan) -> list[str]:
 
 
 def find_stops(
-    settled: Settled, live: Manifest | None, seen: Seen, dead: Counter[str], deleted: int, rows: int, row_bytes: float
+    resolved: ResolvedRun,
+    live: Manifest | None,
+    seen: Seen,
+    dead: Counter[str],
+    deleted: int,
+    rows: int,
+    row_bytes: float,
 ) -> Iterator[str]:
     """The messages that a run would stop with."""
     from pipeline.run.resolve import check_model
 
-    config = settled.config
+    config = resolved.config
     reindex = config.reindex
     if live is not None and config.read.limit:
         yield f"--limit={config.read.limit} is for trials and --output={config.write.output} already holds a table"
@@ -498,8 +504,8 @@ def find_stops(
     }
     n_live = seen.known.count_live_ids()
     checks: tuple[Callable[[], None], ...] = (
-        lambda: check_model(live, settled.plan, config) if refuses else None,
-        lambda: check_free_space(settled.store.work, rows, round(row_bytes)),
+        lambda: check_model(live, resolved.plan, config) if refuses else None,
+        lambda: check_free_space(resolved.store.work, rows, round(row_bytes)),
         lambda: check_counts(counts, config.write.max_dead_fraction),
         lambda: check_deletes(deleted, n_live, reindex.max_delete_fraction),
     )

@@ -30,7 +30,7 @@ from pipeline.report.progress_bar import ProgressReporter
 from pipeline.reuse.journal import journal_folder
 from pipeline.reuse.journal_writer import flush_journals
 from pipeline.run.failures import explain_failure, watch_threads
-from pipeline.run.resolve import Settled, check_model, prepare_joins, prepare_takeover, settle
+from pipeline.run.resolve import ResolvedRun, check_model, prepare_joins, prepare_takeover, resolve
 from pipeline.signals import on_stop
 from pipeline.sinks.writing import DeadLetterFormat
 from pipeline.tables.attempts import abandon_attempt, sweep_dead_attempts
@@ -71,8 +71,8 @@ def build_table(
     runner = make_runner(options)
     if distributed:
         validate_options(options, runner)
-    settled = settle(config)
-    store, name = settled.store, name_snapshot()
+    resolved = resolve(config)
+    store, name = resolved.store, name_snapshot()
     store.check(config)
     make_folder(store.work)
     expiry_seconds = LEASE_SECONDS if distributed else EXPIRY_SECONDS
@@ -82,7 +82,7 @@ def build_table(
     ):
         forget = on_stop(lock.release)
         try:
-            job = prepare_job(settled, name, started, distributed, scratch)
+            job = prepare_job(resolved, name, started, distributed, scratch)
             reporter = ProgressReporter(scratch, job.input.total_bytes)
             with reporter if show_progress and not distributed else nullcontext():
                 run_job(job, runner, options, lock.hand_over, show_progress)
@@ -169,8 +169,8 @@ def run_job(
             reason = first_line(reasons[-1] if reasons else error)
             raise RunError(f"lost touch with {describe_job(running, options)} ({reason})") from error
         try:
-            if letters := stop():
-                _LOGGER.warning("the dead letters of the failed run are in %s until the next run", letters)
+            if dead_letters := stop():
+                _LOGGER.warning("the dead letters of the failed run are in %s until the next run", dead_letters)
         except Exception as problem:
             _LOGGER.warning("what the failed run had written could not be removed: %s", problem)
         raise explain_failure(error, explain_job(error, options)) from error
@@ -179,11 +179,11 @@ def run_job(
         forget()
 
 
-def prepare_job(settled: Settled, name: str, started: float, distributed: bool = False, scratch: str = "") -> Job:
+def prepare_job(resolved: ResolvedRun, name: str, started: float, distributed: bool = False, scratch: str = "") -> Job:
     """Looks at the output and at what is known already; the caller holds the table's lock.
 
     Args:
-      settled: from `settle`.
+      resolved: from `resolve`.
       name: of the new snapshot.
       started: when the run began, in seconds since the epoch.
       distributed: whether the engine may shuffle what grows with the corpus.
@@ -192,7 +192,7 @@ def prepare_job(settled: Settled, name: str, started: float, distributed: bool =
     Raises:
       EmbeamError: if the run could not succeed.
     """
-    config, store, found, n_documents, kept, plan = settled
+    config, store, found, n_documents, kept, plan = resolved
     live, version = store.read_live()
     if config.read.limit and live:
         raise ConfigError(
@@ -219,7 +219,7 @@ def prepare_job(settled: Settled, name: str, started: float, distributed: bool =
     }
     if config.reindex.retry_dead_letters and live:
         settings = dict(live.settings)  # what the table is made from has not changed
-    settings |= {"encoder_graph": plan.encoder.graph, "precision": plan.encoder.precision}  # as settled
+    settings |= {"encoder_graph": plan.encoder.graph, "precision": plan.encoder.precision}  # as resolved
     facts = {
         "embeam": __version__,
         "file_format": form.name,
@@ -233,8 +233,8 @@ def prepare_job(settled: Settled, name: str, started: float, distributed: bool =
     dead = config.write.max_dead_fraction
     previous = live.snapshot if live else ""
     publication = Publication(store.work, name, previous, version, started, facts, dead, config.reindex)
-    letters = DeadLetterFormat(config.write.dead_letter_text)
-    commit = CommitPlan(publication, takeover, form, config.write.shard_bytes, letters)
+    dead_letters = DeadLetterFormat(config.write.dead_letter_text)
+    commit = CommitPlan(publication, takeover, form, config.write.shard_bytes, dead_letters)
     lease = Lease(store.work, name) if distributed and is_gcs(store.work) else None
     progress = Progress("" if distributed else scratch, name, dead, lease.renew if lease else None)
     journal = journal_folder(store.work, plan.fingerprint)

@@ -9,7 +9,7 @@ from dataclasses import replace
 from typing import Any, NamedTuple
 
 from pipeline.config import EmbedConfig, KeptField
-from pipeline.embedding_spec import EmbedPlan, plan_embedding
+from pipeline.embedding_spec import EmbeddingSpec, make_embedding_spec
 from pipeline.engines.presets import find_device
 from pipeline.errors import ConfigError, InputError, RunError, TableError
 from pipeline.reuse.distributed import JoinRule
@@ -26,7 +26,7 @@ from pipeline.tables.store import Store, Takeover, open_store
 _LOGGER = logging.getLogger(__name__)
 
 
-class Settled(NamedTuple):
+class ResolvedRun(NamedTuple):
     """A configuration with everything that can be known without touching the output."""
 
     config: EmbedConfig
@@ -34,10 +34,10 @@ class Settled(NamedTuple):
     found: InputPlan
     n_documents: int  # of the input, about
     kept: tuple[KeptField, ...]
-    plan: EmbedPlan
+    plan: EmbeddingSpec
 
 
-def settle(config: EmbedConfig) -> Settled:
+def resolve(config: EmbedConfig) -> ResolvedRun:
     """Checks everything that can be known without touching the output.
 
     Raises:
@@ -49,7 +49,7 @@ def settle(config: EmbedConfig) -> Settled:
         raise ConfigError("--compression=gzip: Parquet files are compressed inside; leave it out")
     store = open_store(config.write.output, config.write.work_dir)
     if config.reindex.retry_dead_letters:
-        return settle_retry(config, store)
+        return resolve_retry(config, store)
     if not (config.read.input or config.read.query):
         raise ConfigError("--input is missing; name the files to embed: --input='corpus/*.txt'")
     found = plan_input(config.read)
@@ -59,12 +59,12 @@ def settle(config: EmbedConfig) -> Settled:
         _LOGGER.warning("%s is empty and holds no documents", path)
     sample = sample_input(found, config.read)
     kept = tuple(infer_kept_fields(sample.rows, config.read))
-    plan = plan_embedding(config, find_device(config.workers))
-    return Settled(config, store, found, sample.n_documents, kept, plan)
+    plan = make_embedding_spec(config, find_device(config.workers))
+    return ResolvedRun(config, store, found, sample.n_documents, kept, plan)
 
 
-def settle_retry(config: EmbedConfig, store: Store) -> Settled:
-    """As `settle`, for a run whose input are the live table's dead letters.
+def resolve_retry(config: EmbedConfig, store: Store) -> ResolvedRun:
+    """As `resolve`, for a run whose input are the live table's dead letters.
 
     Raises:
       EmbeamError: if there are none that hold their texts.
@@ -83,12 +83,12 @@ def settle_retry(config: EmbedConfig, store: Store) -> Settled:
     read = replace(config.read, input=(), id_field="", max_document_bytes=1 << 40)  # they have been read once
     write = replace(config.write, max_dead_fraction=1.0)
     found = plan_dead_letters(files, read)
-    plan = plan_embedding(config, find_device(config.workers))
+    plan = make_embedding_spec(config, find_device(config.workers))
     n_documents = sum(live.dead_letters.values())
-    return Settled(replace(config, read=read, write=write), store, found, n_documents, live.layout.kept, plan)
+    return ResolvedRun(replace(config, read=read, write=write), store, found, n_documents, live.layout.kept, plan)
 
 
-def check_model(live: Manifest | None, plan: EmbedPlan, config: EmbedConfig) -> None:
+def check_model(live: Manifest | None, plan: EmbeddingSpec, config: EmbedConfig) -> None:
     """Says what differs between the live table and the wanted one, if that means to embed everything again.
 
     Raises:
@@ -124,7 +124,7 @@ def describe_changes(old: dict[str, Any], new: dict[str, Any], name: str = "") -
 
 
 def prepare_takeover(
-    store: Store, live: Manifest | None, plan: EmbedPlan, form: RowFormat, scratch: str, verify: bool = False
+    store: Store, live: Manifest | None, plan: EmbeddingSpec, form: RowFormat, scratch: str, verify: bool = False
 ) -> Takeover:
     """Indexes what is known, for the local back end: the live table and the journal of earlier attempts."""
     folder = os.path.join(scratch, "known")
@@ -141,7 +141,7 @@ def prepare_takeover(
 
 
 def prepare_joins(
-    store: FolderStore, live: Manifest | None, plan: EmbedPlan, form: RowFormat, config: EmbedConfig
+    store: FolderStore, live: Manifest | None, plan: EmbeddingSpec, form: RowFormat, config: EmbedConfig
 ) -> Takeover:
     """Lists what is known, for the distributed back end."""
     reusable = live is not None and live.fingerprint == plan.fingerprint

@@ -18,10 +18,10 @@ import numpy as np
 from apache_beam.pvalue import TaggedOutput
 
 from pipeline.config import EmbedConfig, KeptField, ReadConfig
-from pipeline.errors import ConfigError, GateError, InputError
+from pipeline.errors import ConfigError, InputError, ValidationError
 from pipeline.files import join, list_files, list_folders, open_file, read_checksum
 from pipeline.preprocess.chunking import hash_content
-from pipeline.records import DeadLetter, Document, Row, Tally, digest_id, pack_kept
+from pipeline.records import BundleCounts, DeadLetter, Document, Row, digest_id, pack_kept
 from pipeline.reuse.index import KnownVectors, build_known
 from pipeline.sinks.index import ENTRY, Index, digest_kept, read_index, whole_digest
 from pipeline.sinks.readers import ROWS, FileReader, Stored, VectorFile
@@ -88,8 +88,8 @@ def verify_table(table: str, input_globs: Sequence[str] = (), sample: int = 0) -
 
 def read_outcomes(
     found: InputPlan, config: ReadConfig, kept: Sequence[KeptField], work: str
-) -> Iterator[Document | DeadLetter | Tally]:
-    """Reads a planned input in this process as a run would: documents, dead letters, and a tally for each split.
+) -> Iterator[Document | DeadLetter | BundleCounts]:
+    """Reads a planned input in this process as a run would: documents, dead letters, and a counted for each split.
 
     Args:
       found: from `plan_input`.
@@ -151,7 +151,7 @@ class Verification:
         embedder = self._prepare_sample(input_globs) if sample else None
         plan = self._plan_input(input_globs) if input_globs else None
         there = self.check_files()
-        self.check_letters(there)
+        self.check_dead_letters(there)
         with tempfile.TemporaryDirectory(prefix="embeam-verify-") as scratch:
             build_known(scratch, self.check_rows(there), [], True)
             known = KnownVectors(scratch)
@@ -193,7 +193,7 @@ class Verification:
         elif sha256 != file.sha256:
             self._find("wrong_checksum", file.name, f"its sha256 is {sha256[:12]}..., not that of the run")
 
-    def check_letters(self, there: dict[str, str]) -> None:
+    def check_dead_letters(self, there: dict[str, str]) -> None:
         """Reads the dead letters: whose they are, and whether all are there."""
         n = 0
         for file in self.manifest.dead_letter_files:
@@ -203,8 +203,8 @@ class Verification:
             try:
                 with open_file(there[file.name]) as stream:
                     for line in stream:
-                        letter = json.loads(line)
-                        self._letters.add(letter["id"], letter["reason"], letter["file"])
+                        dead_letter = json.loads(line)
+                        self._letters.add(dead_letter["id"], dead_letter["reason"], dead_letter["file"])
                         n_lines += 1
             except Exception as error:
                 self._find("damaged_file", file.name, f"its line {n_lines + 1} cannot be read: {error}")
@@ -463,12 +463,12 @@ class Verification:
                 batch, *quantize_vectors(vectors, self._layout.dtype), strict=True
             ):
                 self.counts["sampled"] += 1
-                probe = Row(row["id"], row["chunk"], again.tobytes(), float(scale), None, None, "", b"", None)
+                spot_check = Row(row["id"], row["chunk"], again.tobytes(), float(scale), None, None, "", b"", None)
                 columns = {name: [value] for name, value in row.items()}
                 try:
                     if np.isfinite(restore_row(columns, 0, self._layout)).all():  # else it was reported
-                        compare_row(probe, columns, self._layout, place)
-                except (GateError, ValueError) as error:
+                        compare_row(spot_check, columns, self._layout, place)
+                except (ValidationError, ValueError) as error:
                     self._find("wrong_vector", row["id"], str(error))
 
     def read_rows(self, known: KnownVectors, numbers: np.ndarray) -> Iterator[tuple[int, str, dict[str, Any]]]:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from pipeline.config import EmbedConfig
-from pipeline.embedding_spec import EmbedPlan, plan_embedding
+from pipeline.embedding_spec import EmbeddingSpec, make_embedding_spec
 from pipeline.encoders.handler import LoadedEncoder
 from pipeline.encoders.load import load_encoder
 from pipeline.errors import ConfigError, TableError
@@ -22,7 +22,7 @@ from pipeline.vectors.storing import shape_vectors
 class Embedder:
     """Embeds texts in memory by the rules of one plan; see `load_embedder`."""
 
-    def __init__(self, plan: EmbedPlan) -> None:
+    def __init__(self, plan: EmbeddingSpec) -> None:
         self.plan = plan
         self._splitter = plan.split.load()
         self._encoder = LoadedEncoder(load_encoder(plan.encoder))
@@ -86,7 +86,7 @@ def load_embedder(table: str) -> Embedder:
     manifest, _ = open_live(table)
     if manifest.layout.tokens:
         raise TableError(f"{table} holds a matrix per text; it cannot be searched with one vector")
-    plan = plan_embedding(EmbedConfig.from_flat(manifest.settings))
+    plan = make_embedding_spec(EmbedConfig.from_flat(manifest.settings))
     if plan.fingerprint != manifest.fingerprint:
         changed = [key for key in plan.identity if plan.identity[key] != manifest.identity.get(key)]
         raise TableError(

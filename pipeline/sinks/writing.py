@@ -21,7 +21,7 @@ from pipeline import metrics
 from pipeline.bundles import end_bundle
 from pipeline.errors import RunError
 from pipeline.progress import Progress
-from pipeline.records import DeadLetter, Row, Tally
+from pipeline.records import BundleCounts, DeadLetter, Row
 from pipeline.sinks import SINKS
 from pipeline.sinks.index import SUFFIX as INDEX_SUFFIX
 from pipeline.sinks.index import Index, SourceNumbers, index_rows, pack_records
@@ -29,7 +29,7 @@ from pipeline.sinks.layout import TableLayout
 from pipeline.sinks.table_format import ByteWriter, RowWriter, StoredRows
 
 # What a shard holds. Beam may hand records on as another type with the same fields, so it cannot be told from theirs.
-ROWS, LETTERS = "embeddings", "dead_letters"
+ROWS, DEAD_LETTERS = "embeddings", "dead_letters"
 BUFFERED_RECORDS = 256
 BUFFERED_BYTES = 4_000_000
 
@@ -75,14 +75,14 @@ class DeadLetterFormat:
 
     text: str
     compression: str = "none"
-    kind = LETTERS
+    kind = DEAD_LETTERS
     suffix = ".jsonl"
 
     def open(self, stream: ByteWriter) -> DeadLetterWriter:
         return DeadLetterWriter(stream, self.text)
 
-    def order(self, letter: DeadLetter) -> str:
-        return letter.origin.path
+    def order(self, dead_letter: DeadLetter) -> str:
+        return dead_letter.origin.path
 
 
 class DeadLetterWriter:
@@ -90,34 +90,34 @@ class DeadLetterWriter:
         self._stream = stream
         self._text = text
 
-    def write(self, letters: list[DeadLetter]) -> None:
-        for letter in letters:
-            self._stream.write(json.dumps(describe_dead_letter(letter, self._text)).encode() + b"\n")
+    def write(self, dead_letters: list[DeadLetter]) -> None:
+        for dead_letter in dead_letters:
+            self._stream.write(json.dumps(describe_dead_letter(dead_letter, self._text)).encode() + b"\n")
 
     def close(self) -> None:
         pass
 
 
-def describe_dead_letter(letter: DeadLetter, text: str) -> dict[str, Any]:
+def describe_dead_letter(dead_letter: DeadLetter, text: str) -> dict[str, Any]:
     """A dead letter as a JSON object; its text in full, as a hash, or not at all."""
     values = {
-        "id": letter.id,
-        "stage": letter.stage,
-        "reason": letter.reason,
-        "message": letter.message,
-        "file": letter.origin.path,
-        letter.origin.unit: letter.origin.position,
+        "id": dead_letter.id,
+        "stage": dead_letter.stage,
+        "reason": dead_letter.reason,
+        "message": dead_letter.message,
+        "file": dead_letter.origin.path,
+        dead_letter.origin.unit: dead_letter.origin.position,
     }
-    if letter.content_hash is not None:
-        values["content_hash"] = letter.content_hash
-    if letter.text is not None and text == "full":
-        values["text"] = letter.text
-        if letter.pair is not None:
-            values["pair"] = letter.pair
-        if letter.kept:
-            values["kept"] = json.loads(letter.kept)
-    if letter.text is not None and text == "hash":
-        values["text_sha256"] = hashlib.sha256(letter.text.encode("utf-8", "surrogatepass")).hexdigest()
+    if dead_letter.content_hash is not None:
+        values["content_hash"] = dead_letter.content_hash
+    if dead_letter.text is not None and text == "full":
+        values["text"] = dead_letter.text
+        if dead_letter.pair is not None:
+            values["pair"] = dead_letter.pair
+        if dead_letter.kept:
+            values["kept"] = json.loads(dead_letter.kept)
+    if dead_letter.text is not None and text == "hash":
+        values["text_sha256"] = hashlib.sha256(dead_letter.text.encode("utf-8", "surrogatepass")).hexdigest()
     return values
 
 
@@ -245,7 +245,7 @@ def write_index(folder: str, index: Index) -> tuple[str, tuple[int, str]]:
 
 
 class WriteRecords(beam.DoFn):
-    """Rows or dead letters to files; emits the finished files and a tally with the bundle."""
+    """Rows or dead letters to files; emits the finished files and a counted with the bundle."""
 
     def __init__(
         self, folder: str, form: RowFormat | DeadLetterFormat, shard_bytes: int, progress: Optional[Progress]
@@ -266,7 +266,7 @@ class WriteRecords(beam.DoFn):
         self._bytes += len(record.vector) if self.form.kind == ROWS else len(record.text or "")
         if len(self._buffer) >= BUFFERED_RECORDS or self._bytes >= BUFFERED_BYTES:
             self._flush()
-        if self.form.kind == LETTERS and self.progress:
+        if self.form.kind == DEAD_LETTERS and self.progress:
             try:
                 self.progress.add_dead_letter(record)
             except RunError:  # the run is over; what was lost must be there to be looked at
@@ -279,8 +279,8 @@ class WriteRecords(beam.DoFn):
         for shard in self._writer.finish():
             self._counts["bytes"] += shard.n_bytes
             yield from end_bundle([shard])
-        tally = Tally.of("write_" + self.form.kind, dict(self._counts))
-        yield from end_bundle([beam.pvalue.TaggedOutput("tallies", tally)])
+        counted = BundleCounts.of("write_" + self.form.kind, dict(self._counts))
+        yield from end_bundle([beam.pvalue.TaggedOutput("bundle_counts", counted)])
 
     def _flush(self) -> None:
         records, self._buffer, self._bytes = self._buffer, [], 0
@@ -290,17 +290,17 @@ class WriteRecords(beam.DoFn):
         self._writer.write(records)
         self._counts["write_seconds"] += time.perf_counter() - begun
         self._counts["records"] += len(records)
-        if self.form.kind == LETTERS:
+        if self.form.kind == DEAD_LETTERS:
             metrics.DEAD_LETTERS.inc(len(records))
-            for letter in records:
-                self._counts[letter.reason] += 1
+            for dead_letter in records:
+                self._counts[dead_letter.reason] += 1
         elif self.progress:
             self.progress.add(rows=len(records))
 
 
 @dataclass
 class WriteTo(beam.PTransform):
-    """PCollection of rows or dead letters -> (PCollection[Shard], PCollection[Tally])."""
+    """PCollection of rows or dead letters -> (PCollection[Shard], PCollection[BundleCounts])."""
 
     folder: str
     form: RowFormat | DeadLetterFormat
@@ -309,5 +309,5 @@ class WriteTo(beam.PTransform):
 
     def expand(self, records: beam.PCollection) -> tuple[beam.PCollection, beam.PCollection]:
         write = WriteRecords(self.folder, self.form, self.shard_bytes, self.progress)
-        outputs = records | "WriteRecords" >> beam.ParDo(write).with_outputs("tallies", main="shards")
-        return outputs.shards, outputs.tallies
+        outputs = records | "WriteRecords" >> beam.ParDo(write).with_outputs("bundle_counts", main="shards")
+        return outputs.shards, outputs.bundle_counts

@@ -26,7 +26,7 @@ class DeadLetterSource(JsonlSource):
             yield record
 
     def restore(self, record: Record) -> Union[Document, DeadLetter]:
-        """The document that a letter holds, or the letter as it was."""
+        """The document that a dead letter holds, or the dead letter as it was."""
         values = record.values
         unit = "byte" if "byte" in values else "row"
         origin = Origin(values["file"], values[unit], unit)
@@ -37,5 +37,5 @@ class DeadLetterSource(JsonlSource):
 
 
 def is_complete(values: Any) -> bool:
-    """Whether a letter holds all that it takes to try its document again."""
+    """Whether a dead letter holds all that it takes to try its document again."""
     return values.get("stage") in RETRIED_STAGES and "text" in values and values.get("id") is not None

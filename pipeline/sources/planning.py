@@ -94,7 +94,7 @@ def plan_dead_letters(paths: Iterable[tuple[str, int]], config: ReadConfig) -> I
     """The plan of trying dead letters again.
 
     Args:
-      paths: the letters' files and their sizes.
+      paths: the dead_letters' files and their sizes.
       config: for the size of a split.
     """
     files = [InputFile(i, path, path, size, "dead_letters") for i, (path, size) in enumerate(paths) if size]

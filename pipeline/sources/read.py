@@ -1,4 +1,4 @@
-"""Reading the plan: splits -> documents, dead letters and tallies."""
+"""Reading the plan: splits -> documents, dead letters and counts."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from apache_beam.pvalue import TaggedOutput
 from pipeline import metrics
 from pipeline.config import KeptField, ReadConfig
 from pipeline.errors import ConfigError
-from pipeline.records import DeadLetter, Document, Tally
+from pipeline.records import BundleCounts, DeadLetter, Document
 from pipeline.sources import SOURCES
 from pipeline.sources.compression import FileError
 from pipeline.sources.duplicates import scan_through_files, scan_through_shuffle, select_losers
@@ -50,13 +50,13 @@ def read_range(file_range: FileRange, config: ReadConfig, kept_fields: Sequence[
     except FileError as error:
         # Nothing says where the next record would have begun: it is reported right behind the last one.
         bad = Record(position, file_range.n_bytes, reason=error.reason, message=str(error))
-        letter = build_document(bad, file, source, config, kept_fields)
-        assert isinstance(letter, DeadLetter)
-        yield Item(letter._replace(id=None), file_range.n_bytes)
+        dead_letter = build_document(bad, file, source, config, kept_fields)
+        assert isinstance(dead_letter, DeadLetter)
+        yield Item(dead_letter._replace(id=None), file_range.n_bytes)
 
 
 class ReadSplit(beam.DoFn):
-    """Reads one split; documents leave as they are read, and one tally at the end."""
+    """Reads one split; documents leave as they are read, and one counted at the end."""
 
     def __init__(
         self, config: ReadConfig, kept_fields: Sequence[KeptField] = (), progress: Optional[Progress] = None
@@ -79,7 +79,7 @@ class ReadSplit(beam.DoFn):
                 since = time.perf_counter()
         self._report(counts, reported)
         seconds += time.perf_counter() - since
-        yield TaggedOutput("tallies", Tally.of("read", {**counts, "read_seconds": seconds}))
+        yield TaggedOutput("bundle_counts", BundleCounts.of("read", {**counts, "read_seconds": seconds}))
 
     def list_ids(self, split: tuple[FileRange, ...]) -> Iterator[tuple[FileRange, str, int]]:
         """Yields range, id and position of each document, for the search for duplicates."""
@@ -135,7 +135,7 @@ def _count_name(outcome: Union[Document, DeadLetter, None]) -> str:
 
 @dataclass(eq=False)
 class ReadDocuments(beam.PTransform):
-    """Reads a planned input: pipeline -> (documents, dead letters, tallies).
+    """Reads a planned input: pipeline -> (documents, dead letters, counts).
 
     Args:
       plan: from `plan_input`.
@@ -169,6 +169,8 @@ class ReadDocuments(beam.PTransform):
             losers = scan_through_shuffle(splits, read.list_ids)
         elif self.config.id_field:
             losers = scan_through_files(splits, read.list_ids, self.work_dir)
-        typed = beam.ParDo(read, losers).with_output_types(Document, dead_letters=DeadLetter, tallies=Tally)
-        outputs = splits | "Read" >> typed.with_outputs("dead_letters", "tallies", main="documents")
-        return outputs.documents, outputs.dead_letters, outputs.tallies
+        typed = beam.ParDo(read, losers).with_output_types(
+            Document, dead_letters=DeadLetter, bundle_counts=BundleCounts
+        )
+        outputs = splits | "Read" >> typed.with_outputs("dead_letters", "bundle_counts", main="documents")
+        return outputs.documents, outputs.dead_letters, outputs.bundle_counts

@@ -42,11 +42,11 @@ def abandon_attempt(table: str, name: str, previous: str) -> str:
         delete_folder(snapshot_folder(table, name))
     folder = attempts_folder(table, name)
     paths = list_files(folder)
-    letters = [path for path in paths if os.path.basename(path).startswith("dead_letters-")]
-    if not letters or list_files(join(table, REJECTED, name)):  # a rejected snapshot has copies of them
+    dead_letters = [path for path in paths if os.path.basename(path).startswith("dead_letters-")]
+    if not dead_letters or list_files(join(table, REJECTED, name)):  # a rejected snapshot has copies of them
         delete_folder(folder)
         return ""
-    for path in set(paths) - set(letters):
+    for path in set(paths) - set(dead_letters):
         delete_file(path)
     delete_folder(join(folder, "scratch"))
     return folder

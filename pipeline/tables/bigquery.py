@@ -20,7 +20,7 @@ import numpy as np
 import pyarrow as pa
 
 from pipeline.config import EmbedConfig
-from pipeline.errors import ConfigError, GateError, TableError, first_line
+from pipeline.errors import ConfigError, TableError, ValidationError, first_line
 from pipeline.files import create_file, delete_folder, exists, is_local, join, open_file, read_text
 from pipeline.reuse.journal import delete_journals
 from pipeline.signals import PUBLISHING
@@ -135,14 +135,14 @@ class Changes(NamedTuple):
 
     Attributes:
       rows: files with new rows.
-      letters: files with dead letters.
+      dead_letters: files with dead letters.
       removed: file with the ids of documents whose rows go.
       n_staged: rows and markers together.
       manifest: of the run.
     """
 
     rows: list[str]
-    letters: list[list[Any]]
+    dead_letters: list[list[Any]]
     removed: str
     n_staged: int
     manifest: str
@@ -164,20 +164,20 @@ class BigqueryCommit(Committer):
         """Checks and completes what a run has produced. Returns the path of its `Changes`.
 
         Raises:
-          RunError: if there is too little to publish, or the gate stops it.
+          RunError: if there is too little to publish, or validation stops it.
         """
         publication = self.plan.publication
         folder = attempts_folder(publication.table, publication.name)
         path = join(folder, "changes.json")
         if not exists(path):  # else a repeated attempt at the same commit
             completion = complete_changes(self.plan, results)
-            manifest, letters = describe_run(completion)
+            manifest, dead_letters = describe_run(completion)
             removed = list(list_removed(completion))
             create_file(join(folder, "removed.json"), json.dumps(removed).encode())
             rows = [shard for shard in completion.shards if shard.kind == ROWS]
             changes = Changes(
                 [shard.path for shard in rows],
-                [list(letter) for letter in letters],
+                [list(dead_letter) for dead_letter in dead_letters],
                 join(folder, "removed.json"),
                 sum(shard.rows for shard in rows) + len(removed),
                 manifest.to_json(),
@@ -224,7 +224,7 @@ class BigqueryCommit(Committer):
         """Replaces the rows of all ids of the staging table, and removes what the run has left.
 
         Raises:
-          GateError: if the staging table does not hold what was loaded.
+          ValidationError: if the staging table does not hold what was loaded.
           TableError: if another run has published meanwhile.
         """
         publication = self.plan.publication
@@ -238,7 +238,7 @@ class BigqueryCommit(Committer):
                 return publication.name
             (row,) = connection.query(f"SELECT COUNT(*) AS n FROM {self.staging.sql}").result()
             if row["n"] != changes.n_staged:
-                raise GateError(
+                raise ValidationError(
                     f"{self.staging} holds {row['n']:,} rows instead of {changes.n_staged:,}; "
                     "run the same command again"
                 )
@@ -252,7 +252,7 @@ class BigqueryCommit(Committer):
             if publication.reindex.create_vector_index:
                 connection.query(make_index_statement(self.name)).result()
             connection.delete_table(self.staging.plain, not_found_ok=True)
-        keep_dead_letters(work, manifest, [Shard(*letter) for letter in changes.letters])
+        keep_dead_letters(work, manifest, [Shard(*dead_letter) for dead_letter in changes.dead_letters])
         delete_folder(attempts_folder(work, publication.name))
         delete_journals(work)
         return publication.name

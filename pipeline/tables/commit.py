@@ -10,10 +10,10 @@ from typing import Any
 import apache_beam as beam
 import numpy as np
 
-from pipeline.errors import GateError, RunError
+from pipeline.errors import RunError, ValidationError
 from pipeline.progress import check_dead_fraction
-from pipeline.records import Row, Tally, digest_id
-from pipeline.reuse.actions import CARRIED, GONE, Fates, check_deletes, decide_fates, read_letters
+from pipeline.records import BundleCounts, Row, digest_id
+from pipeline.reuse.actions import CARRIED, GONE, Fates, check_deletes, decide_fates, read_dead_letters
 from pipeline.reuse.distributed import JoinRule
 from pipeline.reuse.index import SEGMENT, KnownVectors
 from pipeline.reuse.journal import SegmentReader
@@ -25,16 +25,16 @@ from pipeline.sinks.readers import ROWS, FileReader, VectorReader
 from pipeline.sinks.writing import Shard, ShardWriter
 from pipeline.tables.lock import Lease
 from pipeline.tables.manifest import attempts_folder
-from pipeline.tables.publish import build_manifest, count_dead, reject_snapshot, sum_tallies
+from pipeline.tables.publish import build_manifest, count_dead, reject_snapshot, sum_counts
 from pipeline.tables.store import CommitPlan, Committer, Results
 from pipeline.tables.validation import (
     SAMPLED_FILES,
     Expected,
     check_count,
-    check_probes,
     check_rows,
     check_vectors,
     compare_samples,
+    compare_spot_checks,
 )
 
 
@@ -57,7 +57,7 @@ def check_any_rows(shards: Sequence[Shard], counts: dict[str, dict[str, float]])
 
 @dataclass(frozen=True)
 class Completion:
-    """A run's rows with everything that was taken over, and what the gate has to know.
+    """A run's rows with everything that was taken over, and what validation needs.
 
     Attributes:
       plan: of the commit.
@@ -68,7 +68,7 @@ class Completion:
       counts: by stage.
       fates: of the live rows.
       expected: how many documents there should be.
-      probes: rows that were encoded once more.
+      spot_checks: rows that were encoded once more.
       whole: whether the files hold the whole table, or only what changes in a database.
     """
 
@@ -80,12 +80,12 @@ class Completion:
     counts: dict[str, dict[str, float]]
     fates: Fates
     expected: Expected
-    probes: Sequence[Row]
+    spot_checks: Sequence[Row]
     whole: bool
 
-    def check_gate(self) -> None:
-        """Raises GateError if the new state must not go live."""
-        if self.plan.publication.reindex.gate == "off":
+    def validate(self) -> None:
+        """Raises ValidationError if the new state must not go live."""
+        if self.plan.publication.reindex.validate == "off":
             return
         rows = [shard for shard in self.shards if shard.kind == "embeddings"]
         staying = np.zeros(0, int) if self.whole else np.flatnonzero(np.isin(self.fates.fate, CARRIED))
@@ -93,7 +93,7 @@ class Completion:
         own = [shard for shard in rows if not shard.linked]
         check_vectors(number_files(own[:: max(1, len(own) // SAMPLED_FILES)], 0), self.readers[FRESH])
         files = zip(number_files(self.fresh, len(self.known.entries)), self.fresh, strict=True)
-        check_probes(self.probes, self.known, list(files), self.readers, self.plan.form.layout)
+        compare_spot_checks(self.spot_checks, self.known, list(files), self.readers, self.plan.form.layout)
 
     def removed_rows(self) -> np.ndarray:
         """Numbers of the live rows that go, or are replaced."""
@@ -117,22 +117,22 @@ class JoinedCompletion:
     counts: dict[str, dict[str, float]]
     expected: Expected
 
-    def check_gate(self) -> None:
-        """Raises GateError if the new state must not go live."""
-        if self.plan.publication.reindex.gate == "off":
+    def validate(self) -> None:
+        """Raises ValidationError if the new state must not go live."""
+        if self.plan.publication.reindex.validate == "off":
             return
-        carry = self.counts.get("carry", {})
+        carry = self.counts.get("merge", {})
         if twice := int(carry.get("duplicate_rows", 0)):
-            raise GateError(f"{twice:,} rows have an id and chunk that another row has too")
+            raise ValidationError(f"{twice:,} rows have an id and chunk that another row has too")
         check_count(int(carry.get("documents", 0)), self.expected)
         form = self.plan.form
         rows = [shard for shard in self.shards if shard.kind == "embeddings"]
         reader = FileReader(form.name, form.layout, form.compression)
         check_vectors(number_files(rows[:: max(1, len(rows) // SAMPLED_FILES)], 0), reader)
-        compare_samples(self.results.probes, self.results.samples, form.layout)
+        compare_samples(self.results.spot_checks, self.results.samples, form.layout)
 
 
-def pass_gate(completion: Completion | JoinedCompletion, failed: str, it: str) -> None:
+def validate_snapshot(completion: Completion | JoinedCompletion, failed: str, it: str) -> None:
     """Lets a new state pass that may go live; what may not is kept aside.
 
     Args:
@@ -141,16 +141,16 @@ def pass_gate(completion: Completion | JoinedCompletion, failed: str, it: str) -
       it: what is said to be looked into.
 
     Raises:
-      GateError: saying why, and where it lies.
+      ValidationError: saying why, and where it lies.
     """
     try:
-        completion.check_gate()
-    except GateError as error:
+        completion.validate()
+    except ValidationError as error:
         plan, shards = completion.plan.publication, completion.shards
         folder = reject_snapshot(plan, build_manifest(plan, shards, completion.counts), shards)
-        raise GateError(
+        raise ValidationError(
             f"{failed} in {folder}: {error}; the table is what it was; look into {it}, or "
-            "publish all the same with --gate=off"
+            "publish all the same with --validate=off"
         ) from error
 
 
@@ -160,15 +160,15 @@ def complete_joined(plan: CommitPlan, results: Results) -> JoinedCompletion:
     Raises:
       RunError: if more of the table's documents are gone than is allowed, or too much cannot be embedded.
     """
-    counts = sum_tallies(results.tallies)
+    counts = sum_counts(results.bundle_counts)
     check_counts(counts, plan.publication.max_dead_fraction)
-    carry = counts.get("carry", {})
+    carry = counts.get("merge", {})
     reindex = plan.publication.reindex
     gone = int(carry.get("deleted", 0) - carry.get("moved", 0))
     check_deletes(gone, int(carry.get("live", 0)), reindex.max_delete_fraction)
-    letters = read_letters(shard for shard in results.shards if shard.kind == "dead_letters")
-    dead = {letter["id"] for found in letters.by_content.values() for letter in found}
-    read = int(counts.get("recall", {}).get("documents", 0))
+    dead_letters = read_dead_letters(shard for shard in results.shards if shard.kind == "dead_letters")
+    dead = {dead_letter["id"] for found in dead_letters.by_content.values() for dead_letter in found}
+    read = int(counts.get("reuse", {}).get("documents", 0))
     expected = Expected(read - len(dead), read if plan.form.layout.chunked else read - len(dead))
     return JoinedCompletion(plan, results, list(results.shards), counts, expected)
 
@@ -186,17 +186,17 @@ def complete_rows(plan: CommitPlan, results: Results, whole: bool) -> Completion
     """
     publication, takeover, rule = plan.publication, plan.takeover, plan.takeover.rule
     assert isinstance(rule, RecallRule)
-    check_counts(sum_tallies(results.tallies), publication.max_dead_fraction)
+    check_counts(sum_counts(results.bundle_counts), publication.max_dead_fraction)
     known = KnownVectors(rule.folder)
     fresh = [shard for shard in results.shards if shard.kind == "embeddings"]
-    letters = read_letters(shard for shard in results.shards if shard.kind == "dead_letters")
+    dead_letters = read_dead_letters(shard for shard in results.shards if shard.kind == "dead_letters")
     reindex = publication.reindex
-    wishes = plan_wishes(results.notes, letters, fresh, len(known.entries))
+    wishes = plan_wishes(results.notes, dead_letters, fresh, len(known.entries))
     new_ids = np.concatenate([wishes.ids, *(read_index(shard.index_path).entries["id"] for shard in fresh)])
-    dead_ids = np.array([digest_id(letter.id or "") for letter in wishes.dead], "S16")
-    letters = letters._replace(ids=np.unique(np.concatenate([letters.ids, dead_ids])))
+    dead_ids = np.array([digest_id(dead_letter.id or "") for dead_letter in wishes.dead], "S16")
+    dead_letters = dead_letters._replace(ids=np.unique(np.concatenate([dead_letters.ids, dead_ids])))
     recalled = wishes.wants["row"].astype(np.int64)
-    fates = decide_fates(known, results.notes, letters, recalled, new_ids, reindex.keeps_deleted)
+    fates = decide_fates(known, results.notes, dead_letters, recalled, new_ids, reindex.keeps_deleted)
     gone = fates.counts["deleted"] - fates.counts["moved"]
     check_deletes(gone, known.count_live_ids(), reindex.max_delete_fraction)
     if not takeover.reusable:
@@ -211,20 +211,20 @@ def complete_rows(plan: CommitPlan, results: Results, whole: bool) -> Completion
     carrier = Carrier(known, readers, plan.form, folder, plan.shard_bytes)
     carried = np.isin(fates.fate, CARRIED) if whole else np.zeros(known.n_live, bool)
     shards = carrier.carry(carried, fates, wishes, takeover.live, whole and rule.rows_stay)
-    letter_writer = ShardWriter(folder, plan.letter_format, plan.shard_bytes)
+    dead_letter_writer = ShardWriter(folder, plan.dead_letter_format, plan.shard_bytes)
     if wishes.dead:
-        letter_writer.write(wishes.dead)
-    counts = sum_tallies(
+        dead_letter_writer.write(wishes.dead)
+    counts = sum_counts(
         [
-            *results.tallies,
-            Tally.of("carry", {**carrier.counts, **fates.counts}),
-            Tally.of("write_dead_letters", Counter(letter.reason for letter in wishes.dead)),
+            *results.bundle_counts,
+            BundleCounts.of("merge", {**carrier.counts, **fates.counts}),
+            BundleCounts.of("write_dead_letters", Counter(dead_letter.reason for dead_letter in wishes.dead)),
         ]
     )
     check_counts(counts, publication.max_dead_fraction)
-    expected = expect_documents(plan, counts, fates, letters, wishes)
-    everything = [*results.shards, *shards, *letter_writer.finish()]
-    return Completion(plan, known, readers, fresh, everything, counts, fates, expected, results.probes, whole)
+    expected = expect_documents(plan, counts, fates, dead_letters, wishes)
+    everything = [*results.shards, *shards, *dead_letter_writer.finish()]
+    return Completion(plan, known, readers, fresh, everything, counts, fates, expected, results.spot_checks, whole)
 
 
 def _drop_all(fates: Fates) -> Fates:
@@ -234,13 +234,13 @@ def _drop_all(fates: Fates) -> Fates:
 
 
 def expect_documents(
-    plan: CommitPlan, counts: dict[str, dict[str, float]], fates: Fates, letters: Letters, wishes: Wishes
+    plan: CommitPlan, counts: dict[str, dict[str, float]], fates: Fates, dead_letters: Letters, wishes: Wishes
 ) -> Expected:
     """How many documents should have rows: from what was counted on the way, not from what was written."""
-    read = int(counts.get("recall", {}).get("documents", 0))
+    read = int(counts.get("reuse", {}).get("documents", 0))
     carried = fates.counts["stale"] + fates.counts["kept"]
-    dead = {letter["id"] for found in letters.by_content.values() for letter in found}
-    dead |= {letter.id for letter in wishes.dead}
+    dead = {dead_letter["id"] for found in dead_letters.by_content.values() for dead_letter in found}
+    dead |= {dead_letter.id for dead_letter in wishes.dead}
     least = read - len(dead) + carried
     return Expected(least, read + carried if plan.form.layout.chunked else least)
 

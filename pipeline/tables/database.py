@@ -25,14 +25,13 @@ from pipeline.sinks.index import ENTRY, Index, SourceNumbers, digest_kept, whole
 from pipeline.sinks.layout import Columns, TableLayout
 from pipeline.sinks.readers import Stored, VectorFile, damaged
 from pipeline.sinks.table_format import StoredRows
-from pipeline.sinks.writing import LETTERS, ROWS, RowFormat, Shard
-from pipeline.tables.commit import Completion, check_any_rows, complete_rows, pass_gate
+from pipeline.sinks.writing import DEAD_LETTERS, ROWS, RowFormat, Shard
+from pipeline.tables.commit import Completion, check_any_rows, complete_rows, validate_snapshot
 from pipeline.tables.manifest import Manifest
 from pipeline.tables.publish import build_manifest
 from pipeline.tables.store import CommitPlan, Results
 
 RUNS_SUFFIX = "_runs"
-DEAD_LETTERS = "dead_letters"
 RUN_COLUMNS = {"fingerprint": "string", "run_id": "string", "embedded_at": "timestamp"}
 DESCRIPTIONS = {
     "id": "The document's id",
@@ -184,34 +183,34 @@ class DatabaseReader:
 
 
 def complete_changes(plan: CommitPlan, results: Results) -> Completion:
-    """What a run adds to a database's table, through the gate.
+    """What a run adds to a database's table, after validation.
 
     Raises:
-      RunError: if it must not be published; the new rows are kept aside if they failed the gate.
+      RunError: if it must not be published; the new rows are kept aside if they failed validation.
     """
     completion = complete_rows(plan, results, whole=False)
     if not plan.publication.previous:
         check_any_rows(completion.shards, completion.counts)
-    pass_gate(completion, "the new rows failed the gate and lie", "them")
+    validate_snapshot(completion, "the new rows failed validation and lie", "them")
     return completion
 
 
 def describe_run(completion: Completion) -> tuple[Manifest, list[Shard]]:
     """The manifest of a run on a database, and the files of its dead letters."""
-    letters = [shard for shard in completion.shards if shard.kind == LETTERS]
-    manifest = build_manifest(completion.plan.publication, letters, completion.counts)
+    dead_letters = [shard for shard in completion.shards if shard.kind == DEAD_LETTERS]
+    manifest = build_manifest(completion.plan.publication, dead_letters, completion.counts)
     n_new = sum(shard.rows for shard in completion.shards if shard.kind == ROWS)
-    return replace(manifest, rows=completion.known.n_live - len(completion.removed_rows()) + n_new), letters
+    return replace(manifest, rows=completion.known.n_live - len(completion.removed_rows()) + n_new), dead_letters
 
 
-def keep_dead_letters(work: str, manifest: Manifest, letters: Sequence[Shard]) -> None:
+def keep_dead_letters(work: str, manifest: Manifest, dead_letters: Sequence[Shard]) -> None:
     """Puts the files of a run's dead letters in place of the last run's."""
     from apache_beam.io.filesystems import FileSystems
 
     folder = join(work, DEAD_LETTERS)
     delete_folder(folder)
-    if letters:
+    if dead_letters:
         make_folder(folder)
-        ordered = sorted(letters, key=lambda shard: (shard.first, shard.path))
+        ordered = sorted(dead_letters, key=lambda shard: (shard.first, shard.path))
         targets = [join(folder, file.name) for file in manifest.dead_letter_files]
         FileSystems.rename([shard.path for shard in ordered], targets)

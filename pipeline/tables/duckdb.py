@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from pipeline.config import EmbedConfig
-from pipeline.errors import ConfigError, GateError, TableError, first_line
+from pipeline.errors import ConfigError, TableError, ValidationError, first_line
 from pipeline.files import absolute_path, delete_folder, join, write_atomically
 from pipeline.reuse.journal import delete_journals
 from pipeline.signals import PUBLISHING
@@ -134,12 +134,12 @@ class DuckdbCommit(Committer):
         """Checks, completes and publishes what a run has produced. Returns the run's name.
 
         Raises:
-          RunError: if there is too little to publish, or the gate stops it.
+          RunError: if there is too little to publish, or validation stops it.
           TableError: if somebody else has changed the table, or the database cannot be written to.
         """
         publication, work = self.plan.publication, self.plan.publication.table
         completion = complete_changes(self.plan, results)
-        manifest, letters = describe_run(completion)
+        manifest, dead_letters = describe_run(completion)
         removed = join(attempts_folder(work, publication.name), "removed.jsonl")
         with open(removed, "w", encoding="utf-8") as file:
             file.writelines(json.dumps({"id": name}) + "\n" for name in list_removed(completion))
@@ -153,7 +153,7 @@ class DuckdbCommit(Committer):
                 indexes = {f"{self.table}_embedding": "cosine"}
             build_indexes_again(connection, self.table, indexes)
             connection.execute("CHECKPOINT")
-            keep_dead_letters(work, manifest, letters)
+            keep_dead_letters(work, manifest, dead_letters)
             delete_folder(attempts_folder(work, publication.name))
             delete_journals(work)
         if os.path.exists(join(work, INDEXES)):
@@ -189,7 +189,7 @@ class DuckdbCommit(Committer):
             )
         n_rows = count_rows(connection, f"SELECT count(*) FROM {table}")
         if n_rows != manifest.rows:
-            raise GateError(f"{self.table} would have {n_rows:,} rows instead of {manifest.rows:,}; run again")
+            raise ValidationError(f"{self.table} would have {n_rows:,} rows instead of {manifest.rows:,}; run again")
         connection.execute(
             f"INSERT INTO {runs} VALUES (?, ?, ?)", [manifest.snapshot, manifest.created_at, manifest.to_json()]
         )

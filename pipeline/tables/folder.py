@@ -16,7 +16,7 @@ from pipeline.sinks.index import Index, read_index
 from pipeline.sinks.layout import TableLayout
 from pipeline.sinks.readers import ROWS, FileReader, VectorFile, VectorReader, damaged
 from pipeline.sinks.writing import RowFormat, Shard
-from pipeline.tables.commit import check_any_rows, complete, pass_gate
+from pipeline.tables.commit import check_any_rows, complete, validate_snapshot
 from pipeline.tables.folder_table import FolderTable
 from pipeline.tables.manifest import MANIFEST, Manifest, attempts_folder, snapshot_folder
 from pipeline.tables.publish import build_manifest, check_folder, make_live, place_files
@@ -106,7 +106,7 @@ class FolderCommit(Committer):
         """Checks, completes and publishes what a run has produced; may be repeated. Returns the snapshot's name.
 
         Raises:
-          RunError: if there is too little to publish, or the gate stops it.
+          RunError: if there is too little to publish, or validation stops it.
           TableError: if another run has published meanwhile, or the live table is damaged.
         """
         plan = self.plan.publication
@@ -133,6 +133,6 @@ class FolderCommit(Committer):
         completion = complete(self.plan, results, whole=True)
         shards, counts = completion.shards, completion.counts
         check_any_rows(shards, counts)
-        pass_gate(completion, "the new snapshot failed the gate and lies", "it")
+        validate_snapshot(completion, "the new snapshot failed validation and lies", "it")
         create_file(path, json.dumps({"shards": shards, "counts": counts}).encode())
         return shards, counts

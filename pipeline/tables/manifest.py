@@ -5,7 +5,7 @@ DIR/snapshots/NAME/manifest.json     written last: without it the folder is no s
 DIR/snapshots/NAME/embeddings-*      the rows
 DIR/snapshots/NAME/index-*           who the rows of each file belong to, and what they were made from
 DIR/snapshots/NAME/dead_letters-*    what could not be embedded
-DIR/rejected/NAME/                   the last snapshot that failed the gate
+DIR/rejected/NAME/                   the last snapshot that failed validation
 DIR/attempts/NAME/                   what a running (or dead) run has written so far
 DIR/journal/                         vectors that are finished but not published
 DIR/lock                             held by the one run that may write
@@ -22,8 +22,9 @@ from typing import Any
 from pipeline.errors import TableError
 from pipeline.files import exists, join, read_text
 from pipeline.sinks.layout import TableLayout
+from pipeline.tables import manifest_v2
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 POINTER = "CURRENT"
 MANIFEST = "manifest.json"
 SNAPSHOTS = "snapshots"
@@ -95,9 +96,11 @@ class Manifest:
     @classmethod
     def from_json(cls, text: str) -> Manifest:
         values = json.loads(text)
+        if values["format_version"] == manifest_v2.VERSION:
+            values = manifest_v2.upgrade_manifest(values)
         if values["format_version"] < FORMAT_VERSION:
             raise TableError(
-                f"its format version {values['format_version']} is older than this embeam reads ({FORMAT_VERSION}); "
+                f"its format version {values['format_version']} is older than any that this embeam reads; "
                 "make the table anew in another folder"
             )
         if values["format_version"] > FORMAT_VERSION:

@@ -18,7 +18,7 @@ from apache_beam.io.filesystems import FileSystems
 from pipeline.config import ReindexConfig
 from pipeline.errors import RunError, TableError
 from pipeline.files import copy_file, delete_file, delete_folder, is_local, list_files, make_folder, write_atomically
-from pipeline.records import REASONS, Tally
+from pipeline.records import REASONS, BundleCounts
 from pipeline.reuse.journal import JOURNAL
 from pipeline.sinks.index import SUFFIX as INDEX_SUFFIX
 from pipeline.sinks.layout import TableLayout
@@ -150,10 +150,10 @@ def place_files(manifest: Manifest, shards: Sequence[Shard], folder: str) -> Non
     make_folder(folder)
     ordered = sorted(shards, key=lambda shard: (shard.first, shard.path))
     rows = [shard for shard in ordered if shard.kind == "embeddings"]
-    letters = [shard for shard in ordered if shard.kind == "dead_letters"]
+    dead_letters = [shard for shard in ordered if shard.kind == "dead_letters"]
     moves: list[tuple[str, str]] = []
     links: list[tuple[str, str]] = []
-    for shard, file in zip([*rows, *letters], [*manifest.files, *manifest.dead_letter_files], strict=True):
+    for shard, file in zip([*rows, *dead_letters], [*manifest.files, *manifest.dead_letter_files], strict=True):
         (links if shard.linked else moves).append((shard.path, FileSystems.join(folder, file.name)))
     moves += [
         (shard.index_path, FileSystems.join(folder, file.name))
@@ -179,18 +179,18 @@ def place_files(manifest: Manifest, shards: Sequence[Shard], folder: str) -> Non
 
 
 def reject_snapshot(plan: Publication, manifest: Manifest, shards: Sequence[Shard]) -> str:
-    """Keeps a snapshot aside that failed the gate, in place of the last one; returns its folder."""
+    """Keeps a snapshot aside that failed validation, in place of the last one; returns its folder."""
     delete_folder(FileSystems.join(plan.table, REJECTED))
     folder = FileSystems.join(plan.table, REJECTED, plan.name)
     place_files(manifest, shards, folder)
     return str(folder)
 
 
-def sum_tallies(tallies: Iterable[Tally]) -> dict[str, dict[str, float]]:
-    """Sums tallies by stage."""
+def sum_counts(bundle_counts: Iterable[BundleCounts]) -> dict[str, dict[str, float]]:
+    """Sums counts by stage."""
     total: dict[str, Counter[str]] = defaultdict(Counter)
-    for tally in tallies:
-        total[tally.stage].update(json.loads(tally.counts))
+    for counted in bundle_counts:
+        total[counted.stage].update(json.loads(counted.counts))
     return {stage: dict(sorted(counts.items())) for stage, counts in sorted(total.items())}
 
 

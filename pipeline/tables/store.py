@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple, Optional, Protocol
 
 from pipeline.config import EmbedConfig
-from pipeline.records import Row, Tally
+from pipeline.records import BundleCounts, Row
 from pipeline.sinks.layout import Columns, TableLayout
 from pipeline.tables.manifest import Manifest
 
@@ -41,21 +41,21 @@ class Takeover:
 
 @dataclass(frozen=True)
 class CommitPlan:
-    """All that is settled about the end of a run before it begins.
+    """All that is resolved about the end of a run before it begins.
 
     Attributes:
       publication: the new state of the table.
       takeover: what may be taken over.
       form: how rows are written to files.
       shard_bytes: size at which a new file is begun.
-      letter_format: how dead letters are written.
+      dead_letter_format: how dead letters are written.
     """
 
     publication: Publication
     takeover: Takeover
     form: RowFormat
     shard_bytes: int
-    letter_format: DeadLetterFormat
+    dead_letter_format: DeadLetterFormat
 
 
 class Results(NamedTuple):
@@ -63,15 +63,15 @@ class Results(NamedTuple):
 
     Attributes:
       shards: files of rows and dead letters.
-      tallies: what its stages have counted.
-      probes: rows that were encoded once more.
+      bundle_counts: what its stages have counted.
+      spot_checks: rows that were encoded once more.
       notes: what was recalled, from the local back end.
-      samples: rows that were taken over, for comparison with probes, from the distributed back end.
+      samples: rows that were taken over, for comparison with spot checks, from the distributed back end.
     """
 
     shards: Sequence[Shard]
-    tallies: Sequence[Tally]
-    probes: Sequence[Row]
+    bundle_counts: Sequence[BundleCounts]
+    spot_checks: Sequence[Row]
     notes: Sequence[Note] = ()
     samples: Sequence[Row] = ()
 
@@ -86,7 +86,7 @@ class Committer(Protocol):
           The name of what was published, or whatever `finish` makes it from.
 
         Raises:
-          RunError: if there is too little to publish, or the gate stops it.
+          RunError: if there is too little to publish, or validation stops it.
           TableError: if somebody else has changed the table, or it cannot be written to.
         """
 

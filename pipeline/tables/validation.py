@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from pipeline.errors import GateError
+from pipeline.errors import ValidationError
 from pipeline.records import Row
 from pipeline.reuse.index import KnownVectors
 from pipeline.sinks.index import read_index, whole_digest
@@ -45,7 +45,7 @@ def check_rows(shards: Sequence[Shard], staying: np.ndarray, expected: Expected)
       expected: how many documents there should be.
 
     Raises:
-      GateError: naming what is wrong.
+      ValidationError: naming what is wrong.
     """
     keys = np.empty(sum(shard.rows for shard in shards) + len(staying), [("id", "S16"), ("chunk", "<u4")])
     start = len(staying)
@@ -53,29 +53,29 @@ def check_rows(shards: Sequence[Shard], staying: np.ndarray, expected: Expected)
     for shard in shards:
         entries = read_index(shard.index_path).entries
         if len(entries) != shard.rows:
-            raise GateError(f"{shard.path} has {shard.rows:,} rows and an index of {len(entries):,}")
+            raise ValidationError(f"{shard.path} has {shard.rows:,} rows and an index of {len(entries):,}")
         keys[start : start + shard.rows] = entries[["id", "chunk"]]
         start += shard.rows
     keys.sort()
     same_id = keys["id"][1:] == keys["id"][:-1]
     if twice := int(np.count_nonzero(same_id & (keys["chunk"][1:] == keys["chunk"][:-1]))):
-        raise GateError(f"{twice:,} rows have an id and chunk that another row has too")
+        raise ValidationError(f"{twice:,} rows have an id and chunk that another row has too")
     n = len(keys) - int(np.count_nonzero(same_id))
     check_count(n, expected)
 
 
 def check_count(n: int, expected: Expected) -> None:
-    """Raises GateError if there are rows of more or fewer documents than there should be."""
+    """Raises ValidationError if there are rows of more or fewer documents than there should be."""
     if not expected.least <= n <= expected.most:
         wanted = f"{expected.least:,}" + (f" to {expected.most:,}" if expected.most != expected.least else "")
-        raise GateError(f"rows of {n:,} documents were written instead of {wanted}")
+        raise ValidationError(f"rows of {n:,} documents were written instead of {wanted}")
 
 
 def check_vectors(files: Iterable[VectorFile], reader: VectorReader) -> None:
     """Looks at the first rows of some files: right sizes, finite, not flat, not all the same.
 
     Raises:
-      GateError: naming what is wrong.
+      ValidationError: naming what is wrong.
     """
     layout = reader.layout
     n_rows, n_flat, seen, contents = 0, 0, set(), set()
@@ -87,17 +87,19 @@ def check_vectors(files: Iterable[VectorFile], reader: VectorReader) -> None:
         for i, data in enumerate(columns["embedding"]):
             vector = restore_row(columns, i, layout)
             if vector.size == 0 or vector.shape[-1] != layout.dimension:
-                raise GateError(f"{file.path} holds a vector of {len(data)} bytes, not of {layout.dimension} numbers")
+                raise ValidationError(
+                    f"{file.path} holds a vector of {len(data)} bytes, not of {layout.dimension} numbers"
+                )
             if not np.isfinite(vector).all():
-                raise GateError(f"{file.path} holds NaN or infinity")
+                raise ValidationError(f"{file.path} holds NaN or infinity")
             n_flat += layout.dtype != "binary" and layout.dimension > 1 and bool((vector == vector.flat[0]).all())
             seen.add(hash(data))
             contents.add(columns["content_hash"][i])
         n_rows += len(stored.numbers)
     if n_flat > MAX_FLAT_FRACTION * n_rows:
-        raise GateError(f"{n_flat:,} of {n_rows:,} vectors are one number throughout, such as 0")
+        raise ValidationError(f"{n_flat:,} of {n_rows:,} vectors are one number throughout, such as 0")
     if len(seen) == 1 and len(contents) >= MIN_TEXTS and layout.dtype != "binary":
-        raise GateError(f"all {n_rows:,} vectors that were looked at are the same, for {len(contents):,} texts")
+        raise ValidationError(f"all {n_rows:,} vectors that were looked at are the same, for {len(contents):,} texts")
 
 
 def restore_row(columns: Columns, i: int, layout: TableLayout) -> np.ndarray:
@@ -109,8 +111,8 @@ def restore_row(columns: Columns, i: int, layout: TableLayout) -> np.ndarray:
     return layout.restore(data, 1, scales)[0]
 
 
-def check_probes(
-    probes: Sequence[Row],
+def compare_spot_checks(
+    spot_checks: Sequence[Row],
     known: KnownVectors,
     fresh: Sequence[tuple[VectorFile, Shard]],
     readers: dict[str, VectorReader],
@@ -122,47 +124,51 @@ def check_probes(
       How many were compared.
 
     Raises:
-      GateError: if one differs by more than the encoder's rounding.
+      ValidationError: if one differs by more than the encoder's rounding.
     """
-    found = known.find_contents(np.array([bytes.fromhex(row.content_hash) for row in probes], "S16"))
+    found = known.find_contents(np.array([bytes.fromhex(row.content_hash) for row in spot_checks], "S16"))
     by_file: dict[VectorFile, list[tuple[int, Row]]] = {}
-    fresh_rows = _find_fresh([row for row, rows in zip(probes, found, strict=True) if not len(rows)], fresh)
-    for probe, rows in zip(probes, found, strict=True):
-        place = rows[probe.chunk] if probe.chunk < len(rows) else fresh_rows.get((probe.content_hash, probe.chunk))
+    fresh_rows = _find_fresh([row for row, rows in zip(spot_checks, found, strict=True) if not len(rows)], fresh)
+    for spot_check, rows in zip(spot_checks, found, strict=True):
+        place = (
+            rows[spot_check.chunk]
+            if spot_check.chunk < len(rows)
+            else fresh_rows.get((spot_check.content_hash, spot_check.chunk))
+        )
         if place is None:  # its document became a dead letter
             continue
         file = next(f for f in [*known.files, *(f for f, _ in fresh)] if f.first <= place < f.first + f.rows)
-        by_file.setdefault(file, []).append((int(place), probe))
+        by_file.setdefault(file, []).append((int(place), spot_check))
     n = 0
     for file, pairs in by_file.items():
         waiting = sorted(pairs, key=lambda pair: pair[0])
         for stored in readers[file.kind].read(file, np.unique([number for number, _ in waiting])):
             while waiting and waiting[0][0] <= stored.numbers[-1]:
-                number, probe = waiting.pop(0)
+                number, spot_check = waiting.pop(0)
                 columns = readers[file.kind].columns(stored, np.searchsorted(stored.numbers, [number]))
-                compare_row(probe, columns, layout, file.path)
+                compare_row(spot_check, columns, layout, file.path)
                 n += 1
             if not waiting:
                 break
     return n
 
 
-def compare_samples(probes: Sequence[Row], samples: Sequence[Row], layout: TableLayout) -> int:
-    """As `check_probes`, for rows that were taken over and are at hand."""
-    again = {(row.content_hash, row.chunk): row for row in probes}
+def compare_samples(spot_checks: Sequence[Row], samples: Sequence[Row], layout: TableLayout) -> int:
+    """As `compare_spot_checks`, for rows that were taken over and are at hand."""
+    again = {(row.content_hash, row.chunk): row for row in spot_checks}
     pairs = [(again[key], row) for row in samples if (key := (row.content_hash, row.chunk)) in again]
-    for probe, row in pairs:
+    for spot_check, row in pairs:
         columns: Columns = {"embedding": [row.vector], "scale": [row.scale], "n_tokens": [row.n_tokens]}
-        compare_row(probe, columns, layout, row.source or "the journal")
+        compare_row(spot_check, columns, layout, row.source or "the journal")
     return len(pairs)
 
 
-def _find_fresh(probes: Sequence[Row], fresh: Sequence[tuple[VectorFile, Shard]]) -> dict[tuple[str, int], int]:
-    """Where the rows of this run with the probes' contents are: (content hash, chunk) to number."""
+def _find_fresh(spot_checks: Sequence[Row], fresh: Sequence[tuple[VectorFile, Shard]]) -> dict[tuple[str, int], int]:
+    """Where the rows of this run with the spot_checks' contents are: (content hash, chunk) to number."""
     places: dict[tuple[str, int], int] = {}
-    if not probes:
+    if not spot_checks:
         return places
-    wanted = np.array([bytes.fromhex(row.content_hash) for row in probes], "S16")
+    wanted = np.array([bytes.fromhex(row.content_hash) for row in spot_checks], "S16")
     for file, shard in fresh:
         entries = read_index(shard.index_path).entries
         for i in np.flatnonzero(np.isin(entries["content"], wanted)).tolist():
@@ -171,24 +177,24 @@ def _find_fresh(probes: Sequence[Row], fresh: Sequence[tuple[VectorFile, Shard]]
     return places
 
 
-def compare_row(probe: Row, columns: Columns, layout: TableLayout, path: str) -> None:
+def compare_row(spot_check: Row, columns: Columns, layout: TableLayout, path: str) -> None:
     """Compares a row that was encoded once more with the first one in some columns.
 
     Raises:
-      GateError: if they differ by more than the encoder's rounding.
+      ValidationError: if they differ by more than the encoder's rounding.
     """
-    again: Columns = {"embedding": [probe.vector], "scale": [probe.scale], "n_tokens": [probe.n_tokens]}
+    again: Columns = {"embedding": [spot_check.vector], "scale": [spot_check.scale], "n_tokens": [spot_check.n_tokens]}
     ours = restore_row(columns, 0, layout)
     theirs = restore_row(again, 0, layout)
     if ours.shape != theirs.shape:
-        raise GateError(f"a text of {path}, encoded again, gives {theirs.shape} numbers instead of {ours.shape}")
+        raise ValidationError(f"a text of {path}, encoded again, gives {theirs.shape} numbers instead of {ours.shape}")
     if layout.dtype == "binary":
         n_other = int(np.count_nonzero(ours != theirs))
         if n_other > max(MAX_OTHER_BITS, MAX_OTHER_SHARE * ours.size):
-            raise GateError(f"a text of {path}, encoded again, has {n_other:,} of {ours.size:,} bits otherwise")
+            raise ValidationError(f"a text of {path}, encoded again, has {n_other:,} of {ours.size:,} bits otherwise")
         return
     a, b = ours.astype(np.float64).ravel(), theirs.astype(np.float64).ravel()
     norms = float(np.linalg.norm(a) * np.linalg.norm(b))
     cosine = float(a @ b) / norms if norms else float(np.array_equal(a, b))
     if not cosine >= MIN_COSINE:  # NaN is not
-        raise GateError(f"a text of {path}, encoded again, gives another vector (cosine {cosine:.4f})")
+        raise ValidationError(f"a text of {path}, encoded again, gives another vector (cosine {cosine:.4f})")

@@ -13,7 +13,7 @@ import numpy as np
 from pipeline import metrics
 from pipeline.bundles import end_bundle
 from pipeline.config import VectorConfig
-from pipeline.records import Chunk, DeadLetter, Encoded, Encoding, Origin, Row, Tally, list_followers
+from pipeline.records import BundleCounts, Chunk, DeadLetter, Encoded, Encoding, Origin, Row, list_followers
 from pipeline.vectors.storing import quantize_vectors, shape_vectors
 
 BATCHES_AHEAD = 2  # in the encoder, or waiting for it: batches come in bursts, as documents are tokenised many at once
@@ -55,7 +55,7 @@ class ChunkAverager:
         chunk = result[0]
         if chunk.n_chunks == 1:
             return result
-        key = (chunk.document.id, chunk.document.origin, chunk.content_hash, chunk.document.is_probe)
+        key = (chunk.document.id, chunk.document.origin, chunk.content_hash, chunk.document.is_spot_check)
         waiting = self._parts.setdefault(key, [])
         parts = next((parts for parts in waiting if chunk.number not in parts), None)
         if parts is None:
@@ -186,20 +186,20 @@ class FinishVectors(beam.DoFn):
             yield from end_bundle(self._finish(encoding.future.result()))
         if lost := self._averager.unfinished():
             raise RuntimeError(f"the chunks of {lost[0].document.id!r} were torn apart between two bundles")
-        tally = Tally.of("encode", dict(self._counts))
-        yield from end_bundle([beam.pvalue.TaggedOutput("tallies", tally)])
+        counted = BundleCounts.of("encode", dict(self._counts))
+        yield from end_bundle([beam.pvalue.TaggedOutput("bundle_counts", counted)])
 
     def _finish(self, encoded: Encoded) -> Iterator[Any]:
         self._counts["encode_seconds"] += encoded.seconds
         metrics.ENCODE_MILLISECONDS.update(round(encoded.seconds * 1000))
-        self._counts["chunks"] += sum(not chunk.document.is_probe for chunk in encoded.batch)
+        self._counts["chunks"] += sum(not chunk.document.is_spot_check for chunk in encoded.batch)
         results: Iterable[Result] = zip(encoded.batch, encoded.vectors, encoded.errors, strict=True)
         if self.rule.average:
             results = filter(None, map(self._averager.add, results))
         wanted: list[Result] = []
-        probes: list[Result] = []
+        spot_checks: list[Result] = []
         for result in results:
-            (probes if result[0].document.is_probe else wanted).append(result)
+            (spot_checks if result[0].document.is_spot_check else wanted).append(result)
         n_rows = 0
         for output in finish_chunks(wanted, self.rule):
             if isinstance(output, DeadLetter):
@@ -210,15 +210,15 @@ class FinishVectors(beam.DoFn):
                 yield output
         self._counts["rows"] += n_rows
         metrics.ROWS.inc(n_rows)  # once a batch: it costs as much as a row
-        for output in finish_chunks(probes, self.rule):
+        for output in finish_chunks(spot_checks, self.rule):
             if isinstance(output, Row):
-                self._counts["probes"] += 1
-                yield beam.pvalue.TaggedOutput("probes", output)
+                self._counts["spot_checks"] += 1
+                yield beam.pvalue.TaggedOutput("spot_checks", output)
 
 
 @dataclass
 class Finish(beam.PTransform):
-    """PCollection[Encoding] -> (PCollection[Row], those of probes, PCollection[DeadLetter], PCollection[Tally])."""
+    """PCollection[Encoding] -> (rows, rows of spot checks, dead letters, counts)."""
 
     rule: VectorRule
 
@@ -226,6 +226,6 @@ class Finish(beam.PTransform):
         self, encoded: beam.PCollection
     ) -> tuple[beam.PCollection, beam.PCollection, beam.PCollection, beam.PCollection]:
         outputs = encoded | "FinishVectors" >> beam.ParDo(FinishVectors(self.rule)).with_outputs(
-            "probes", "dead_letters", "tallies", main="rows"
+            "spot_checks", "dead_letters", "bundle_counts", main="rows"
         )
-        return outputs.rows, outputs.probes, outputs.dead_letters, outputs.tallies
+        return outputs.rows, outputs.spot_checks, outputs.dead_letters, outputs.bundle_counts

@@ -29,7 +29,7 @@ def test_spot_checks_are_no_items():
             return list(batch)
 
     clock = child.time_batches(Handler, "run_inference", child.is_spot_check)
-    documents = [Document("a", ""), Document("a", "", is_probe=True), Document("b", "")]
+    documents = [Document("a", ""), Document("a", "", is_spot_check=True), Document("b", "")]
     batch = Batch([Chunk(document, "", 0, 1, b"", 0, 0, 0) for document in documents], length=8)
     Handler().run_inference(batch, None)
     assert (clock.items, clock.spot_checks) == (2, 1)

@@ -20,10 +20,10 @@ class Encoding(SimpleNamespace):
 
 
 class Tokenizer:
-    """A token for each letter."""
+    """A token for each dead letter."""
 
     def encode_batch_fast(self, texts):
-        return [Encoding(ids=[ord(letter) for letter in text]) for text in texts]
+        return [Encoding(ids=[ord(dead_letter) for dead_letter in text]) for text in texts]
 
 
 def test_batches_are_sorted_by_length_and_padded_to_their_longest():

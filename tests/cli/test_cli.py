@@ -17,7 +17,7 @@ from tests.support.runs import run_embed
 
 
 @pytest.fixture
-def settled(call, monkeypatch):
+def resolved(call, monkeypatch):
     """Runs `embed` up to the point where the job would begin: arguments -> configuration, Beam's options."""
 
     def run(*arguments):
@@ -99,8 +99,8 @@ def test_a_verb_is_needed(call):
     assert (code, out) == (2, "") and "embed" in err
 
 
-def test_flags_take_their_values_in_either_form(settled):
-    config, _ = settled(
+def test_flags_take_their_values_in_either_form(resolved):
+    config, _ = resolved(
         *("--input", "a.txt", "--input=b.txt", "--max_tokens", "16", "--dtype=int8", "--normalize"),
         *("--keep_text", "false", "--text_field=a,b", "--output", "t", "--batch_tokens=1_000"),
     )
@@ -109,8 +109,8 @@ def test_flags_take_their_values_in_either_form(settled):
     assert (config.vectors.dtype, config.vectors.normalize, config.write.keep_text) == ("int8", True, False)
 
 
-def test_beams_own_flags_are_passed_on(settled):
-    _, options = settled(
+def test_beams_own_flags_are_passed_on(resolved):
+    _, options = resolved(
         *("--input=a.txt", "--output=t", "--direct_num_workers=3", "--project", "p", "--temp_location=gs://b/t"),
         *("--experiments=a", "--experiments=b", "--runner_option=checkpointingInterval=7", "--save_main_session"),
     )
@@ -123,14 +123,14 @@ def test_beams_own_flags_are_passed_on(settled):
 # Files of settings.
 
 
-def test_a_file_of_settings_has_the_names_of_the_flags(settled, tmp_path):
+def test_a_file_of_settings_has_the_names_of_the_flags(resolved, tmp_path):
     path = tmp_path / "run.toml"
     path.write_text(
         'input = ["a.txt", "b.txt"]\noutput = "t"\ndirect_num_workers = 3\nsave_main_session = true\n'
         'experiments = ["a", "b"]\n[preprocess]\nmax_tokens = 16\n[vectors]\nnormalize = true\n'
         "[write]\nmax_dead_fraction = 1\n"
     )
-    config, options = settled(f"--config={path}", "--max_tokens=32", "--direct_num_workers=4")
+    config, options = resolved(f"--config={path}", "--max_tokens=32", "--direct_num_workers=4")
     assert config.read.input == ("a.txt", "b.txt") and config.write.output == "t"
     assert config.preprocess.max_tokens == 32, "the command line wins"
     assert config.vectors.normalize and config.write.max_dead_fraction == 1
@@ -139,10 +139,10 @@ def test_a_file_of_settings_has_the_names_of_the_flags(settled, tmp_path):
     assert given["save_main_session"] and set(given["experiments"]) >= {"a", "b"}
 
 
-def test_a_file_of_settings_may_name_the_runner_and_its_options(settled, tmp_path):
+def test_a_file_of_settings_may_name_the_runner_and_its_options(resolved, tmp_path):
     path = tmp_path / "run.toml"
     path.write_text('runner = "FlinkRunner"\nrunner_option = ["checkpointingInterval=7"]\n')
-    _, options = settled(f"--config={path}")
+    _, options = resolved(f"--config={path}")
     given = options.get_all_options(retain_unknown_options=True)
     assert given["runner"] == "FlinkRunner" and str(given["checkpointingInterval"]) == "7"
 
@@ -217,12 +217,12 @@ def test_an_unknown_engine_is_refused(call, tmp_path):
 @pytest.mark.parametrize(
     "runner", [None, "local", "DirectRunner", "directrunner", "FnApiRunner", "apache_beam.runners.direct.DirectRunner"]
 )
-def test_all_names_of_the_local_engine_mean_the_same(settled, runner):
+def test_all_names_of_the_local_engine_mean_the_same(resolved, runner):
     from apache_beam.runners.portability.fn_api_runner import FnApiRunner
 
     from pipeline.engines.runner import make_runner
 
-    _, options = settled("--input=a", "--output=t", *([f"--runner={runner}"] if runner else []))
+    _, options = resolved("--input=a", "--output=t", *([f"--runner={runner}"] if runner else []))
     assert type(make_runner(options)) is FnApiRunner
 
 

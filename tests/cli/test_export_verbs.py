@@ -13,7 +13,7 @@ import pytest
 import tensorflow as tf
 
 from pipeline.config import EmbedConfig
-from pipeline.embedding_spec import plan_embedding
+from pipeline.embedding_spec import make_embedding_spec
 from pipeline.encoders import export
 from pipeline.encoders.default import VOCABULARY_FILE, default_vocabulary, default_weights
 from pipeline.encoders.saved_model import TOKEN_INPUTS, describe_saved_model, read_flag, read_variables
@@ -54,7 +54,7 @@ def read_weights(folder):
 
 
 def fingerprint(encoder):
-    return plan_embedding(EmbedConfig.from_flat({"encoder": str(encoder)})).fingerprint
+    return make_embedding_spec(EmbedConfig.from_flat({"encoder": str(encoder)})).fingerprint
 
 
 # What is given to the exporters, which have tests of their own.
@@ -205,7 +205,9 @@ def test_cased_vocabularies(call, tmp_path):
     assert "7 cased" in call("export-preprocessor", "--vocab_file=v.txt", "--cased", "--output=p")[1]
     assert not read_flag("e", "do_lower_case")
     assert tf.saved_model.load("p").tokenize(tf.constant(["Café cafe café"])).to_list() == [[[6], [5], [1]]]
-    assert plan_embedding(EmbedConfig.from_flat({"encoder": "e", "preprocessor": "p"})).fingerprint == fingerprint("e")
+    assert make_embedding_spec(EmbedConfig.from_flat({"encoder": "e", "preprocessor": "p"})).fingerprint == fingerprint(
+        "e"
+    )
 
 
 @pytest.mark.exhaustive

@@ -14,7 +14,7 @@ import tensorflow as tf
 import tensorflow_text  # noqa: F401  registers the preprocessor's ops
 
 from pipeline.config import EmbedConfig
-from pipeline.embedding_spec import plan_embedding
+from pipeline.embedding_spec import make_embedding_spec
 from pipeline.encoders import cache, default
 from pipeline.encoders.export import initial_weights
 from pipeline.encoders.saved_model import describe_saved_model, read_variables
@@ -52,7 +52,7 @@ class TestDefaultEncoder:
             assert value.tobytes() == weights[name].tobytes(), name
 
     def test_is_proven_to_be_what_it_says(self):
-        identity = plan_embedding(EmbedConfig()).identity
+        identity = make_embedding_spec(EmbedConfig()).identity
         assert identity["encoder"]["family"] == "talking_heads_ggelu_bert"
         assert identity["dimensions"] == 384
 

@@ -30,9 +30,9 @@ def test_rows_are_made_while_the_next_batches_are_in_the_encoder():
     assert made == ["d0", "d1"]
     for number in (2, 3):
         futures[number].set_result(make_encoded(number))
-    *rows, tally = step.finish_bundle()
+    *rows, counted = step.finish_bundle()
     assert [row.value.id for row in rows] == ["d2", "d3"]
-    assert b'"rows": 4' in tally.value.value.counts
+    assert b'"rows": 4' in counted.value.value.counts
 
 
 def test_what_the_encoder_raises_is_raised_with_its_batch():

@@ -18,7 +18,7 @@ import pytest
 import tensorflow as tf
 
 from pipeline.config import EmbedConfig, EncoderConfig, VectorChoice
-from pipeline.embedding_spec import plan_embedding
+from pipeline.embedding_spec import make_embedding_spec
 from pipeline.encoders import architecture, export, load, onednn, parity, runtime, spec
 from pipeline.encoders.architecture import Architecture, canonical_names, infer_architecture, recognise_architecture
 from pipeline.encoders.base import TokenEncoder
@@ -27,7 +27,7 @@ from pipeline.encoders.fast import build_graph
 from pipeline.encoders.load import load_encoder
 from pipeline.encoders.mode import VERSION, Mode, choose_mode, choose_modes
 from pipeline.encoders.onednn import has_fused_kernels
-from pipeline.encoders.parity import ParityProbe
+from pipeline.encoders.parity import ParityCheck
 from pipeline.encoders.runtime import native_half_precision
 from pipeline.encoders.saved_model import list_variables
 from pipeline.encoders.spec import describe_encoder
@@ -175,7 +175,7 @@ def test_layers_compiled_by_xla_give_the_official_pooled_output():
 )
 def test_bfloat16_stays_near_the_float32_of_the_published_module(name):
     folder = home_of(name) / name
-    proven = ParityProbe(str(folder), read_architecture(folder), name).prove("bfloat16")
+    proven = ParityCheck(str(folder), read_architecture(folder), name).prove("bfloat16")
     for mode in {choose_mode("bfloat16", proven.attention), Mode("bfloat16", emulated=True)}:
         compared = compare_with_golden(name, mode, golden_cases(name))
         assert min(cosines(ours, expected).min() for _, _, ours, expected in compared) >= 0.999, mode
@@ -225,7 +225,7 @@ def test_attention_is_rounded_where_that_is_near_enough(cosines, attention, monk
     found = dict(zip(modes, cosines, strict=True))
     monkeypatch.setattr(parity, "choose_modes", lambda precision: modes)
     monkeypatch.setattr(parity, "remembered", lambda name, *_: [0.1, found[modes["-float32-" in name]]])
-    probe = ParityProbe(ENCODER, read_architecture(Path(ENCODER)), "weights")
+    probe = ParityCheck(ENCODER, read_architecture(Path(ENCODER)), "weights")
     assert probe.prove("bfloat16").attention == attention
 
 
@@ -402,12 +402,12 @@ def test_erf_instead_of_tanh_is_noticed(tmp_path, monkeypatch):
     differences = []
     for name in ("tanh", "erf"):
         a = read_architecture(tmp_path / name)
-        differences.append(ParityProbe(str(tmp_path / name), a, name).prove("float32").max_abs)
+        differences.append(ParityCheck(str(tmp_path / name), a, name).prove("float32").max_abs)
     assert differences[0] < 1e-5 < 3e-4 < differences[1]
     assert describe(tmp_path / "erf").graph == "published"
 
 
-# --- what is settled before a run, and what is written of it ---------------------------------------------------------
+# --- what is resolved before a run, and what is written of it ---------------------------------------------------------
 
 
 def test_auto_takes_the_precision_of_the_machine():
@@ -434,7 +434,7 @@ def test_a_processor_has_bfloat16_unless_onednn_is_held_to_older_instructions(fl
 
 def test_graph_and_precision_are_part_of_the_fingerprint():
     settings = [{}, {"encoder_graph": "published"}, {"precision": "bfloat16"}, {"precision": "float16"}]
-    plans = [plan_embedding(EmbedConfig.from_flat({"encoder": ENCODER, **flags})) for flags in settings]
+    plans = [make_embedding_spec(EmbedConfig.from_flat({"encoder": ENCODER, **flags})) for flags in settings]
     assert len({plan.fingerprint for plan in plans}) == 4
     assert plans[0].identity["encoder"] == plans[1].identity["encoder"]
     assert plans[0].encoder.parity and plans[1].encoder.parity is None
@@ -464,7 +464,7 @@ def test_a_worker_without_the_precision_that_was_planned_fails_the_run(monkeypat
 
 def test_a_proof_is_remembered_but_not_for_other_arithmetic(own_cache, monkeypatch):
     calls = []
-    monkeypatch.setattr(ParityProbe, "_measure", lambda *arguments: calls.append(arguments) or [0.0, 1.0])
+    monkeypatch.setattr(ParityCheck, "_measure", lambda *arguments: calls.append(arguments) or [0.0, 1.0])
     for n_calls in (1, 1):
         assert describe(ENCODER).graph == "fast" and len(calls) == n_calls
     monkeypatch.setattr(parity, "VERSION", VERSION + 1)
@@ -483,9 +483,9 @@ def test_a_probe_that_cannot_run_is_no_proof_and_is_not_remembered(own_cache, mo
     def fail(*arguments: Any) -> list[float]:
         raise MemoryError("no room")
 
-    monkeypatch.setattr(ParityProbe, "_measure", fail)
+    monkeypatch.setattr(ParityCheck, "_measure", fail)
     with caplog.at_level(logging.WARNING):
         assert describe(ENCODER).graph == "published"
     assert "the probe failed: no room" in caplog.text
-    monkeypatch.setattr(ParityProbe, "_measure", lambda *arguments: [0.0, 1.0])
+    monkeypatch.setattr(ParityCheck, "_measure", lambda *arguments: [0.0, 1.0])
     assert describe(ENCODER).graph == "fast"

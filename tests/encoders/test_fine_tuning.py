@@ -11,7 +11,7 @@ import pytest
 import tensorflow as tf
 
 from pipeline.config import EmbedConfig
-from pipeline.embedding_spec import plan_embedding
+from pipeline.embedding_spec import make_embedding_spec
 from pipeline.encoders.default import default_weights
 from pipeline.encoders.saved_model import describe_saved_model, read_variables
 from pipeline.tables.manifest import open_table
@@ -89,7 +89,7 @@ def read_weights(folder):
 
 
 def plan(encoder):
-    return plan_embedding(EmbedConfig.from_flat({"encoder": str(encoder)}))
+    return make_embedding_spec(EmbedConfig.from_flat({"encoder": str(encoder)}))
 
 
 pytestmark = [pytest.mark.training, pytest.mark.timeout(600)]  # the first to ask for the folder waits for the page

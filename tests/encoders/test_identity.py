@@ -7,10 +7,10 @@ import pytest
 import tensorflow as tf
 
 from pipeline.config import EmbedConfig
-from pipeline.embedding_spec import plan_embedding
+from pipeline.embedding_spec import make_embedding_spec
 from pipeline.encoders import export
 from pipeline.encoders.export import export_encoder, initial_weights
-from pipeline.encoders.parity import ParityProbe
+from pipeline.encoders.parity import ParityCheck
 from pipeline.encoders.saved_model import list_variables
 from tests.support.exports import some_vocabulary
 from tests.support.official import official_encoder, vocabulary
@@ -18,7 +18,7 @@ from tests.support.paths import ENCODER
 
 
 def fingerprint(encoder, **settings):
-    return plan_embedding(EmbedConfig.from_flat({"encoder": str(encoder), **settings})).fingerprint
+    return make_embedding_spec(EmbedConfig.from_flat({"encoder": str(encoder), **settings})).fingerprint
 
 
 class Hashed(tf.Module):
@@ -75,7 +75,7 @@ def test_settings_that_change_no_vector_do_not_change_it(settings):
 
 @pytest.mark.usefixtures("module_cache")
 def test_a_copy_and_a_new_export_of_the_same_encoder_have_the_same(tmp_path, monkeypatch):
-    monkeypatch.setattr(ParityProbe, "_measure", lambda *_: [0.0, 1.0])  # tested elsewhere
+    monkeypatch.setattr(ParityCheck, "_measure", lambda *_: [0.0, 1.0])  # tested elsewhere
     shutil.copytree(ENCODER, tmp_path / "copy")
     weights = {variable.name: variable.numpy() for variable in official_encoder().trainable_variables}
     export_encoder(weights, vocabulary(), str(tmp_path / "again"))
@@ -84,7 +84,7 @@ def test_a_copy_and_a_new_export_of_the_same_encoder_have_the_same(tmp_path, mon
 
 @pytest.mark.usefixtures("module_cache")
 def test_one_weight_changes_it(tmp_path, monkeypatch):
-    monkeypatch.setattr(ParityProbe, "_measure", lambda *_: [0.0, 1.0])
+    monkeypatch.setattr(ParityCheck, "_measure", lambda *_: [0.0, 1.0])
 
     def change(values):
         (key,) = (key for key, shape in list_variables(ENCODER).values() if shape == (512, 64))

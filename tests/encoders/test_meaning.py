@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from pipeline.config import EmbedConfig
-from pipeline.embedding_spec import plan_embedding
+from pipeline.embedding_spec import make_embedding_spec
 from pipeline.encoders.default import default_vocabulary, default_weights
 from pipeline.encoders.export import export_encoder, initial_weights
 from pipeline.search.embedder import Embedder
@@ -85,7 +85,11 @@ def overlap(one: str, other: str) -> float:
 def embed_cases(vector: str, encoder: str = "") -> np.ndarray:
     """The vectors of all sentences, of length 1: [case, sentence or paraphrase or look-alike, D]."""
     config = EmbedConfig.from_flat({"vector": vector, "encoder": encoder, "normalize": True})
-    return Embedder(plan_embedding(config)).embed([text for case in CASES for text in case]).reshape(len(CASES), 3, -1)
+    return (
+        Embedder(make_embedding_spec(config))
+        .embed([text for case in CASES for text in case])
+        .reshape(len(CASES), 3, -1)
+    )
 
 
 def margins(vectors: np.ndarray) -> np.ndarray:

@@ -10,7 +10,7 @@ import pytest
 import tensorflow as tf
 
 from pipeline.config import EmbedConfig
-from pipeline.embedding_spec import plan_embedding
+from pipeline.embedding_spec import make_embedding_spec
 from pipeline.errors import ConfigError, EmbeamError, EncoderError
 from tests.support.official import save_module
 from tests.support.paths import ENCODER, PREPROCESSOR
@@ -24,7 +24,7 @@ def encoder(tmp_path: Path) -> Path:
 
 def check_refused(says: str, error: type[EmbeamError] = EncoderError, **settings: Any) -> str:
     with pytest.raises(error) as caught:
-        plan_embedding(EmbedConfig.from_flat({name: str(value) for name, value in settings.items()}))
+        make_embedding_spec(EmbedConfig.from_flat({name: str(value) for name, value in settings.items()}))
     said = str(caught.value)
     assert says in said
     assert "\n" not in said and len(said) < 500

@@ -120,23 +120,23 @@ def stage(gcs: Gcs, table: str, corpus: str = "first", **flags: Any) -> StagedJo
     return StagedJob.find(gcs.path("tmp", table, corpus))
 
 
-def read_letters(table: str) -> list[dict[str, Any]]:
+def read_dead_letters(table: str) -> list[dict[str, Any]]:
     manifest, folder = open_table(table)
-    letters = []
+    dead_letters = []
     for file in manifest.dead_letter_files:
         with FileSystems.open(join(folder, file.name), compression_type="uncompressed") as stream:
-            letters += [json.loads(line) for line in stream.read().splitlines()]
-    return sorted(letters, key=lambda letter: (letter["file"], letter["byte"]))
+            dead_letters += [json.loads(line) for line in stream.read().splitlines()]
+    return sorted(dead_letters, key=lambda dead_letter: (dead_letter["file"], dead_letter["byte"]))
 
 
 def assert_same_table(table: str, expected: str) -> None:
     """Rows, dead letters and what was counted of them."""
     assert_same_rows(read_rows(table), read_rows(expected))
-    assert read_letters(table) == read_letters(expected)
+    assert read_dead_letters(table) == read_dead_letters(expected)
     manifest, local = open_table(table)[0], open_table(expected)[0]
     assert (manifest.rows, manifest.dead_letters) == (local.rows, local.dead_letters)
-    for name in ("documents", "encoded", "equal_texts", "unchanged"):
-        assert manifest.counts["recall"].get(name, 0) == local.counts["recall"].get(name, 0), name
+    for name in ("documents", "encoded", "same_text", "unchanged"):
+        assert manifest.counts["reuse"].get(name, 0) == local.counts["reuse"].get(name, 0), name
 
 
 def list_left(gcs: Gcs, table: str) -> list[str]:
@@ -158,8 +158,8 @@ def local_tables(gcs: Gcs, tmp_path_factory) -> dict[str, str]:
         for state in ("first", "second") if corpus == "second" else ("first",):
             files = gcs.path(state, "*.jsonl")
             manifest = run_pipeline(Path(), **SETTINGS, input=files, encoder=gcs.path("encoder"), output=tables[corpus])
-    assert manifest.counts["recall"]["unchanged"] > 50 and manifest.dead_letters["too_long"] == 1
-    assert len(read_letters(tables["first"])) == 2 and open_table(tables["first"])[0].rows == N_TEXTS + 5
+    assert manifest.counts["reuse"]["unchanged"] > 50 and manifest.dead_letters["too_long"] == 1
+    assert len(read_dead_letters(tables["first"])) == 2 and open_table(tables["first"])[0].rows == N_TEXTS + 5
     return tables
 
 
@@ -177,7 +177,7 @@ def test_the_encoder_alone_gets_a_gpu(staged: StagedJob):
     assert {name for name, wanted in hints.items() if wanted} == own
     assert all(hints[name] == GPU | MEMORY for name in own)
     names = "\n".join(own)
-    for step in ("Unpack", "CollectBatches", "BeamML_RunInference", "FinishVectors", "WriteJournal", "PackRows"):
+    for step in ("Unpack", "CollectBatches", "BeamML_RunInference", "FinishVectors", "WriteJournal", "GroupRows"):
         assert step in names
 
 
@@ -190,16 +190,16 @@ def test_nothing_that_takes_long_can_be_fused_with_the_encoder(staged: StagedJob
 
 def test_the_search_for_what_is_fused_finds_neighbours(staged: StagedJob):
     fused = staged.fused_with(staged.names("Preprocess/"))
-    assert any("PackChunks" in name for name in fused)
+    assert any("GroupChunks" in name for name in fused)
     assert not any("RunInference" in name for name in fused)
 
 
 def test_packs_cross_to_the_encoder_and_back(staged: StagedJob):
     shuffles = staged.shuffles()
     own = {name for name in shuffles if name.startswith("Embed/")}
-    assert {name.split("/")[1] for name in own} == {"HandOver", "HandBack"}
-    assert all(any("PackCoder" in coder for coder in shuffles[name]) for name in own)
-    assert not any("PackCoder" in coder for name in set(shuffles) - own for coder in shuffles[name])
+    assert {name.split("/")[1] for name in own} == {"ToDedicatedWorkers", "FromDedicatedWorkers"}
+    assert all(any("ElementGroupCoder" in coder for coder in shuffles[name]) for name in own)
+    assert not any("ElementGroupCoder" in coder for name in set(shuffles) - own for coder in shuffles[name])
 
 
 def test_every_step_runs_in_the_image_that_was_given(staged: StagedJob):

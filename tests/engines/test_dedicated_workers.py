@@ -11,18 +11,18 @@ import pytest
 from apache_beam.runners.portability.fn_api_runner import fn_runner
 from apache_beam.testing.util import assert_that, equal_to
 
-from pipeline.coders import PackCoder
+from pipeline.coders import ElementGroupCoder
 from pipeline.config import WorkerConfig
 from pipeline.embed import build_pipeline
-from pipeline.embedding_spec import GPU_BATCH_TOKENS, plan_embedding
+from pipeline.embedding_spec import GPU_BATCH_TOKENS, make_embedding_spec
 from pipeline.encoders.spec import describe_encoder
-from pipeline.engines.dedicated_workers import PACK_BYTES, PACK_ELEMENTS, PackElements, ends_document, size_chunk
+from pipeline.engines.dedicated_workers import GROUP_BYTES, GROUP_ELEMENTS, GroupElements, ends_document, size_chunk
 from pipeline.engines.presets import PRESETS, find_device, resource_hints, share_memory
 from pipeline.errors import ConfigError
 from pipeline.preprocess.batching import COMPILED_STEPS, bucket_lengths
-from pipeline.records import Chunk, Document, Pack
+from pipeline.records import Chunk, Document, ElementGroup
 from pipeline.run.job import prepare_job
-from pipeline.run.resolve import settle
+from pipeline.run.resolve import resolve
 from tests.support.corpora import as_records, some_texts, write_jsonl
 from tests.support.crossings import find_crossings
 from tests.support.histories import run_joined
@@ -34,8 +34,8 @@ def make_chunks(document: Document, n: int) -> list[Chunk]:
     return [Chunk(document, "00" * 16, i, n, b"\1\0\0\0" * 4, 4, 2, 0) for i in range(n)]
 
 
-def pack_all(chunks: list[Chunk]) -> list[Pack]:
-    packer = PackElements(size_chunk, ends_document)
+def pack_all(chunks: list[Chunk]) -> list[ElementGroup]:
+    packer = GroupElements(size_chunk, ends_document)
     packer.start_bundle()
     packs = [pack for chunk in chunks for pack in packer.process(chunk)]
     return [*packs, *(windowed.value for windowed in packer.finish_bundle())]
@@ -44,7 +44,7 @@ def pack_all(chunks: list[Chunk]) -> list[Pack]:
 def test_packs_are_of_a_few_hundred_and_lose_nothing():
     chunks = [chunk for i in range(1300) for chunk in make_chunks(Document(f"d{i}", "text"), 1)]
     packs = pack_all(chunks)
-    assert [len(pack) for pack in packs] == [PACK_ELEMENTS, PACK_ELEMENTS, 1300 - 2 * PACK_ELEMENTS]
+    assert [len(pack) for pack in packs] == [GROUP_ELEMENTS, GROUP_ELEMENTS, 1300 - 2 * GROUP_ELEMENTS]
     assert [chunk for pack in packs for chunk in pack] == chunks
 
 
@@ -58,20 +58,24 @@ def test_a_pack_ends_with_a_document():
 def test_large_texts_make_small_packs():
     packs = pack_all([chunk for i in range(40) for chunk in make_chunks(Document(f"d{i}", "x" * 1_000_000), 2)])
     assert len(packs) > 5
-    assert all(sum(len(chunk.document.text) for chunk in pack[::2]) <= PACK_BYTES + 1_000_000 for pack in packs)
+    assert all(sum(len(chunk.document.text) for chunk in pack[::2]) <= GROUP_BYTES + 1_000_000 for pack in packs)
 
 
 def test_a_text_crosses_once_however_many_chunks_it_has():
-    one, many = (PackCoder().encode(Pack(make_chunks(Document("d", "x" * 100_000), n))) for n in (1, 40))
+    one, many = (
+        ElementGroupCoder().encode(ElementGroup(make_chunks(Document("d", "x" * 100_000), n))) for n in (1, 40)
+    )
     assert len(many) < len(one) + 40 * 200
-    assert PackCoder().decode(many) == Pack(make_chunks(Document("d", "x" * 100_000), 40))
+    assert ElementGroupCoder().decode(many) == ElementGroup(make_chunks(Document("d", "x" * 100_000), 40))
 
 
 def test_packs_cross_a_pipeline():
-    pack = Pack(make_chunks(Document("d", "text"), 3))
+    pack = ElementGroup(make_chunks(Document("d", "text"), 3))
     with beam.Pipeline(runner="FnApiRunner") as p:
-        crossed = p | beam.Create([0]) | beam.Map(lambda _: pack).with_output_types(Pack) | beam.Reshuffle()
-        assert_that(crossed | beam.Map(lambda found: (type(found).__name__, len(found))), equal_to([("Pack", 3)]))
+        crossed = p | beam.Create([0]) | beam.Map(lambda _: pack).with_output_types(ElementGroup) | beam.Reshuffle()
+        assert_that(
+            crossed | beam.Map(lambda found: (type(found).__name__, len(found))), equal_to([("ElementGroup", 3)])
+        )
 
 
 # --- the graph for distributed engines -------------------------------------------------------------------------------
@@ -80,8 +84,8 @@ def test_packs_cross_a_pipeline():
 def build_distributed(folder: Path, **settings: Any) -> StagedJob:
     """The graph of a second run, which has a live table to look at."""
     write_jsonl(folder / "corpus.jsonl", as_records(some_texts(20)))
-    settled = settle(make_config(folder, split_bytes=500, **settings))
-    job = prepare_job(settled, "now", 0.0, distributed=True)
+    resolved = resolve(make_config(folder, split_bytes=500, **settings))
+    job = prepare_job(resolved, "now", 0.0, distributed=True)
     p = beam.Pipeline(runner="FnApiRunner")
     build_pipeline(p, job)
     embedded = beam.transforms.environments.EmbeddedPythonEnvironment.default()
@@ -98,7 +102,7 @@ def test_the_encoder_alone_asks_for_a_gpu(on_long, tmp_path):
     hints, own = job.hints(), job.names("Embed/Workers/")
     assert all(hints[name] == expected for name in own)
     names = "\n".join(own)
-    steps = ["Unpack", "CollectBatches", "BeamML_RunInference", "FinishVectors", "WriteJournal", "PackRows"]
+    steps = ["Unpack", "CollectBatches", "BeamML_RunInference", "FinishVectors", "WriteJournal", "GroupRows"]
     assert all(step in names for step in steps), names
     others = job.names() - own
     assert {name.split("/")[0] for name in others} >= {"Read", "Preprocess", "WriteRows"}
@@ -113,9 +117,9 @@ def test_without_an_accelerator_nothing_is_asked_for(tmp_path):
 def test_fusion_breaks_on_both_sides_of_the_encoder_and_nowhere_inside(tmp_path):
     shuffles = build_distributed(tmp_path, accelerator="nvidia-l4").shuffles()
     in_embed = {name for name in shuffles if name.startswith("Embed/")}
-    assert {name.split("/")[1] for name in in_embed} == {"HandOver", "HandBack"}
+    assert {name.split("/")[1] for name in in_embed} == {"ToDedicatedWorkers", "FromDedicatedWorkers"}
     for name in in_embed:
-        assert any("PackCoder" in coder for coder in shuffles[name]), name
+        assert any("ElementGroupCoder" in coder for coder in shuffles[name]), name
 
 
 def test_nothing_comes_together_as_a_whole_but_counts_and_names_of_files(tmp_path):
@@ -129,7 +133,7 @@ def test_nothing_comes_together_as_a_whole_but_counts_and_names_of_files(tmp_pat
     assert whole == {
         "Read/FindDuplicates",  # them alone
         "Carry/Distinct",  # files that were cut off
-        "Embed/Workers",  # probes, log N of N documents
+        "Embed/Workers",  # spot checks, log N of N documents
         "Recall/MeetByContent",  # as many samples
         "Shards",
         "Tallies",
@@ -177,12 +181,19 @@ def test_no_shuffle_gathers_its_elements_under_one_key(tmp_path, monkeypatch):
         tmp_path / "corpus.jsonl",
         [*records[15:], *({"id": f"new {i}", "text": text} for i, text in enumerate(some_texts(50, seed=4)))],
     )
-    monkeypatch.setattr("pipeline.engines.dedicated_workers.PACK_ELEMENTS", 2)
+    monkeypatch.setattr("pipeline.engines.dedicated_workers.GROUP_ELEMENTS", 2)
     keys = KeyCounter(monkeypatch)
     run_joined(tmp_path, split_bytes=500, keep_fields="")
     shares = keys.shares(least=20)
     names = "\n".join(shares)
-    for step in ("Read/Splits", "GroupByContent", "HandOver", "HandBack", "GroupById", "GroupIds"):
+    for step in (
+        "Read/Splits",
+        "GroupByContent",
+        "ToDedicatedWorkers",
+        "FromDedicatedWorkers",
+        "GroupById",
+        "GroupIds",
+    ):
         assert step in names
     assert max(shares.values()) < 0.3, shares
 
@@ -209,7 +220,7 @@ def test_a_plan_is_made_for_the_workers_and_not_for_this_machine():
 
     flat = {"encoder": ENCODER, "precision": "auto", "accelerator": "nvidia-tesla-t4"}
     config = EmbedConfig.from_flat(flat)
-    plan = plan_embedding(config, find_device(config.workers))
+    plan = make_embedding_spec(config, find_device(config.workers))
     assert plan.buckets.budget == PRESETS["nvidia-tesla-t4"].batch_tokens != GPU_BATCH_TOKENS
     assert plan.buckets.lengths == tuple(bucket_lengths(plan.buckets.lengths[-1], COMPILED_STEPS))
     assert plan.encoder.precision == "float16" and plan.encoder.native

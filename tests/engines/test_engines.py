@@ -65,9 +65,9 @@ def check_counts(manifest: Manifest, table: str) -> None:
     assert manifest.counts["read"]["records"] == N_TEXTS + 9
     assert manifest.counts["read"]["documents"] == manifest.counts["preprocess"]["documents"] == N_TEXTS
     assert manifest.counts["write_embeddings"]["records"] == manifest.counts["encode"]["rows"] == N_TEXTS
-    letters = read_dead_letters(table)
-    assert sorted(letter["id"] for letter in letters) == sorted(f"n{i}" for i in range(0, N_TEXTS, 10))
-    assert {letter["text"] for letter in letters} == {"somebody else's text"}
+    dead_letters = read_dead_letters(table)
+    assert sorted(dead_letter["id"] for dead_letter in dead_letters) == sorted(f"n{i}" for i in range(0, N_TEXTS, 10))
+    assert {dead_letter["text"] for dead_letter in dead_letters} == {"somebody else's text"}
 
 
 def assert_same_table(table: str, local: Rows) -> None:

@@ -75,11 +75,16 @@ def test_chunks_come_in_the_order_of_their_documents_pairs_and_singles_mixed():
 
 def test_a_rejected_document_says_why_and_where_it_came_from():
     origin = Origin("corpus.txt", 7, "byte")
-    (letter,) = split([Document("a", "the " * 25, origin=origin)], max_tokens=12, on_long="reject")
-    assert isinstance(letter, DeadLetter)
-    assert (letter.stage, letter.reason, letter.id, letter.origin) == ("preprocess", "too_long", "a", origin)
-    assert "27 tokens" in letter.message
-    assert "--max_tokens=12" in letter.message
+    (dead_letter,) = split([Document("a", "the " * 25, origin=origin)], max_tokens=12, on_long="reject")
+    assert isinstance(dead_letter, DeadLetter)
+    assert (dead_letter.stage, dead_letter.reason, dead_letter.id, dead_letter.origin) == (
+        "preprocess",
+        "too_long",
+        "a",
+        origin,
+    )
+    assert "27 tokens" in dead_letter.message
+    assert "--max_tokens=12" in dead_letter.message
 
 
 TEXTS = st.text(st.characters(exclude_categories=["Cs"]))
@@ -112,26 +117,28 @@ def run_do_fn(documents: list[Document]) -> tuple[list, list]:
     do_fn.start_bundle()
     outputs = [output for document in documents for output in do_fn.process(document)]
     outputs += [output.value if hasattr(output, "windows") else output for output in do_fn.finish_bundle()]
-    chunks, letters = [], []
+    chunks, dead_letters = [], []
     for output in outputs:
         value = getattr(output, "value", output)
         value = getattr(value, "value", value)
         if isinstance(value, Chunk):
             chunks.append(value)
         elif isinstance(value, DeadLetter):
-            letters.append(value)
-    return chunks, letters
+            dead_letters.append(value)
+    return chunks, dead_letters
 
 
 @pytest.mark.parametrize(
     "broken", [Document("b", "half \ud83d"), Document("b", "text", "\udc00")], ids=["text", "pair"]
 )
 def test_half_of_a_surrogate_pair_costs_its_own_document_only(broken):
-    chunks, letters = run_do_fn([Document("a", "one"), broken, Document("c", "👩")])
+    chunks, dead_letters = run_do_fn([Document("a", "one"), broken, Document("c", "👩")])
     assert [chunk.document.id for chunk in chunks] == ["a", "c"]
-    assert [(letter.id, letter.stage, letter.reason) for letter in letters] == [("b", "preprocess", "invalid_utf8")]
-    assert letters[0].text is not None
-    letters[0].text.encode()  # it can be stored
+    assert [(dead_letter.id, dead_letter.stage, dead_letter.reason) for dead_letter in dead_letters] == [
+        ("b", "preprocess", "invalid_utf8")
+    ]
+    assert dead_letters[0].text is not None
+    dead_letters[0].text.encode()  # it can be stored
 
 
 def test_no_document_waits_in_the_buffer_for_ever(monkeypatch):

@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline.config import EmbedConfig
-from pipeline.embedding_spec import plan_embedding
+from pipeline.embedding_spec import make_embedding_spec
 from pipeline.encoders.saved_model import describe_saved_model
 from pipeline.errors import EncoderError
 from pipeline.preprocess import wordpiece
@@ -232,7 +232,7 @@ def test_no_texts_have_no_tokens():
 
 
 def planned_vocabulary(encoder: str, preprocessor: str = "") -> Vocabulary:
-    rule = plan_embedding(EmbedConfig.from_flat({"encoder": encoder, "preprocessor": preprocessor})).split
+    rule = make_embedding_spec(EmbedConfig.from_flat({"encoder": encoder, "preprocessor": preprocessor})).split
     assert isinstance(rule, WordpieceRule)
     return rule.vocabulary
 

@@ -17,7 +17,7 @@ from pipeline.metrics import NAMESPACE
 from pipeline.report.logs import JsonFormatter
 from pipeline.report.progress_bar import ProgressReporter
 from pipeline.run.job import prepare_job, run_job, scratch_folder
-from pipeline.run.resolve import settle
+from pipeline.run.resolve import resolve
 from pipeline.tables.manifest import open_table
 from tests.support.corpora import as_records, some_texts, write_jsonl
 from tests.support.paths import ENCODER
@@ -98,8 +98,8 @@ def test_progress_is_json_with_its_numbers(monkeypatch, capsys):
 
 def test_the_engine_shows_what_the_manifest_counts(corpus):
     config, options = make_config(corpus), PipelineOptions([])
-    settled = settle(config)
-    make_folder(settled.store.work)
+    resolved = resolve(config)
+    make_folder(resolved.store.work)
     results = []
 
     class Watched(type(make_runner(options))):  # type: ignore[misc]
@@ -109,8 +109,8 @@ def test_the_engine_shows_what_the_manifest_counts(corpus):
 
     runner = make_runner(options)
     runner.__class__ = Watched
-    with scratch_folder(settled.store.work, "now") as scratch:
-        run_job(prepare_job(settled, "20260101T000000.000000Z-abcdef", 0.0, False, scratch), runner, options)
+    with scratch_folder(resolved.store.work, "now") as scratch:
+        run_job(prepare_job(resolved, "20260101T000000.000000Z-abcdef", 0.0, False, scratch), runner, options)
     found = results[0].metrics().query()
     counters = {m.key.metric.name: m.result for m in found["counters"] if m.key.metric.namespace == NAMESPACE}
     (times,) = (m for m in found["distributions"] if m.key.metric.name == "encode_milliseconds")

@@ -17,10 +17,10 @@ from apache_beam.options.pipeline_options import PipelineOptions
 
 from pipeline.encoders.handler import LoadedEncoder
 from pipeline.engines.runner import make_runner
-from pipeline.errors import ConfigError, EmbeamError, GateError, RunError
+from pipeline.errors import ConfigError, EmbeamError, RunError, ValidationError
 from pipeline.files import make_folder
 from pipeline.run.job import prepare_job, run_job
-from pipeline.run.resolve import settle
+from pipeline.run.resolve import resolve
 from pipeline.tables.manifest import open_table
 from pipeline.tables.publish import name_snapshot
 from tests.support.corpora import write_jsonl
@@ -68,13 +68,13 @@ def test_a_history_gives_the_table_of_the_local_back_end(tmp_path, settings):
         local = run_pipeline(tmp_path, **{**SETTINGS, **settings, "output": local_table})
         assert_same_rows(read_rows(str(tmp_path / "table")), read_rows(local_table), settings.get("dtype", "float32"))
         assert joined.rows == local.rows and joined.dead_letters == local.dead_letters
-        for name in ("documents", "encoded", "equal_texts", "unchanged"):
-            assert joined.counts["recall"].get(name, 0) == local.counts["recall"].get(name, 0), name
+        for name in ("documents", "encoded", "same_text", "unchanged"):
+            assert joined.counts["reuse"].get(name, 0) == local.counts["reuse"].get(name, 0), name
         for name in ("deleted", "stale", "kept", "moved"):
-            assert joined.counts["carry"].get(name, 0) == local.counts["carry"].get(name, 0), name
+            assert joined.counts["merge"].get(name, 0) == local.counts["merge"].get(name, 0), name
         assert joined.counts["encode"].get("chunks", 0) == local.counts["encode"].get("chunks", 0)
-    assert joined.counts["recall"]["unchanged"] > 50 and joined.counts["recall"]["equal_texts"] == 2
-    assert joined.counts["carry"]["stale"] >= 3 and joined.counts["carry"]["moved"] == (
+    assert joined.counts["reuse"]["unchanged"] > 50 and joined.counts["reuse"]["same_text"] == 2
+    assert joined.counts["merge"]["stale"] >= 3 and joined.counts["merge"]["moved"] == (
         settings.get("deletes") != "keep"
     )
     if settings == {"on_long": "reject"}:
@@ -85,9 +85,9 @@ def test_a_job_that_is_started_again_finds_what_it_had_made(tmp_path, monkeypatc
     """As Flink starts one again from its beginning: the same graph, built before anything was encoded."""
     write_corpus(tmp_path, first_records())
     config, options = make_config(tmp_path, **SETTINGS), PipelineOptions([])
-    settled = settle(config)
-    make_folder(settled.store.work)
-    job = prepare_job(settled, name_snapshot(), time.time(), True)
+    resolved = resolve(config)
+    make_folder(resolved.store.work)
+    job = prepare_job(resolved, name_snapshot(), time.time(), True)
 
     def stop(*given: Any) -> str:
         raise RunError("the machine is lost")
@@ -99,7 +99,7 @@ def test_a_job_that_is_started_again_finds_what_it_had_made(tmp_path, monkeypatc
     run_job(job, make_runner(options), options)
     manifest = open_table(config.write.output)[0]
     assert manifest.rows == N_TEXTS + 5
-    assert manifest.counts["recall"]["recalled"] == N_TEXTS + 5
+    assert manifest.counts["reuse"]["reused"] == N_TEXTS + 5
     assert manifest.counts["encode"].get("rows", 0) == 0
 
 
@@ -113,7 +113,7 @@ def test_the_gate_compares_what_is_taken_over(tmp_path, monkeypatch):
         return done._replace(vectors=[-vector for vector in done.vectors])
 
     monkeypatch.setattr(LoadedEncoder, "encode", turn)
-    with pytest.raises(GateError, match="encoded again, gives another vector"):
+    with pytest.raises(ValidationError, match="encoded again, gives another vector"):
         run_joined(tmp_path)
 
 
@@ -144,10 +144,10 @@ def test_a_job_service_reindexes(engine, tmp_path):
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=110, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     manifest, folder = open_table(str(tmp_path / "table"))
-    assert manifest.counts["recall"]["encoded"] == 3 and manifest.counts["carry"]["stale"] == 1
+    assert manifest.counts["reuse"]["encoded"] == 3 and manifest.counts["merge"]["stale"] == 1
     rows = read_rows(str(tmp_path / "table"))
-    letters = [json.loads(line) for path in Path(folder).glob("dead_letters-*") for line in path.open()]
-    assert [letter["id"] for letter in letters] == ["n13"]
+    dead_letters = [json.loads(line) for path in Path(folder).glob("dead_letters-*") for line in path.open()]
+    assert [dead_letter["id"] for dead_letter in dead_letters] == ["n13"]
     for records in (first_records(), second_records()):
         write_corpus(tmp_path, records)
         run_pipeline(tmp_path, **SETTINGS, on_long="reject", output=str(tmp_path / "local"))

@@ -273,7 +273,7 @@ class WholeRuns(Histories):
         self._write(found)
         with watch_encoder() as watched:
             manifest = self._embed()
-        return Run(manifest.snapshot, watched.texts, int(manifest.counts["carry"]["stale"]))
+        return Run(manifest.snapshot, watched.texts, int(manifest.counts["merge"]["stale"]))
 
     def embed_and_crash(self, found: Input, where: str, n: int, is_hard: bool) -> Run | None:
         self._write(found)
@@ -332,9 +332,9 @@ class SteppedRuns(Histories):
             for name, doc in found.readable.items()
             if doc.file == file
         ]
-        letters = [make_letter(FILES[2], None, "truncated_file")] if found.is_cut else []
+        dead_letters = [make_letter(FILES[2], None, "truncated_file")] if found.is_cut else []
         too_long = {text for text in TEXTS if is_too_long(text, self.model)}
-        outcome = self.steps.run(documents, letters, too_long, dies=self.dies, keep_snapshots=99)
+        outcome = self.steps.run(documents, dead_letters, too_long, dies=self.dies, keep_snapshots=99)
         encoded = [text for text in outcome.encoded if text not in too_long]
         assert not {(self.model, text) for text in encoded} & self.journal, "the journal has it"
         self.journal.clear()

@@ -12,13 +12,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline.records import Document, Origin, Row, digest_id
-from pipeline.reuse import journal_writer
-from pipeline.reuse import look_up
+from pipeline.reuse import journal_writer, look_up
 from pipeline.reuse.distributed import read_journal, select_whole_rows
 from pipeline.reuse.index import SEGMENT, KnownVectors, build_known
 from pipeline.reuse.journal import list_folder, read_segment, write_segment
 from pipeline.reuse.journal_writer import JournalWriter, flush_journals
-from pipeline.reuse.look_up import DigestSet, ProbePicker, Wish
+from pipeline.reuse.look_up import DigestSet, SpotCheckPicker, Wish
 from pipeline.sinks.index import Index, SourceNumbers, index_rows
 from pipeline.sinks.readers import ROWS
 from tests.support.steps import SteppedTable, make_document
@@ -58,7 +57,7 @@ def test_equal_texts_are_found_however_far_apart(tmp_path, monkeypatch):
 
 
 def test_probes_become_ever_fewer():
-    picker = ProbePicker()
+    picker = SpotCheckPicker()
     assert [i for i in range(1, 300) if picker.picks("known")] == [1, 4, 16, 64, 256]
     assert picker.picks("encoded"), "every kind is counted by itself"
 

@@ -22,7 +22,7 @@ import numpy as np
 import pytest
 
 from pipeline.encoders.handler import LoadedEncoder
-from pipeline.errors import ConfigError, GateError, RunError, TableError
+from pipeline.errors import ConfigError, RunError, TableError, ValidationError
 from pipeline.sources.planning import plan_input
 from pipeline.tables.manifest import Manifest, open_table
 from tests.support.corpora import as_records, change, some_texts, write_jsonl
@@ -53,7 +53,7 @@ def embed(folder: Path, beam_flags: Sequence[str] = (), **settings: Any) -> tupl
 
 
 def letters_of(table: Path) -> list[tuple[str | None, str]]:
-    return sorted((letter["id"], letter["reason"]) for letter in read_dead_letters(str(table)))
+    return sorted((dead_letter["id"], dead_letter["reason"]) for dead_letter in read_dead_letters(str(table)))
 
 
 def live_files(table: Path) -> dict[str, os.stat_result]:
@@ -94,9 +94,9 @@ def test_new_changed_moved_and_deleted_documents(folder):
     rows, manifest, encoded = embed(folder)
     assert encoded == ["a new document", "another text"]
     assert_official(rows, records)
-    recall, carry = manifest.counts["recall"], manifest.counts["carry"]
+    recall, carry = manifest.counts["reuse"], manifest.counts["merge"]
     assert (recall["documents"], recall["new"], recall["changed"], recall["unchanged"]) == (N + 2, 3, 1, N - 2)
-    assert (recall["recalled"], recall["equal_texts"]) == (1, 1)
+    assert (recall["reused"], recall["same_text"]) == (1, 1)
     assert (carry["deleted"], carry["unchanged"], carry["stale"], carry["kept"]) == (1, N - 2, 0, 0)
     assert manifest.counts["encode"]["rows"] == 2
     for key in set(rows) & set(old) - {("3", 0)}:
@@ -112,7 +112,7 @@ def test_nothing_changed_links_the_files(folder):
     after = live_files(folder / "table")
     assert len(list_snapshots(folder / "table")) == 2
     assert {name: stat.st_ino for name, stat in after.items()} == {name: stat.st_ino for name, stat in before.items()}
-    assert manifest.counts["carry"]["linked_rows"] == manifest.counts["recall"]["unchanged"] == N
+    assert manifest.counts["merge"]["linked_rows"] == manifest.counts["reuse"]["unchanged"] == N
     assert manifest.counts["encode"].get("rows", 0) == 0
     assert_official(rows, RECORDS)
 
@@ -134,7 +134,7 @@ def test_a_line_inserted_at_the_top_of_a_text_shard_costs_one_encoding_and_a_new
     rows, manifest, encoded = embed(tmp_path, **settings)
     assert encoded == ["a line at the top"]
     assert len(set(rows) & set(old)) <= 1, "the insertion should shift the ids"
-    assert manifest.counts["recall"]["recalled"] == 30
+    assert manifest.counts["reuse"]["reused"] == 30
     assert_lines(rows, texts)
     shard.rename(tmp_path / "another.txt")
     renamed, manifest, encoded = embed(tmp_path, **settings)
@@ -147,13 +147,13 @@ def test_other_columns_and_files_are_no_new_encoding(folder):
     write_jsonl(folder / "corpus.jsonl", records)
     settings = {"output_format": "parquet", "keep_fields": "year,score,ok", "keep_text": True}
     rows, manifest, encoded = embed(folder, **settings)
-    assert encoded == [] and manifest.counts["recall"]["updated"] == N and manifest.file_format == "parquet"
+    assert encoded == [] and manifest.counts["reuse"]["updated"] == N and manifest.file_format == "parquet"
     assert_official(rows, records, ["year", "score", "ok", "text"])
     records[4]["year"] = 1999
     write_jsonl(folder / "corpus.jsonl", records)
     rows, manifest, encoded = embed(folder, **settings)
     assert encoded == []
-    assert (manifest.counts["recall"]["updated"], manifest.counts["recall"]["unchanged"]) == (1, N - 1)
+    assert (manifest.counts["reuse"]["updated"], manifest.counts["reuse"]["unchanged"]) == (1, N - 1)
     assert_official(rows, records, ["year", "score", "ok", "text"])
     rows, manifest, encoded = embed(folder, compression="gzip")
     assert encoded == [] and not {"year", "text"} & set(rows["0", 0])
@@ -188,7 +188,7 @@ def test_every_kind_of_row_equals_a_run_from_scratch(tmp_path, settings):
     write_jsonl(tmp_path / "corpus.jsonl", records)
     rows, manifest, encoded = embed(tmp_path, **settings)
     assert set(encoded) == {long_text, "a new document"}
-    assert manifest.counts["recall"]["recalled"] == 3 and manifest.counts["recall"]["unchanged"] == N - 5
+    assert manifest.counts["reuse"]["reused"] == 3 and manifest.counts["reuse"]["unchanged"] == N - 5
     if settings.get("on_long") == "chunk":
         assert len(rows) > len(records) and sum(key == "3" for key, _ in rows) > 2
     fresh, _, _ = embed(tmp_path, output=str(tmp_path / "fresh"), **settings)
@@ -218,10 +218,10 @@ def test_equal_texts_that_cannot_be_encoded_leave_every_old_vector_and_a_letter_
     write_jsonl(tmp_path / "corpus.jsonl", change(RECORDS, n3=long_text, n4=long_text, n30=long_text, n90=long_text))
     rows, manifest, _ = embed(tmp_path, THREADS, **settings)
     assert letters_of(tmp_path / "table") == [(str(i), "too_long") for i in (3, 30, 4, 90)]
-    assert manifest.dead_letters == {"too_long": 4} and manifest.counts["carry"]["stale"] == 3
+    assert manifest.dead_letters == {"too_long": 4} and manifest.counts["merge"]["stale"] == 3
     assert_official(rows, RECORDS)
-    for letter in read_dead_letters(str(tmp_path / "table")):
-        assert letter["text"] == long_text and letter["file"] == str(tmp_path / "corpus.jsonl")
+    for dead_letter in read_dead_letters(str(tmp_path / "table")):
+        assert dead_letter["text"] == long_text and dead_letter["file"] == str(tmp_path / "corpus.jsonl")
 
 
 # Deletions
@@ -237,7 +237,7 @@ def test_too_many_deletes_stop_the_run_and_nothing_is_encoded_twice(folder):
     assert_unchanged(folder / "table", before)
     rows, manifest, encoded = embed(folder, max_delete_fraction=0.3)
     assert encoded == [] and manifest.counts["encode"].get("rows", 0) == 0
-    assert manifest.counts["carry"]["deleted"] == 12
+    assert manifest.counts["merge"]["deleted"] == 12
     assert_official(rows, records)
     assert not (folder / "table" / "journal").exists()
 
@@ -275,12 +275,12 @@ def test_rows_of_a_file_that_is_cut_off_stay(tmp_path):
     assert 20 < n_read < 110, "the file should be cut in the middle"
     assert letters_of(tmp_path / "table") == [(None, "truncated_file")]
     assert encoded == ["changed at the begin"]
-    assert (manifest.counts["carry"]["stale"], manifest.counts["carry"]["deleted"]) == (120 - n_read, 3)
+    assert (manifest.counts["merge"]["stale"], manifest.counts["merge"]["deleted"]) == (120 - n_read, 3)
     assert_official(rows, [*change(zipped, n0="changed at the begin"), *plain[3:]], max_tokens=16)
     write_gz([record for record in changed if record["id"] != "1"])
     rows, manifest, encoded = embed(tmp_path, **settings)
     assert encoded == ["changed at the end"]
-    assert (manifest.counts["carry"]["stale"], manifest.counts["carry"]["deleted"]) == (0, 1)
+    assert (manifest.counts["merge"]["stale"], manifest.counts["merge"]["deleted"]) == (0, 1)
     assert_official(rows, [*(r for r in changed if r["id"] != "1"), *plain[3:]], max_tokens=16)
 
 
@@ -288,7 +288,7 @@ def test_a_text_with_half_of_a_surrogate_pair_is_one_dead_letter(folder):
     write_jsonl(folder / "corpus.jsonl", change(RECORDS, n3="broken \ud83d text", n50="broken \ud83d text"))
     rows, manifest, _ = embed(folder)
     assert letters_of(folder / "table") == [("3", "invalid_utf8"), ("50", "invalid_utf8")]
-    assert manifest.counts["carry"]["stale"] == 1
+    assert manifest.counts["merge"]["stale"] == 1
     assert_official(rows, RECORDS)
 
 
@@ -328,7 +328,7 @@ def test_what_differs_from_the_table_is_told(folder, settings, told):
         run_pipeline(folder, on_model_change="stop", **settings)
 
 
-# The gate
+# Validation
 
 
 def test_a_run_whose_encoder_gives_other_vectors_by_now_is_stopped(folder):
@@ -341,10 +341,10 @@ def test_a_run_whose_encoder_gives_other_vectors_by_now_is_stopped(folder):
 
     write_jsonl(folder / "corpus.jsonl", change(RECORDS[1:], n50="a new document"))
     with mock.patch.object(LoadedEncoder, "encode", turn):
-        with pytest.raises(GateError, match=r"lies in .*rejected/.*encoded again"):
+        with pytest.raises(ValidationError, match=r"lies in .*rejected/.*encoded again"):
             run_pipeline(folder)
         assert_unchanged(folder / "table", before)
-        assert run_pipeline(folder, gate="off").snapshot == open_table(str(folder / "table"))[0].snapshot
+        assert run_pipeline(folder, validate="off").snapshot == open_table(str(folder / "table"))[0].snapshot
 
 
 # Engines
@@ -374,7 +374,7 @@ def test_other_engines_give_the_same_table(tmp_path, beam_flags):
     manifest = run_pipeline(tmp_path, beam_flags, **settings)
     rows = read_rows(str(tmp_path / "table"))
     assert_official(rows, records)
-    carry = manifest.counts["carry"]
+    carry = manifest.counts["merge"]
     assert (carry["deleted"], carry["unchanged"], carry["stale"]) == (2, N - 4, 0)
     assert 3 <= manifest.counts["encode"]["rows"] <= 7  # equal texts once in each process, or each bundle
     assert list_snapshots(tmp_path / "table")[-1] == manifest.snapshot

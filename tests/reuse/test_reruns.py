@@ -39,13 +39,13 @@ def local(tmp_path) -> SteppedTable:
 def test_a_rerun(table, case):
     first = table.run(case.before)
     assert_rows(first.rows, case.before)
-    outcome = table.run(case.after, case.letters, case.fails, **case.settings)
+    outcome = table.run(case.after, case.dead_letters, case.fails, **case.settings)
     assert outcome.encoded == sorted(case.encoded)
     assert outcome.count(*case.counts) == case.counts
     assert_rows(outcome.rows, case.rows)
     assert list_dead(table.output) == case.dead
     assert outcome.manifest.previous == first.manifest.snapshot
-    again = table.run(case.after, case.letters, case.fails, **case.settings)
+    again = table.run(case.after, case.dead_letters, case.fails, **case.settings)
     assert_rows(again.rows, case.rows)
     assert set(again.encoded) == set(case.fails), "only what failed is tried again"
 
@@ -55,7 +55,7 @@ def test_what_the_index_counts(local):
     local.run(dated(1, "a", "b", "c", "d"))
     after = [*dated(1, "a"), *dated(2, "b"), *dated(1, "c=x", "e", "f=d")]
     outcome = local.run(after)
-    wanted = {"documents": 5, "new": 2, "changed": 1, "updated": 1, "unchanged": 1, "recalled": 2, "encoded": 2}
+    wanted = {"documents": 5, "new": 2, "changed": 1, "updated": 1, "unchanged": 1, "reused": 2, "encoded": 2}
     assert outcome.count(*wanted, "deleted", "moved") == wanted | {"deleted": 1, "moved": 1}
     assert_rows(outcome.rows, after)
 
@@ -68,7 +68,7 @@ def test_in_two_bundles_an_equal_text_may_be_encoded_twice_but_every_id_has_one_
     failed = documents("a=x", "b=x", "c=x", "d=x")
     outcome = local.run(failed, fails=["text x"], bundles=2)
     assert_rows(outcome.rows, same)
-    assert sorted(letter["id"] for letter in read_dead_letters(local.output)) == ["a", "b", "c", "d"]
+    assert sorted(dead_letter["id"] for dead_letter in read_dead_letters(local.output)) == ["a", "b", "c", "d"]
     assert outcome.count("stale") == {"stale": 4}
 
 
@@ -83,7 +83,7 @@ def test_a_kept_field_that_changes(table, form):
     table.run(dated(1, *"abc"))
     after = [*dated(1, "a"), *dated(2, "b"), *dated(1, "c")]
     outcome = table.run(after)
-    assert outcome.encoded == [] and outcome.count("unchanged", "recalled") == {"unchanged": 2, "recalled": 1}
+    assert outcome.encoded == [] and outcome.count("unchanged", "reused") == {"unchanged": 2, "reused": 1}
     assert_rows(outcome.rows, after)
 
 
@@ -329,7 +329,7 @@ def test_too_many_deletions_stop_the_run_and_nothing_is_encoded_twice(table):
     assert list_snapshots(table.output) == before[1]
     assert_rows(read_rows(table.output), documents(*"abcdefgh"))
     outcome = table.run(after, max_delete_fraction=0.25)
-    assert outcome.encoded == [] and outcome.count("recalled") == {"recalled": 1}
+    assert outcome.encoded == [] and outcome.count("reused") == {"reused": 1}
     assert_rows(outcome.rows, after)
     assert not Path(table.output, "journal").exists()
 

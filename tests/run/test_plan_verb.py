@@ -8,8 +8,8 @@ import pytest
 from pipeline.encoders.architecture import text_flops
 from pipeline.errors import RunError
 from pipeline.records import Document
-from pipeline.run.dry_run import ThinnedSample, forecast_table, measure_texts, scale_up
-from pipeline.run.resolve import settle
+from pipeline.run.dry_run import ThinnedSample, make_dry_run, measure_texts, scale_up
+from pipeline.run.resolve import resolve
 from pipeline.tables.lock import TableLock
 from pipeline.tables.manifest import open_table
 from tests.support.corpora import some_texts, write_jsonl
@@ -17,7 +17,7 @@ from tests.support.processes import assert_one_line
 from tests.support.runs import embed_records, make_config
 from tests.support.tables import hash_folder
 
-RECALLED = ("documents", "new", "changed", "updated", "unchanged", "recalled", "equal_texts")
+RECALLED = ("documents", "new", "changed", "updated", "unchanged", "reused", "same_text")
 CARRIED = ("deleted", "stale", "kept", "lost")
 
 
@@ -27,27 +27,27 @@ def make_records(n=60, start=0):
 
 
 def plan(folder, **settings):
-    return forecast_table(make_config(folder, **settings))
+    return make_dry_run(make_config(folder, **settings))
 
 
-def assert_came_true(forecast, manifest):
-    """Every count of a forecast against those of the run."""
+def assert_came_true(dry_run, manifest):
+    """Every count of a dry run against those of the run."""
     counts = manifest.counts
-    recall, carry, batch = (counts.get(stage, {}) for stage in ("recall", "carry", "batch"))
-    assert {name: getattr(forecast, name) for name in RECALLED} == {name: recall.get(name, 0) for name in RECALLED}
-    assert {name: getattr(forecast, name) for name in CARRIED} == {name: carry.get(name, 0) for name in CARRIED}
-    assert forecast.to_encode == recall.get("encoded", 0)
-    assert forecast.dead_letters == {reason: n for reason, n in manifest.dead_letters.items() if n}
-    assert forecast.skipped_empty == counts["read"]["skipped_empty"]
-    assert forecast.tokens == counts["preprocess"].get("tokens", 0)
-    assert forecast.cut_tokens == counts["preprocess"].get("truncated_tokens", 0)
-    assert forecast.chunks == counts["preprocess"].get("chunks", 0)
-    assert forecast.rows == manifest.rows
+    recall, carry, batch = (counts.get(stage, {}) for stage in ("reuse", "merge", "batch"))
+    assert {name: getattr(dry_run, name) for name in RECALLED} == {name: recall.get(name, 0) for name in RECALLED}
+    assert {name: getattr(dry_run, name) for name in CARRIED} == {name: carry.get(name, 0) for name in CARRIED}
+    assert dry_run.to_encode == recall.get("encoded", 0)
+    assert dry_run.dead_letters == {reason: n for reason, n in manifest.dead_letters.items() if n}
+    assert dry_run.skipped_empty == counts["read"]["skipped_empty"]
+    assert dry_run.tokens == counts["preprocess"].get("tokens", 0)
+    assert dry_run.cut_tokens == counts["preprocess"].get("truncated_tokens", 0)
+    assert dry_run.chunks == counts["preprocess"].get("chunks", 0)
+    assert dry_run.rows == manifest.rows
     stored = sum(file.n_bytes for file in (*manifest.files, *manifest.index_files))
-    assert forecast.bytes == pytest.approx(stored, rel=0.15, abs=600)
-    if forecast.to_encode > 20:  # a run encodes a few probes besides
-        assert forecast.padding == pytest.approx(1 - batch["used_tokens"] / batch["padded_tokens"], abs=0.15)
-    assert not forecast.is_sampled and not forecast.stops
+    assert dry_run.bytes == pytest.approx(stored, rel=0.15, abs=600)
+    if dry_run.to_encode > 20:  # a run encodes a few spot checks besides
+        assert dry_run.padding == pytest.approx(1 - batch["used_tokens"] / batch["padded_tokens"], abs=0.15)
+    assert not dry_run.is_sampled and not dry_run.stops
 
 
 def test_a_first_run_comes_true(tmp_path):
@@ -60,12 +60,12 @@ def test_a_first_run_comes_true(tmp_path):
     ]
     settings = {"max_tokens": 12, "on_empty": "skip"}
     write_jsonl(tmp_path / "corpus.jsonl", records)
-    forecast = plan(tmp_path, **settings)
+    dry_run = plan(tmp_path, **settings)
     assert not (tmp_path / "table").exists()
     _, manifest = embed_records(tmp_path, records, **settings)
-    assert forecast.equal_texts == 1 and forecast.dead_letters == {"duplicate_id": 1, "missing_field": 1}
-    assert forecast.skipped_empty == 1 and forecast.cut_tokens and forecast.speed == "rough" and forecast.seconds
-    assert_came_true(forecast, manifest)
+    assert dry_run.same_text == 1 and dry_run.dead_letters == {"duplicate_id": 1, "missing_field": 1}
+    assert dry_run.skipped_empty == 1 and dry_run.cut_tokens and dry_run.speed == "rough" and dry_run.seconds
+    assert_came_true(dry_run, manifest)
 
 
 @pytest.mark.parametrize(
@@ -96,41 +96,41 @@ def test_a_later_run_comes_true(tmp_path, settings):
     before = hash_folder(tmp_path / "table")
     with TableLock(str(tmp_path / "table"), "another run"):
         locked = hash_folder(tmp_path / "table")
-        forecast = plan(tmp_path, **settings)
+        dry_run = plan(tmp_path, **settings)
         assert hash_folder(tmp_path / "table") == locked
     assert {name: value for name, value in hash_folder(tmp_path / "table").items() if name != "lock"} == {
         name: value for name, value in before.items() if name != "lock"
     }
-    assert forecast.changed >= 3 and forecast.updated == 1 and forecast.recalled >= 2 and forecast.equal_texts >= 1
-    assert forecast.deleted and forecast.stale
+    assert dry_run.changed >= 3 and dry_run.updated == 1 and dry_run.reused >= 2 and dry_run.same_text >= 1
+    assert dry_run.deleted and dry_run.stale
     _, manifest = embed_records(tmp_path, records, **settings)
-    assert_came_true(forecast, manifest)
+    assert_came_true(dry_run, manifest)
 
 
 def test_another_model_means_everything(tmp_path):
     records = make_records()
     embed_records(tmp_path, records)
     changed = {"max_tokens": 9}
-    forecast = plan(tmp_path, **changed)
-    assert forecast.to_encode == 60 and forecast.unchanged == 0 and not forecast.stops
-    (change,) = forecast.changes
+    dry_run = plan(tmp_path, **changed)
+    assert dry_run.to_encode == 60 and dry_run.unchanged == 0 and not dry_run.stops
+    (change,) = dry_run.changes
     assert change.startswith("preprocessing.max_tokens ") and change.endswith(" -> 9")
     stopped = plan(tmp_path, **changed, on_model_change="stop")
     assert "--on_model_change=stop" in stopped.stops[0]
     assert "--deletes=keep" in plan(tmp_path, **changed, deletes="keep").stops[0]
     _, manifest = embed_records(tmp_path, records, **changed)
-    assert_came_true(forecast, manifest)
+    assert_came_true(dry_run, manifest)
 
 
 def test_what_would_stop_the_run_is_said(tmp_path):
     records = make_records()
     embed_records(tmp_path, records)
     write_jsonl(tmp_path / "corpus.jsonl", records[:30])
-    forecast = plan(tmp_path)
-    assert forecast.deleted == 30
+    dry_run = plan(tmp_path)
+    assert dry_run.deleted == 30
     with pytest.raises(RunError) as error:
         embed_records(tmp_path, records[:30])
-    assert forecast.stops == [str(error.value)] and "--max_delete_fraction" in forecast.stops[0]
+    assert dry_run.stops == [str(error.value)] and "--max_delete_fraction" in dry_run.stops[0]
     kept = plan(tmp_path, deletes="keep")
     assert (kept.deleted, kept.kept, kept.stops) == (0, 30, [])
     assert "--limit=5" in plan(tmp_path, limit=5, max_delete_fraction=1).stops[0]
@@ -144,10 +144,10 @@ def test_vectors_of_a_run_that_failed_are_counted_as_known(tmp_path):
     replaced = [record | {"id": f"new{i}"} for i, record in enumerate(make_records(60, start=500))]
     with pytest.raises(RunError):
         embed_records(tmp_path, replaced)
-    forecast = plan(tmp_path, max_delete_fraction=1)
-    assert forecast.recalled == forecast.new == 60 and forecast.to_encode == 0
+    dry_run = plan(tmp_path, max_delete_fraction=1)
+    assert dry_run.reused == dry_run.new == 60 and dry_run.to_encode == 0
     _, manifest = embed_records(tmp_path, replaced, max_delete_fraction=1)
-    assert_came_true(forecast, manifest)
+    assert_came_true(dry_run, manifest)
 
 
 def test_dead_letters_that_are_tried_again(tmp_path):
@@ -155,10 +155,10 @@ def test_dead_letters_that_are_tried_again(tmp_path):
     embed_records(tmp_path, records, on_long="reject", max_tokens=7, max_dead_fraction=1)
     settings = {"on_long": "reject", "max_tokens": 7, "retry_dead_letters": True}
     write_jsonl(tmp_path / "corpus.jsonl", records)
-    forecast = plan(tmp_path, **settings)
-    assert forecast.documents and forecast.kept and forecast.dead_letters == {"too_long": forecast.documents}
+    dry_run = plan(tmp_path, **settings)
+    assert dry_run.documents and dry_run.kept and dry_run.dead_letters == {"too_long": dry_run.documents}
     _, manifest = embed_records(tmp_path, records, **settings)
-    assert_came_true(forecast, manifest)
+    assert_came_true(dry_run, manifest)
 
 
 # The parts.
@@ -180,36 +180,36 @@ def test_a_sample_is_scaled_up(tmp_path, monkeypatch):
     monkeypatch.setattr("pipeline.run.dry_run.ThinnedSample.__init__.__defaults__", (100, 16_000_000))
     records = make_records(1000)
     write_jsonl(tmp_path / "corpus.jsonl", records)
-    forecast = plan(tmp_path, max_tokens=10)
-    assert forecast.is_sampled and forecast.to_encode == len({record["text"] for record in records})
+    dry_run = plan(tmp_path, max_tokens=10)
+    assert dry_run.is_sampled and dry_run.to_encode == len({record["text"] for record in records})
     _, manifest = embed_records(tmp_path, records, max_tokens=10)
     counts = manifest.counts
-    assert forecast.tokens == pytest.approx(counts["preprocess"]["tokens"], rel=0.15)
-    assert forecast.cut_tokens == pytest.approx(counts["preprocess"]["truncated_tokens"], rel=0.4)
-    assert forecast.padding == pytest.approx(
+    assert dry_run.tokens == pytest.approx(counts["preprocess"]["tokens"], rel=0.15)
+    assert dry_run.cut_tokens == pytest.approx(counts["preprocess"]["truncated_tokens"], rel=0.4)
+    assert dry_run.padding == pytest.approx(
         1 - counts["batch"]["used_tokens"] / counts["batch"]["padded_tokens"], abs=0.08
     )
-    assert forecast.rows == manifest.rows == 1000
+    assert dry_run.rows == manifest.rows == 1000
 
 
 def test_time_is_measured_or_guessed_or_unknown(tmp_path, monkeypatch):
     records = make_records(30)
     _, manifest = embed_records(tmp_path, records)
-    settled = settle(make_config(tmp_path))
-    form = settled.store.choose_form(settled.config, settled.plan.layout())
+    resolved = resolve(make_config(tmp_path))
+    form = resolved.store.choose_form(resolved.config, resolved.plan.layout())
     documents = [Document(record["id"], record["text"]) for record in records]
-    measured = measure_texts(settled.plan, form, documents)
-    assert scale_up(settled.store, settled.plan, measured, 30).speed == "rough"
+    measured = measure_texts(resolved.plan, form, documents)
+    assert scale_up(resolved.store, resolved.plan, measured, 30).speed == "rough"
     monkeypatch.setattr("pipeline.run.dry_run.LEAST_TOKENS", 100)
-    scaled = scale_up(settled.store, settled.plan, measured, 30)
+    scaled = scale_up(resolved.store, resolved.plan, measured, 30)
     assert (scaled.speed, scaled.source) == ("measured", manifest.snapshot)
     rate = manifest.counts["batch"]["padded_tokens"] / manifest.counts["encode"]["encode_seconds"]
     assert scaled.seconds == pytest.approx(scaled.padded / rate)
-    assert scale_up(settled.store, settled.plan, measured, 3000).seconds > 50 * scaled.seconds
-    assert scale_up(settled.store, settled.plan, measured, 0).speed == "idle"
-    unknown = dataclasses.replace(settled.plan, encoder=dataclasses.replace(settled.plan.encoder, architecture=None))
+    assert scale_up(resolved.store, resolved.plan, measured, 3000).seconds > 50 * scaled.seconds
+    assert scale_up(resolved.store, resolved.plan, measured, 0).speed == "idle"
+    unknown = dataclasses.replace(resolved.plan, encoder=dataclasses.replace(resolved.plan.encoder, architecture=None))
     unknown = dataclasses.replace(unknown, identity={**unknown.identity, "encoder": "another"})
-    scaled = scale_up(settled.store, unknown, measure_texts(unknown, form, documents), 30)
+    scaled = scale_up(resolved.store, unknown, measure_texts(unknown, form, documents), 30)
     assert (scaled.seconds, scaled.speed) == (None, "unknown")
 
 

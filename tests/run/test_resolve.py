@@ -6,7 +6,7 @@ import pytest
 
 from pipeline.config import EmbedConfig
 from pipeline.errors import ConfigError, InputError
-from pipeline.run.resolve import settle
+from pipeline.run.resolve import resolve
 from tests.support.corpora import write_lines
 from tests.support.paths import ENCODER
 
@@ -74,8 +74,8 @@ def test_a_setting_that_cannot_work_is_refused_before_anything_is_written(tmp_pa
     write_lines(tmp_path / "a.txt", "a dog")
     (tmp_path / "empty.txt").touch()
     defaults = {"input": "a.txt", "output": "table", "encoder": ENCODER}
-    settle(EmbedConfig.from_flat(defaults))  # nothing else is wrong
+    resolve(EmbedConfig.from_flat(defaults))  # nothing else is wrong
     with pytest.raises((ConfigError, InputError), match=says) as caught:
-        settle(EmbedConfig.from_flat(defaults | settings))
+        resolve(EmbedConfig.from_flat(defaults | settings))
     assert "\n" not in str(caught.value)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.txt", "empty.txt"]

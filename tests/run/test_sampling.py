@@ -3,7 +3,7 @@
 import pytest
 
 from pipeline.run.job import prepare_job
-from pipeline.run.resolve import settle
+from pipeline.run.resolve import resolve
 from pipeline.sources.jsonl import JsonlSource
 from tests.support.corpora import as_records, some_texts, write_jsonl
 from tests.support.runs import embed_records, make_config
@@ -24,7 +24,7 @@ def ranges_read(monkeypatch):
 
 def prepare(folder, **settings):
     (folder / "scratch").mkdir()
-    return prepare_job(settle(make_config(folder, **settings)), "now", 0.0, scratch=str(folder / "scratch"))
+    return prepare_job(resolve(make_config(folder, **settings)), "now", 0.0, scratch=str(folder / "scratch"))
 
 
 def test_the_input_is_sampled_once_before_a_run(tmp_path, ranges_read):

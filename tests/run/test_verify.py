@@ -264,7 +264,7 @@ def test_dead_letters_account_for_documents_and_rows(tmp_path):
     embed_records(tmp_path, records, **settings)
     records[3]["text"] = texts[2]  # its old row stays
     embed_records(tmp_path, records, **settings)
-    assert sorted(letter["reason"] for letter in read_dead_letters(str(tmp_path / "table"))) == [
+    assert sorted(dead_letter["reason"] for dead_letter in read_dead_letters(str(tmp_path / "table"))) == [
         "empty_text",
         "too_long",
         "too_long",

@@ -76,9 +76,11 @@ def test_long_texts_that_are_rejected_are_dead_letters_of_the_table(tmp_path):
     rows, manifest = embed_records(tmp_path, as_records(texts), **settings)
     too_long = {str(i) for i, text in enumerate(texts) if count_tokens([text]) > 32}
     assert 0 < len(too_long) < len(texts)
-    letters = read_dead_letters(tmp_path / "table")
-    assert {letter["id"] for letter in letters} == too_long
-    assert {(letter["stage"], letter["reason"]) for letter in letters} == {("preprocess", "too_long")}
+    dead_letters = read_dead_letters(tmp_path / "table")
+    assert {dead_letter["id"] for dead_letter in dead_letters} == too_long
+    assert {(dead_letter["stage"], dead_letter["reason"]) for dead_letter in dead_letters} == {
+        ("preprocess", "too_long")
+    }
     assert manifest.dead_letters == {"too_long": len(too_long)}
     kept = {str(i): [text] for i, text in enumerate(texts) if str(i) not in too_long}
     assert_official_segments(rows, kept, "pooled_output", 32)

@@ -1,7 +1,7 @@
 """Whatever is wrong with input, encoder or output: a dead letter with its place, or one clear error, and the table that
 was published before stays what it was.
 
-What is wrong with a record is decided by the sources, with a setting by `settle`, with an encoder by the plan, with a
+What is wrong with a record is decided by the sources, with a setting by `resolve`, with an encoder by the plan, with a
 table by its readers, and tested there. Here is what takes a whole run.
 """
 
@@ -82,10 +82,10 @@ def test_bad_records_of_every_format_become_dead_letters_and_the_rest_is_embedde
 
     manifest = run_embed(corpus / "*", tmp_path / "table", keep_text=True)
 
-    letters = read_dead_letters(tmp_path / "table")
+    dead_letters = read_dead_letters(tmp_path / "table")
     places = np.cumsum([0, *(len(line) + 1 for line in lines)]).tolist()
-    (cut,) = [letter for letter in letters if letter["reason"] == "truncated_file"]
-    assert summarize(letters) == [
+    (cut,) = [dead_letter for dead_letter in dead_letters if dead_letter["reason"] == "truncated_file"]
+    assert summarize(dead_letters) == [
         ("a.txt", places[1], "invalid_utf8"),
         ("a.txt", places[3], "empty_text"),
         ("a.txt", places[4], "too_large"),
@@ -97,7 +97,9 @@ def test_bad_records_of_every_format_become_dead_letters_and_the_rest_is_embedde
         ("e.tfrecord", 1, "bad_checksum"),
         ("f.txt.gz", cut["row"], "truncated_file"),
     ]
-    assert {letter["reason"]: letter.get("text") for letter in letters}["malformed_json"] == '{"text": "cut'
+    assert {dead_letter["reason"]: dead_letter.get("text") for dead_letter in dead_letters}[
+        "malformed_json"
+    ] == '{"text": "cut'
     texts = {row["id"]: row["text"] for row in iter_table(str(tmp_path / "table"))}
     thirds = [texts.pop(f"f.txt.gz@{row}") for row in range(2, cut["row"])]
     assert texts == {
@@ -124,9 +126,11 @@ def test_of_equal_ids_the_first_counts_and_dead_letters_need_not_hold_texts(tmp_
     run_embed(inputs, tmp_path / "table", dead_letter_text="hash", **settings)
     rows = {row["id"]: (row["text"], row["n"]) for row in iter_table(str(tmp_path / "table"))}
     assert rows == {"x": ("two x", None), "y": ("one y", None)}
-    letters = read_dead_letters(tmp_path / "table")
-    assert summarize(letters) == [("1.jsonl", 29, "duplicate_id"), ("2.jsonl", 29, "duplicate_id")]
-    assert "my secret" not in json.dumps(letters) and all(len(letter["text_sha256"]) == 64 for letter in letters)
+    dead_letters = read_dead_letters(tmp_path / "table")
+    assert summarize(dead_letters) == [("1.jsonl", 29, "duplicate_id"), ("2.jsonl", 29, "duplicate_id")]
+    assert "my secret" not in json.dumps(dead_letters) and all(
+        len(dead_letter["text_sha256"]) == 64 for dead_letter in dead_letters
+    )
 
 
 def save_failing_encoder(folder):
@@ -149,9 +153,9 @@ def test_a_text_that_the_encoder_breaks_on_is_a_dead_letter_as_a_whole(tmp_path)
     texts = ["and " * 30, "and " * 20 + "the", "and"]
     rows, manifest = embed_records(tmp_path, as_records(texts), **settings)
     assert set(rows) == {("0", 0), ("2", 0)}
-    (letter,) = read_dead_letters(tmp_path / "table")
-    assert (letter["id"], letter["stage"], letter["reason"]) == ("1", "encode", "not_finite")
-    assert letter["text"] == texts[1]
+    (dead_letter,) = read_dead_letters(tmp_path / "table")
+    assert (dead_letter["id"], dead_letter["stage"], dead_letter["reason"]) == ("1", "encode", "not_finite")
+    assert dead_letter["text"] == texts[1]
     assert manifest.dead_letters == {"not_finite": 1}
 
 
@@ -255,8 +259,10 @@ def test_a_run_with_too_many_dead_letters_stops_soon_and_says_why(tmp_path, tabl
     assert sum(encoded) < 5000
     assert_unchanged(table, before)
     (attempt,) = (table / "attempts").iterdir()
-    letters = [json.loads(line) for path in attempt.glob("dead_letters-*") for line in path.read_text().splitlines()]
-    assert len(letters) >= 300 and {letter["reason"] for letter in letters} == {"empty_text"}
+    dead_letters = [
+        json.loads(line) for path in attempt.glob("dead_letters-*") for line in path.read_text().splitlines()
+    ]
+    assert len(dead_letters) >= 300 and {dead_letter["reason"] for dead_letter in dead_letters} == {"empty_text"}
     assert not list(attempt.glob("embeddings-*"))
 
 

@@ -28,8 +28,7 @@ import tensorflow as tf
 
 from pipeline.errors import RunError, TableError
 from pipeline.records import Row
-from pipeline.reuse import journal
-from pipeline.reuse import journal_writer
+from pipeline.reuse import journal, journal_writer
 from pipeline.tables.manifest import open_table
 from tests.support.paths import ENCODER
 from tests.support.processes import kill_group, start_cli, start_python, wait_for
@@ -233,7 +232,7 @@ def test_a_run_that_is_killed_has_had_its_table_alone_and_loses_nothing(tmp_path
     n_kept = sum(map(count_rows, list_segments(table)))
     assert 4 <= n_kept < n
     manifest = encode(corpus, table)
-    assert (manifest.counts["encode"]["rows"], manifest.counts["recall"]["recalled"]) == (n - n_kept, n_kept)
+    assert (manifest.counts["encode"]["rows"], manifest.counts["reuse"]["reused"]) == (n - n_kept, n_kept)
     encode(corpus, tmp_path / "fresh")
     assert is_same(read_live(table), read_live(tmp_path / "fresh"))
     assert not list_names(table / "attempts") and not (table / "journal").exists()
@@ -335,7 +334,7 @@ def test_a_kill_costs_at_most_half_a_minute(tmp_path):
     assert n_finished - n_kept <= max(1000, 30 * rate)
     manifest = encode(corpus, table)
     assert manifest.counts["encode"]["rows"] == n - n_kept
-    assert manifest.counts["recall"]["recalled"] == n_kept
+    assert manifest.counts["reuse"]["reused"] == n_kept
     encode(corpus, tmp_path / "fresh")
     assert is_same(read_live(table), read_live(tmp_path / "fresh"))
 
@@ -362,7 +361,7 @@ def test_a_run_that_is_stopped_keeps_all_that_it_finished(tmp_path, number, to_g
     assert not list_names(table / "attempts") and not (table / "CURRENT").exists()
     manifest = encode(corpus, table)
     assert manifest.counts["encode"]["rows"] == n - n_kept
-    assert manifest.counts["recall"]["recalled"] == n_kept
+    assert manifest.counts["reuse"]["reused"] == n_kept
 
 
 # What is in the journal, and what a crash or a broken disk makes of it

@@ -16,7 +16,7 @@ from pipeline.embed import build_pipeline
 from pipeline.preprocess.chunking import Preprocess
 from pipeline.report.summary import format_table
 from pipeline.run.job import prepare_job
-from pipeline.run.resolve import settle
+from pipeline.run.resolve import resolve
 from tests.support.corpora import as_records, some_texts, write_jsonl
 from tests.support.crossings import find_crossings, find_producers
 from tests.support.processes import start_python
@@ -26,8 +26,8 @@ from tests.support.runs import embed_records, make_config
 def build_proto(folder: Path, **settings: Any) -> beam_runner_api_pb2.Pipeline:
     write_jsonl(folder / "corpus.jsonl", as_records(some_texts(20)))
     (folder / "scratch").mkdir()
-    settled = settle(make_config(folder, split_bytes=500, **settings))
-    job = prepare_job(settled, "now", 0.0, scratch=str(folder / "scratch"))
+    resolved = resolve(make_config(folder, split_bytes=500, **settings))
+    job = prepare_job(resolved, "now", 0.0, scratch=str(folder / "scratch"))
     assert len(job.input.splits) > 1
     p = beam.Pipeline(runner="FnApiRunner")
     build_pipeline(p, job)
@@ -37,14 +37,18 @@ def build_proto(folder: Path, **settings: Any) -> beam_runner_api_pb2.Pipeline:
 def find_documents(proto: beam_runner_api_pb2.Pipeline) -> set[str]:
     """Producers of all that grows with the corpus: what is made of the splits that are read, up to files and counts.
 
-    A writer gives the files that it finished, every stage its counts under `tallies` once a bundle, what is recalled
-    goes into two files a bundle, and of N documents about log(N) are probes.
+    A writer gives the files that it finished, every stage its `bundle_counts`, what is reused goes into
+    two files a bundle, and of N documents about log(N) are spot checks.
     """
     producers = find_producers(proto)
     growing, waiting = set(), [name for name in producers.values() if "ParDo(ReadSplit)" in name]
     while waiting:
         name = waiting.pop()
-        if name.endswith((".tallies", ".notes", ".probes")) or "ParDo(WriteRecords)" in name or name in growing:
+        if (
+            name.endswith((".bundle_counts", ".notes", ".spot_checks"))
+            or "ParDo(WriteRecords)" in name
+            or name in growing
+        ):
             continue
         growing.add(name)
         (collection,) = (collection for collection, producer in producers.items() if producer == name)
@@ -100,7 +104,7 @@ def test_only_splits_paths_finished_files_and_counts_cross(id_field, tmp_path):
         ("Flatten", "Read/Read"),
         ("Flatten", "Recall/RecallDocuments"),
         ("side input", "Recall/RecallDocuments"),  # the notes' paths
-        ("side input", "Embed/Finish"),  # the probes
+        ("side input", "Embed/Finish"),  # the spot checks
         ("Flatten", "Preprocess/SplitDocuments"),
         ("Flatten", "Embed/Batch"),
         ("Flatten", "Embed/Finish"),

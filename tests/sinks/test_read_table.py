@@ -289,18 +289,18 @@ def check_manifest(table: str) -> dict[str, Any]:
     """Compares all that the manifest says of files with the files, and returns it."""
     folder = live_folder(table)
     manifest = json.loads((folder / "manifest.json").read_text())
-    rows, letters, indexes = (manifest[name] for name in ("files", "dead_letter_files", "index_files"))
-    named = {"manifest.json", *(file["name"] for file in [*rows, *letters, *indexes])}
+    rows, dead_letters, indexes = (manifest[name] for name in ("files", "dead_letter_files", "index_files"))
+    named = {"manifest.json", *(file["name"] for file in [*rows, *dead_letters, *indexes])}
     assert set(os.listdir(folder)) == named | ({"schema.pbtxt"} if manifest["file_format"] == "tfrecord" else set())
-    for file in [*rows, *letters, *indexes]:
+    for file in [*rows, *dead_letters, *indexes]:
         content = (folder / file["name"]).read_bytes()
         assert (file["n_bytes"], file["sha256"]) == (len(content), hashlib.sha256(content).hexdigest())
-    for file in [*rows, *letters]:
+    for file in [*rows, *dead_letters]:
         assert file["rows"] == count_rows(folder / file["name"])
     for file, index in zip(rows, indexes, strict=True):
         assert file["rows"] == index["rows"] == len(read_index(str(folder / index["name"])).entries)
     assert manifest["rows"] == sum(file["rows"] for file in rows)
-    assert sum(manifest["dead_letters"].values()) == sum(file["rows"] for file in letters)
+    assert sum(manifest["dead_letters"].values()) == sum(file["rows"] for file in dead_letters)
     assert manifest["snapshot"] == folder.name
     return manifest
 
@@ -308,8 +308,10 @@ def check_manifest(table: str) -> dict[str, Any]:
 @pytest.mark.parametrize(("output_format", "compression"), FORMATS)
 def test_the_manifest_says_what_the_files_are(output_format, compression, tmp_path):
     form = RowFormat(output_format, LAYOUT, compression)
-    letters = [make_letter("a", str(i), reason) for i, reason in enumerate(["wrong_type", "too_large", "too_large"])]
-    published = publish_rows(str(tmp_path), make_rows(), form, letters, shard_bytes=1)
+    dead_letters = [
+        make_letter("a", str(i), reason) for i, reason in enumerate(["wrong_type", "too_large", "too_large"])
+    ]
+    published = publish_rows(str(tmp_path), make_rows(), form, dead_letters, shard_bytes=1)
     manifest = check_manifest(str(tmp_path))
     assert len(manifest["files"]) > 3 and manifest["rows"] == N
     assert manifest["dead_letters"] == {"wrong_type": 1, "too_large": 2}
@@ -343,9 +345,9 @@ def test_a_new_file_is_begun_at_shard_bytes(output_format, tmp_path):
     assert sizes == [shard.n_bytes for shard in shards] and sum(shard.rows for shard in shards) == len(rows)
     one_write = BUFFERED_RECORDS * 500  # bytes at most
     assert len(shards) > 1 and all(300_000 <= size < 300_000 + one_write for size in sizes[:-1])
-    (tally,) = found["tallies"]
-    counts = json.loads(tally.counts)
-    assert (tally.stage, counts["records"], counts["bytes"]) == ("write_embeddings", len(rows), sum(sizes))
+    (counted,) = found["bundle_counts"]
+    counts = json.loads(counted.counts)
+    assert (counted.stage, counts["records"], counts["bytes"]) == ("write_embeddings", len(rows), sum(sizes))
     facts = {"file_format": output_format, "compression": "none", "layout": LAYOUT}
     facts |= {"embeam": "0", "fingerprint": "", "identity": {}, "settings": {}}
     manifest = build_manifest(Publication("", "n", "", "", 0.0, facts, 1.0), shards, {})

@@ -260,11 +260,15 @@ def test_a_compressed_file_that_is_cut_off(tmp_path, suffix):
     tail = COMPRESSORS[suffix](b"tail\n")
     for cut in (data + tail[:7], data[: len(data) // 2] if suffix != ".bz2" else data + tail[:9]):
         outcomes = read_file(tmp_path / f"a.txt{suffix}", cut)
-        letter = outcomes.pop()
+        dead_letter = outcomes.pop()
         texts = [o.text for o in outcomes]
         assert texts == LINES.decode().splitlines()[: len(texts)]
         assert len(texts) > 1000 if suffix != ".zst" else True  # a zstd block is 128 KiB
-        assert (letter.reason, letter.origin.position, letter.origin.unit) == ("truncated_file", len(texts), "row")
+        assert (dead_letter.reason, dead_letter.origin.position, dead_letter.origin.unit) == (
+            "truncated_file",
+            len(texts),
+            "row",
+        )
 
 
 @pytest.mark.parametrize("suffix", COMPRESSORS)

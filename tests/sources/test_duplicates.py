@@ -46,17 +46,19 @@ def run(corpus, distributed, options=None, **settings):
 
     rows = [(name, str(key), text, wins) for name, rows in FILES.items() for key, text, wins in rows]
     with beam.Pipeline(runner=FnApiRunner(), options=options) as pipeline:
-        documents, dead_letters, tallies = pipeline | read
+        documents, dead_letters, bundle_counts = pipeline | read
         winners = [row[:3] for row in rows if row[3]]
         losers = [row[:3] for row in rows if row[3] is False]
         assert_that(documents | "Places" >> beam.Map(get_place), equal_to(winners), "Winners")
-        duplicates = dead_letters | beam.Filter(lambda letter: letter.reason == "duplicate_id") | beam.Map(get_place)
+        duplicates = (
+            dead_letters | beam.Filter(lambda dead_letter: dead_letter.reason == "duplicate_id") | beam.Map(get_place)
+        )
         assert_that(duplicates, equal_to(losers), "Losers")
         others = dead_letters | beam.Filter(lambda x: x.reason != "duplicate_id") | "R" >> beam.Map(lambda x: x.reason)
         assert_that(others, equal_to(["wrong_type"]), "Others")
         assert_that(
-            tallies
-            | "Counts" >> beam.Map(lambda tally: json.loads(tally.counts)["documents"])
+            bundle_counts
+            | "Counts" >> beam.Map(lambda counted: json.loads(counted.counts)["documents"])
             | beam.CombineGlobally(sum),
             equal_to([len(winners)]),
             "Tallies",

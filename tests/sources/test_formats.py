@@ -239,11 +239,11 @@ def test_a_split_reports_what_it_read_and_stops_at_the_limit(tmp_path):
     found = []
     for split in plan_input(config).splits:
         found += ReadSplit(config, progress=lambda *more: calls.append(more)).process(split)
-    tallies = [json.loads(item.value.counts) for item in found if getattr(item, "tag", "") == "tallies"]
-    total = {name: sum(tally[name] for tally in tallies) for name in tallies[0]}
+    bundle_counts = [json.loads(item.value.counts) for item in found if getattr(item, "tag", "") == "bundle_counts"]
+    total = {name: sum(counted[name] for counted in bundle_counts) for name in bundle_counts[0]}
     assert total.pop("read_seconds") > 0
     assert total == {"records": 1002, "bytes": 2003, "documents": 1000, "dead_letters": 1, "skipped_empty": 1}
-    assert len(tallies) == 3 and [sum(column) for column in zip(*calls, strict=True)] == [1000, 2003]
+    assert len(bundle_counts) == 3 and [sum(column) for column in zip(*calls, strict=True)] == [1000, 2003]
     limited = ReadConfig(input=(str(tmp_path / "*"),), split_bytes=700, limit=600)
     (split,) = plan_input(limited).splits
     assert sum(isinstance(item, Document) for item in ReadSplit(limited).process(split)) == 600

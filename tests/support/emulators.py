@@ -140,9 +140,9 @@ def make_credentials() -> dict[str, str]:
 
 
 def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind((_LOOPBACK, 0))
-        return int(probe.getsockname()[1])
+    with socket.socket() as spot_check:
+        spot_check.bind((_LOOPBACK, 0))
+        return int(spot_check.getsockname()[1])
 
 
 def require(program: Path) -> None:

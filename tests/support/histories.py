@@ -12,7 +12,7 @@ from pipeline.engines.runner import make_runner
 from pipeline.files import make_folder
 from pipeline.reuse.distributed import JoinRule
 from pipeline.run.job import prepare_job, run_job, scratch_folder
-from pipeline.run.resolve import settle
+from pipeline.run.resolve import resolve
 from pipeline.tables.manifest import Manifest, open_table
 from pipeline.tables.publish import name_snapshot
 from tests.support.corpora import some_texts
@@ -41,10 +41,10 @@ def second_records() -> list[dict[str, Any]]:
 def run_joined(folder: Path, **settings: Any) -> Manifest:
     """Runs a job as it runs on a distributed engine, by the local one."""
     config = make_config(folder, **{**SETTINGS, **settings})
-    settled, options, name = settle(config), PipelineOptions([]), name_snapshot()
-    make_folder(settled.store.work)
-    with scratch_folder(settled.store.work, name) as scratch:
-        job = prepare_job(settled, name, time.time(), True, scratch)
+    resolved, options, name = resolve(config), PipelineOptions([]), name_snapshot()
+    make_folder(resolved.store.work)
+    with scratch_folder(resolved.store.work, name) as scratch:
+        job = prepare_job(resolved, name, time.time(), True, scratch)
         assert isinstance(job.commit_plan.takeover.rule, JoinRule)
         run_job(job, make_runner(options), options)
     return open_table(config.write.output)[0]

@@ -20,8 +20,8 @@ def documents(*names: str, file: str = A) -> list[Document]:
     return [make_document(name, f"text {text or name}", file) for name, _, text in split]
 
 
-def texts(letters: str) -> list[str]:
-    return [f"text {letter}" for letter in letters]
+def texts(dead_letters: str) -> list[str]:
+    return [f"text {dead_letter}" for dead_letter in dead_letters]
 
 
 def dated(year: int, *names: str) -> list[Document]:
@@ -48,7 +48,7 @@ class Case(NamedTuple):
       encoded: texts that the second encodes.
       counts: what it counts.
       stay: rows that the table has besides those of `after`.
-      letters: of records that the second run cannot read.
+      dead_letters: of records that the second run cannot read.
       fails: texts on which its encoder fails.
       settings: of the second run.
     """
@@ -58,7 +58,7 @@ class Case(NamedTuple):
     encoded: Sequence[str]
     counts: dict[str, int]
     stay: Sequence[Document] = ()
-    letters: Sequence[DeadLetter] = ()
+    dead_letters: Sequence[DeadLetter] = ()
     fails: Sequence[str] = ()
     settings: dict[str, Any] = {}
 
@@ -71,7 +71,7 @@ class Case(NamedTuple):
     def dead(self) -> list[tuple[str, str]]:
         """Ids and texts of the dead letters after the second run, "" where there is none."""
         own = [(one.id, one.text) for one in self.after if one.text in self.fails]
-        return sorted([*own, *((letter.id or "", "") for letter in self.letters)])
+        return sorted([*own, *((dead_letter.id or "", "") for dead_letter in self.dead_letters)])
 
 
 CASES = {
@@ -82,16 +82,16 @@ CASES = {
         texts("ex"),
         {"documents": 4, "encoded": 2, "unchanged": 2, "deleted": 1, "stale": 0, "moved": 0},
     ),
-    "swapped texts": Case(documents(*"abc"), documents("a=b", "b=a", "c"), [], {"recalled": 2, "unchanged": 1}),
-    "another id": Case(documents(*"abc"), documents("x=a", "b", "c"), [], {"recalled": 1, "deleted": 1, "moved": 1}),
+    "swapped texts": Case(documents(*"abc"), documents("a=b", "b=a", "c"), [], {"reused": 2, "unchanged": 1}),
+    "another id": Case(documents(*"abc"), documents("x=a", "b", "c"), [], {"reused": 1, "deleted": 1, "moved": 1}),
     "all ids are others": Case(
-        documents(*"abc"), documents("x=a", "y=b", "z=c"), [], {"recalled": 3, "deleted": 3, "moved": 3}
+        documents(*"abc"), documents("x=a", "y=b", "z=c"), [], {"reused": 3, "deleted": 3, "moved": 3}
     ),
     "another file": Case(documents(*"abc"), documents(*"abc", file=B), [], {"unchanged": 3, "deleted": 0}),
     "equal texts are encoded once": Case(
-        documents(*"ab"), documents("a", "x", "y=x", "z=x"), texts("x"), {"encoded": 1, "equal_texts": 2, "deleted": 1}
+        documents(*"ab"), documents("a", "x", "y=x", "z=x"), texts("x"), {"encoded": 1, "same_text": 2, "deleted": 1}
     ),
-    "the text of another document": Case(documents(*"ab"), documents("a", "b", "c=a"), [], {"recalled": 1}),
+    "the text of another document": Case(documents(*"ab"), documents("a", "b", "c=a"), [], {"reused": 1}),
     "an equal text that changes in one of two": Case(
         documents("a", "b=a", "c"), documents("a", "b=x", "c"), texts("x"), {"unchanged": 2, "encoded": 1}
     ),
@@ -99,7 +99,7 @@ CASES = {
         documents(*"ab"),
         documents("a", "b", "x", "y=x"),
         texts("x"),
-        {"unchanged": 2, "equal_texts": 1, "stale": 0},
+        {"unchanged": 2, "same_text": 1, "stale": 0},
         fails=texts("x"),
     ),
     "a changed text that fails keeps its old vector": Case(
@@ -116,7 +116,7 @@ CASES = {
         [],
         {"stale": 1, "deleted": 1},
         stay=documents("b"),
-        letters=[make_letter(A, "b", "wrong_type")],
+        dead_letters=[make_letter(A, "b", "wrong_type")],
     ),
     "a record without an id may be any of its file": Case(
         [*documents(*"abc"), *documents(*"xyz", file=B)],
@@ -124,7 +124,7 @@ CASES = {
         [],
         {"unchanged": 2, "stale": 2, "deleted": 2},
         stay=documents("b", "c"),
-        letters=[make_letter(A)],
+        dead_letters=[make_letter(A)],
     ),
     "a document that left a file before it broke": Case(
         documents(*"abc"),
@@ -132,49 +132,49 @@ CASES = {
         [],
         {"unchanged": 2, "stale": 1, "deleted": 0},
         stay=documents("c"),
-        letters=[make_letter(A)],
+        dead_letters=[make_letter(A)],
     ),
     "a second document with an id": Case(
         documents(*"abc"),
         documents("a", "b=c", "c"),
         [],
-        {"recalled": 1, "unchanged": 2, "stale": 0},
-        letters=[make_letter(A, "b", "duplicate_id")],
+        {"reused": 1, "unchanged": 2, "stale": 0},
+        dead_letters=[make_letter(A, "b", "duplicate_id")],
     ),
     "a second document with the id of one that was left out": Case(
         documents(*"abc"),
         documents("a", "c"),
         [],
         {"unchanged": 2, "stale": 0, "deleted": 1},
-        letters=[make_letter(A, "b", "duplicate_id")],
+        dead_letters=[make_letter(A, "b", "duplicate_id")],
     ),
     "a broken second record of an unchanged document": Case(
         documents(*"abc"),
         documents(*"abc"),
         [],
         {"unchanged": 3, "stale": 0},
-        letters=[make_letter(A, "b", "wrong_type")],
+        dead_letters=[make_letter(A, "b", "wrong_type")],
     ),
     "a broken second record of a document with a new text": Case(
         documents(*"abc"),
         documents("a", "b=x", "c"),
         texts("x"),
         {"unchanged": 2, "stale": 0},
-        letters=[make_letter(A, "b", "wrong_type")],
+        dead_letters=[make_letter(A, "b", "wrong_type")],
     ),
     "a broken second record of a document with a known text": Case(
         documents(*"abc"),
         documents("a", "b=c", "c"),
         [],
-        {"unchanged": 2, "recalled": 1, "stale": 0},
-        letters=[make_letter(A, "b", "wrong_type")],
+        {"unchanged": 2, "reused": 1, "stale": 0},
+        dead_letters=[make_letter(A, "b", "wrong_type")],
     ),
     "a broken second record of a document with an equal text": Case(
         documents(*"abc"),
         documents("a", "b=x", "c=x"),
         texts("x"),
-        {"unchanged": 1, "equal_texts": 1, "stale": 0},
-        letters=[make_letter(A, "b", "wrong_type"), make_letter(A, "c", "wrong_type")],
+        {"unchanged": 1, "same_text": 1, "stale": 0},
+        dead_letters=[make_letter(A, "b", "wrong_type"), make_letter(A, "c", "wrong_type")],
     ),
     "kept deletions": Case(
         documents(*"abc"),
@@ -190,7 +190,7 @@ CASES = {
         [],
         {"kept": 1, "stale": 1, "deleted": 0},
         stay=documents("b", "c"),
-        letters=[make_letter(A, "b", "wrong_type")],
+        dead_letters=[make_letter(A, "b", "wrong_type")],
         settings={"deletes": "keep"},
     ),
 }
@@ -198,7 +198,9 @@ CASES = {
 
 def list_dead(table: str, work_dir: str = "") -> list[tuple[str, str]]:
     """Ids and texts of a table's dead letters, sorted, "" where there is none."""
-    return sorted((letter["id"] or "", letter.get("text", "")) for letter in read_dead_letters(table, work_dir))
+    return sorted(
+        (dead_letter["id"] or "", dead_letter.get("text", "")) for dead_letter in read_dead_letters(table, work_dir)
+    )
 
 
 def join_cases() -> Case:
@@ -210,12 +212,12 @@ def join_cases() -> Case:
         joined.stay.extend(_renumber(case.stay, number))
         joined.encoded.extend(f"{text} {number}" for text in case.encoded)
         joined.fails.extend(f"{text} {number}" for text in case.fails)
-        joined.letters.extend(
-            letter._replace(
-                id=letter.id and f"{letter.id}{number}",
-                origin=letter.origin._replace(path=f"{number}{letter.origin.path}"),
+        joined.dead_letters.extend(
+            dead_letter._replace(
+                id=dead_letter.id and f"{dead_letter.id}{number}",
+                origin=dead_letter.origin._replace(path=f"{number}{dead_letter.origin.path}"),
             )
-            for letter in case.letters
+            for dead_letter in case.dead_letters
         )
     return joined
 

@@ -71,8 +71,8 @@ def watch_encoder(crash_after: int | None = None, crash: type[Exception] = Runti
         if run.n_batches == crash_after:
             raise crash
         run.n_batches += 1
-        run.texts += [chunk.document.text for chunk in batch if not chunk.document.is_probe]
-        run.n_compared += sum(chunk.document.is_probe for chunk in batch)
+        run.texts += [chunk.document.text for chunk in batch if not chunk.document.is_spot_check]
+        run.n_compared += sum(chunk.document.is_spot_check for chunk in batch)
         return encode(self, batch)
 
     with mock.patch.object(LoadedEncoder, "encode", watched):

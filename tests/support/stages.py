@@ -9,7 +9,7 @@ import apache_beam as beam
 from apache_beam.utils.windowed_value import WindowedValue
 
 from pipeline.config import EmbedConfig
-from pipeline.embedding_spec import plan_embedding
+from pipeline.embedding_spec import make_embedding_spec
 from pipeline.encoders.handler import LoadedEncoder
 from pipeline.encoders.load import load_encoder
 from pipeline.preprocess.batching import CollectBatches
@@ -42,7 +42,7 @@ def run_bundle(do_fn: beam.DoFn, elements: Iterable[Any]) -> Iterator[tuple[str,
 
 def embed_directly(documents: Sequence[Document], **settings: Any) -> Staged:
     """Embeds documents as one bundle with the tiny encoder; keyword settings are flags."""
-    plan = plan_embedding(EmbedConfig.from_flat({"encoder": ENCODER, **settings}))
+    plan = make_embedding_spec(EmbedConfig.from_flat({"encoder": ENCODER, **settings}))
     split = list(run_bundle(SplitDocuments(plan.split), documents))
     collect = CollectBatches(plan.buckets, plan.vectors.counts_tokens)
     batches = [batch for tag, batch in run_bundle(collect, [chunk for tag, chunk in split if not tag]) if not tag]
@@ -59,8 +59,8 @@ def embed_directly(documents: Sequence[Document], **settings: Any) -> Staged:
         else:
             columns["embedding"] = layout.restore(row.vector, 1, scales)[0]
         rows[row.id, row.chunk] = columns
-    letters = [letter for tag, letter in [*split, *finished] if tag == "dead_letters"]
-    return Staged(rows, letters, batches)
+    dead_letters = [dead_letter for tag, dead_letter in [*split, *finished] if tag == "dead_letters"]
+    return Staged(rows, dead_letters, batches)
 
 
 def as_documents(texts: Iterable[str]) -> list[Document]:

@@ -28,7 +28,7 @@ from pipeline.config import EmbedConfig, ReindexConfig, VectorConfig
 from pipeline.engines.runner import make_runner
 from pipeline.files import make_folder
 from pipeline.preprocess.chunking import hash_content
-from pipeline.records import Chunk, DeadLetter, Document, Origin, Row, Tally
+from pipeline.records import BundleCounts, Chunk, DeadLetter, Document, Origin, Row
 from pipeline.reuse import distributed
 from pipeline.reuse.journal import journal_folder, list_folder, write_segment
 from pipeline.reuse.look_up import RecallDocuments
@@ -67,16 +67,16 @@ def make_letter(file: str, name: str | None = None, reason: str = "malformed_jso
 
 
 class Outcome(NamedTuple):
-    """What a run has done: the table's rows, its manifest, the texts that were encoded, and those of probes; sorted."""
+    """What a run has done: the table's rows, its manifest, its encoded texts, and those of spot checks; sorted."""
 
     rows: Rows
     manifest: Manifest
     encoded: list[str]
-    probes: list[str]
+    spot_checks: list[str]
 
     def count(self, *names: str) -> dict[str, int]:
         """Counts of the recalling and the carrying by name; what was not counted is 0."""
-        counts = self.manifest.counts["carry"] | self.manifest.counts["recall"]
+        counts = self.manifest.counts["merge"] | self.manifest.counts["reuse"]
         return {name: int(counts.get(name, 0)) for name in names}
 
 
@@ -113,7 +113,7 @@ class SteppedTable:
     def run(
         self,
         documents: Iterable[Document],
-        letters: Sequence[DeadLetter] = (),
+        dead_letters: Sequence[DeadLetter] = (),
         fails: Collection[str] = (),
         bundles: int = 1,
         dies: bool = False,
@@ -124,7 +124,7 @@ class SteppedTable:
 
         Args:
           documents: those that could be read.
-          letters: of those that could not.
+          dead_letters: of those that could not.
           fails: texts on which the encoder fails.
           bundles: in which documents are recalled.
           dies: whether the run leaves everything as it is when it fails, as a process does that is killed.
@@ -142,17 +142,21 @@ class SteppedTable:
             plan = self._plan(store, live, version, name, config, scratch, max_dead_fraction)
             attempt = Attempt(self, plan, fails)
             self.encoded = attempt.encoded
-            read = Tally.of("read", {"records": len(documents) + len(letters)})
+            read = BundleCounts.of("read", {"records": len(documents) + len(dead_letters)})
             try:
-                found = attempt.join(documents, letters) if self.joins else attempt.recall(documents, letters, bundles)
-                commit(store.committer(plan), found._replace(tallies=[read, *found.tallies]))
+                found = (
+                    attempt.join(documents, dead_letters)
+                    if self.joins
+                    else attempt.recall(documents, dead_letters, bundles)
+                )
+                commit(store.committer(plan), found._replace(bundle_counts=[read, *found.bundle_counts]))
             except BaseException:
                 if not dies:
                     abandon_attempt(store.work, name, plan.publication.previous)
                 raise
         manifest = store.read_live().manifest
         assert manifest is not None and manifest.snapshot == name
-        return Outcome(read_rows(self.output), manifest, sorted(attempt.encoded), sorted(attempt.probes))
+        return Outcome(read_rows(self.output), manifest, sorted(attempt.encoded), sorted(attempt.spot_checks))
 
     def _plan(
         self,
@@ -186,13 +190,13 @@ class Attempt:
     """One run: its documents go through the steps of a back end.
 
     Attributes:
-      encoded: texts that were encoded, of probes not.
-      probes: those of probes.
+      encoded: texts that were encoded, of spot checks not.
+      spot_checks: those of spot checks.
     """
 
     def __init__(self, table: SteppedTable, plan: CommitPlan, fails: Collection[str]) -> None:
         self.encoded: list[str] = []
-        self.probes: list[str] = []
+        self.spot_checks: list[str] = []
         self._table, self._plan, self._fails = table, plan, fails
         publication = plan.publication
         self._folder = attempts_folder(publication.table, publication.name)
@@ -200,19 +204,19 @@ class Attempt:
         for folder in (self._folder, self._journal):
             make_folder(folder)
 
-    def recall(self, documents: list[Document], letters: Sequence[DeadLetter], n_bundles: int) -> Results:
+    def recall(self, documents: list[Document], dead_letters: Sequence[DeadLetter], n_bundles: int) -> Results:
         """The local back end: what is known leaves the stream as notes."""
         found = Outputs()
         for numbers in np.array_split(np.arange(len(documents)), n_bundles):
             step = RecallDocuments(self._plan.takeover.rule)
             step.setup()
             found.add_bundle(step, [documents[i] for i in numbers])
-        rows, probes, dead = self._encode(found["main"])
-        letters = [*letters, *dead]
-        tallies = [*found["tallies"], count_letters(letters)]
-        return Results(self._write(rows, letters), tallies, probes, notes=found["notes"])
+        rows, spot_checks, dead = self._encode(found["main"])
+        dead_letters = [*dead_letters, *dead]
+        bundle_counts = [*found["bundle_counts"], count_letters(dead_letters)]
+        return Results(self._write(rows, dead_letters), bundle_counts, spot_checks, notes=found["notes"])
 
-    def join(self, documents: list[Document], letters: Sequence[DeadLetter]) -> Results:
+    def join(self, documents: list[Document], dead_letters: Sequence[DeadLetter]) -> Results:
         """The back end of distributed engines: documents and rows meet by content, then by id."""
         rule = self._plan.takeover.rule
         by_content, by_id = Outputs(), Outputs()
@@ -222,23 +226,23 @@ class Attempt:
             documents=(distributed._key_by_content(one, rule.prefix) for one in documents),
         )
         by_content.add_bundle(distributed.MeetByContent(rule), groups)
-        fresh, probes, dead = self._encode(by_content["main"])
-        rows, letters = [*fresh, *by_content["rows"]], [*letters, *dead]
+        fresh, spot_checks, dead = self._encode(by_content["main"])
+        rows, dead_letters = [*fresh, *by_content["rows"]], [*dead_letters, *dead]
         groups = group(
             live=flatten(map(distributed.ListLive(rule).process, range(len(rule.files)))),
             fresh=map(distributed._key_row, rows),
-            dead=flatten(map(distributed._key_letter, letters)),
+            dead=flatten(map(distributed._key_dead_letter, dead_letters)),
             moved=by_content["moved"],
         )
-        blind = list(dict.fromkeys(flatten(map(distributed._blind_file, letters))))
+        blind = list(dict.fromkeys(flatten(map(distributed._blind_file, dead_letters))))
         by_id.add_bundle(distributed.MeetById(rule.keeps_deleted, rule.reusable), groups, blind)
         for file, numbers in group(rows=by_id["main"]):
             rows += distributed.ReadCarried(rule).process((file, numbers["rows"]))
-        tallies = [*by_content["tallies"], *by_id["tallies"], count_letters(letters)]
-        return Results(self._write(rows, letters), tallies, probes, samples=by_content["samples"])
+        bundle_counts = [*by_content["bundle_counts"], *by_id["bundle_counts"], count_letters(dead_letters)]
+        return Results(self._write(rows, dead_letters), bundle_counts, spot_checks, samples=by_content["samples"])
 
     def _encode(self, documents: Iterable[Document]) -> tuple[list[Row], list[Row], list[DeadLetter]]:
-        """Rows, those of probes, and dead letters; every row goes into the journal at once."""
+        """Rows, those of spot checks, and dead letters; every row goes into the journal at once."""
         layout = self._plan.form.layout
         rule = VectorRule(
             VectorConfig(dtype=layout.dtype, dimensions=layout.dimension),
@@ -247,21 +251,21 @@ class Attempt:
             counts_tokens=layout.counts_tokens,
             keep_text=layout.keep_text,
         )
-        rows, probes, dead = [], [], []
+        rows, spot_checks, dead = [], [], []
         for document in documents:
             outputs = list(finish_chunks(list(self._encode_chunks(document)), rule))
             own = [output for output in outputs if isinstance(output, Row)]
-            if document.is_probe:
-                probes += own
+            if document.is_spot_check:
+                spot_checks += own
                 continue
             rows += own
             dead += [output for output in outputs if isinstance(output, DeadLetter)]
             if own:
                 write_segment(self._journal, [row._replace(id="", kept=b"", text=None, source="") for row in own])
-        return rows, probes, dead
+        return rows, spot_checks, dead
 
     def _encode_chunks(self, document: Document) -> Iterator[tuple[Chunk, np.ndarray | None, str]]:
-        (self.probes if document.is_probe else self.encoded).append(document.text)
+        (self.spot_checks if document.is_spot_check else self.encoded).append(document.text)
         layout, text = self._plan.form.layout, self._table.prefix + document.text
         words = text.split()
         step = CHUNK_WORDS if layout.chunked else len(words)
@@ -283,9 +287,9 @@ class Attempt:
     def _draw(self, text: str) -> np.ndarray:
         return self._table.encoder(text, self._table.model)
 
-    def _write(self, rows: list[Row], letters: Sequence[DeadLetter]) -> list[Shard]:
+    def _write(self, rows: list[Row], dead_letters: Sequence[DeadLetter]) -> list[Shard]:
         shards = []
-        for records, form in ((rows, self._plan.form), (letters, self._plan.letter_format)):
+        for records, form in ((rows, self._plan.form), (dead_letters, self._plan.dead_letter_format)):
             shards += write_shards(records, form, self._folder, self._plan.shard_bytes)
         return shards
 
@@ -345,13 +349,17 @@ def write_shards(
     return writer.finish()
 
 
-def count_letters(letters: Sequence[DeadLetter]) -> Tally:
-    reasons = [letter.reason for letter in letters]
-    return Tally.of("write_dead_letters", {reason: reasons.count(reason) for reason in reasons})
+def count_letters(dead_letters: Sequence[DeadLetter]) -> BundleCounts:
+    reasons = [dead_letter.reason for dead_letter in dead_letters]
+    return BundleCounts.of("write_dead_letters", {reason: reasons.count(reason) for reason in reasons})
 
 
 def publish_rows(
-    table: str, rows: Sequence[Row], form: RowFormat, letters: Sequence[DeadLetter] = (), shard_bytes: int = 1 << 20
+    table: str,
+    rows: Sequence[Row],
+    form: RowFormat,
+    dead_letters: Sequence[DeadLetter] = (),
+    shard_bytes: int = 1 << 20,
 ) -> Manifest:
     """Makes some rows the live snapshot of a table in a folder, without a run."""
     store, name = FolderStore(table), name_snapshot()
@@ -361,10 +369,10 @@ def publish_rows(
     facts = {"file_format": form.name, "compression": form.compression, "layout": form.layout}
     facts |= {"embeam": "0", "fingerprint": "", "identity": {}, "settings": {}}
     plan = Publication(table, name, live.snapshot if live else "", version, time.time(), facts, 1.0)
-    counts = {"write_dead_letters": json.loads(count_letters(letters).counts)}
+    counts = {"write_dead_letters": json.loads(count_letters(dead_letters).counts)}
     with mock.patch("os.fsync"):
         shards = write_shards(rows, form, folder, shard_bytes)
-        shards += write_shards(letters, DeadLetterFormat("full"), folder)
+        shards += write_shards(dead_letters, DeadLetterFormat("full"), folder)
         manifest = build_manifest(plan, shards, counts)
         place_files(manifest, shards, snapshot_folder(table, name))
         make_live(plan)

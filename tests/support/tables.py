@@ -37,13 +37,20 @@ def read_dead_letters(table: str | os.PathLike, work_dir: str = "") -> list[dict
     store = open_store(str(table), work_dir)
     manifest = store.read_live().manifest
     assert manifest is not None
-    letters = [
+    dead_letters = [
         json.loads(line)
         for file in manifest.dead_letter_files
         for line in read_text(store.locate_dead_letters(manifest, file.name)).splitlines()
     ]
-    assert sum(manifest.dead_letters.values()) == len(letters) == sum(file.rows for file in manifest.dead_letter_files)
-    return sorted(letters, key=lambda letter: (letter["file"], letter.get("byte", letter.get("row")) or 0))
+    assert (
+        sum(manifest.dead_letters.values())
+        == len(dead_letters)
+        == sum(file.rows for file in manifest.dead_letter_files)
+    )
+    return sorted(
+        dead_letters,
+        key=lambda dead_letter: (dead_letter["file"], dead_letter.get("byte", dead_letter.get("row")) or 0),
+    )
 
 
 def assert_close(actual: np.ndarray, expected: np.ndarray, what: object = "") -> None:
@@ -111,9 +118,9 @@ def assert_official_segments(
         assert row["n_truncated"] == count_tokens(segments) - row["n_tokens"]
 
 
-def summarize(letters: Iterable[Mapping[str, Any]]) -> list[tuple[str, int, str]]:
+def summarize(dead_letters: Iterable[Mapping[str, Any]]) -> list[tuple[str, int, str]]:
     """(file name, place, reason) of each dead letter."""
-    return [(os.path.basename(x["file"]), x.get("byte", x.get("row")), x["reason"]) for x in letters]
+    return [(os.path.basename(x["file"]), x.get("byte", x.get("row")), x["reason"]) for x in dead_letters]
 
 
 def hash_folder(folder: str | os.PathLike) -> dict[str, str]:

@@ -200,7 +200,7 @@ def test_bigquery_tables_and_queries_are_read(cloud, tmp_path):
     assert part.rows == asked.rows == 14
     assert set(read_rows(str(tmp_path / "c"))) == {(f"r{i}", 0) for i in range(0, 40, 3)}
     again = run_pipeline(tmp_path, output=str(tmp_path / "c"), **settings)
-    assert again.counts["recall"] == {"documents": 14, "unchanged": 14}
+    assert again.counts["reuse"] == {"documents": 14, "unchanged": 14}
     with pytest.raises(ConfigError, match="name the column that holds the id"):
         run_pipeline(tmp_path, output=str(tmp_path / "d"), id_field="", input=f"bq://{name}")
     with pytest.raises(EmbeamError, match=r"--input=bq://.*nothing_here cannot be read"):
@@ -222,7 +222,7 @@ def test_everything_may_lie_in_cloud_storage(cloud, tmp_path):
             stream.write("".join(json.dumps(record) + "\n" for record in records).encode())
         manifest = run_pipeline(tmp_path, **{**settings, "input": gcs.path("corpus", "*.jsonl")})
         expected, local = run(tmp_path, records, output=str(tmp_path / "folder"))
-        assert manifest.counts["recall"] == local.counts["recall"]
+        assert manifest.counts["reuse"] == local.counts["reuse"]
     assert_same_rows(read_rows(gcs.path("table")), expected)
     left = [name for name in gcs.objects() if name.startswith("table/") and "/snapshots/" not in f"/{name}"]
     assert left == ["table/CURRENT"]

@@ -78,7 +78,7 @@ def test_a_manifest_may_hold_fields_of_another_version(tmp_path):
     path.write_text(json.dumps(values | {"predicted": {"documents": 1.0}}))
     assert pipeline.open_table(str(tmp_path / "table"))[0] == manifest
     again = build(tmp_path, [{"text": "a"}])
-    assert (again.previous, again.counts["recall"]["unchanged"]) == (manifest.snapshot, 1)
+    assert (again.previous, again.counts["reuse"]["unchanged"]) == (manifest.snapshot, 1)
 
 
 def test_a_home_folder_may_be_written_as_a_tilde(tmp_path, monkeypatch):

@@ -199,8 +199,8 @@ def test_a_failed_run_leaves_its_dead_letters_until_the_next(table):
     with pytest.raises(RunError, match="max_dead_fraction"):
         table.run([*DOCUMENTS, make_document("bad", "bad")], fails=["bad"], max_dead_fraction=0.1)
     (attempt,) = Path(table.output, "attempts").iterdir()
-    (letters,) = attempt.iterdir()
-    assert json.loads(letters.read_text())["id"] == "bad"
+    (dead_letters,) = attempt.iterdir()
+    assert json.loads(dead_letters.read_text())["id"] == "bad"
     publish(table)
     assert not os.listdir(attempt.parent)
 

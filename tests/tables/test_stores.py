@@ -65,12 +65,12 @@ def test_every_kind_of_rerun_at_once(table):
     case = join_cases()
     first = table.run(case.before)
     assert_rows(first.rows, case.before)
-    outcome = table.run(case.after, case.letters, case.fails)
+    outcome = table.run(case.after, case.dead_letters, case.fails)
     assert outcome.encoded == sorted(case.encoded)
     assert_rows(outcome.rows, case.rows)
     assert outcome.manifest.rows == len(case.rows) and outcome.manifest.previous == first.manifest.snapshot
     assert list_dead(table.output, table.work_dir) == case.dead
-    again = table.run(case.after, case.letters, case.fails)
+    again = table.run(case.after, case.dead_letters, case.fails)
     assert_rows(again.rows, case.rows)
     assert set(again.encoded) == set(case.fails)
     outcome = table.run(case.after)  # all can be read and embedded by now
@@ -86,14 +86,14 @@ def test_kept_fields_of_every_type_come_and_go(table):
     table.run(documents(*"abcd"))
     table.layout = replace(LAYOUT, kept=fields, keep_text=True)
     outcome = table.run(valued(VALUES))
-    assert outcome.encoded == [] and outcome.count("recalled") == {"recalled": 4}
+    assert outcome.encoded == [] and outcome.count("reused") == {"reused": 4}
     found = [[outcome.rows[name, 0][field.name] for field in fields] for name in "abcd"]
     assert found == VALUES
     assert [[type(value) for value in row] for row in found[:2]] == [[int, float, bool, str]] * 2
     assert [outcome.rows[name, 0]["text"] for name in "abcd"] == ["text a", "text b", "text c", "text d"]
     changed = [VALUES[0], [7, *VALUES[1][1:]], *VALUES[2:]]
     outcome = table.run(valued(changed))
-    assert outcome.count("unchanged", "recalled") == {"unchanged": 3, "recalled": 1}
+    assert outcome.count("unchanged", "reused") == {"unchanged": 3, "reused": 1}
     assert [outcome.rows[name, 0]["year"] for name in "abcd"] == [1, 7, None, 0]
     table.layout = replace(LAYOUT, kept=fields[:1])
     outcome = table.run([*dated(5, "a", "b"), *dated(6, "x=a")], deletes="keep")
@@ -162,11 +162,11 @@ def test_a_history_gives_the_rows_that_a_folder_has(database, tmp_path):
         expected, folder_manifest = run(tmp_path, records, output=str(tmp_path / "folder"))
         assert_same_rows(rows, expected)
         assert manifest.rows == folder_manifest.rows == len(rows)
-        assert manifest.counts["recall"] == folder_manifest.counts["recall"]
+        assert manifest.counts["reuse"] == folder_manifest.counts["reuse"]
         for name in ("deleted", "stale", "unchanged"):
-            assert manifest.counts["carry"][name] == folder_manifest.counts["carry"][name], name
+            assert manifest.counts["merge"][name] == folder_manifest.counts["merge"][name], name
     assert manifest.counts["encode"]["rows"] == 2  # changed and new; the long one is a dead letter
-    assert manifest.counts["carry"] | {"deleted": 7, "stale": 1} == manifest.counts["carry"]
+    assert manifest.counts["merge"] | {"deleted": 7, "stale": 1} == manifest.counts["merge"]
     assert manifest.dead_letters == {"too_long": 1}
     for key, text in ((("new", 0), "a new one"), (("n10", 0), "the text has changed")):
         assert_close(rows[key]["embedding"], official_vector(text), text)

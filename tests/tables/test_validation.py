@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pipeline.errors import GateError
+from pipeline.errors import ValidationError
 from pipeline.records import Row
 from pipeline.reuse.requests import number_files
 from pipeline.sinks.index import SourceNumbers, index_rows
@@ -45,22 +45,22 @@ def test_every_document_has_its_rows_once(tmp_path):
     assert len(shards) > 2
     count(shards, 9, 9)
     for least, most in ((10, 10), (8, 8), (10, 12)):
-        with pytest.raises(GateError, match=f"rows of 9 documents were written instead of {least}"):
+        with pytest.raises(ValidationError, match=f"rows of 9 documents were written instead of {least}"):
             count(shards, least, most)
-    with pytest.raises(GateError, match="2 rows have an id and chunk that another row has too"):
+    with pytest.raises(ValidationError, match="2 rows have an id and chunk that another row has too"):
         count([*shards, *write_shards(drawn(range(2)), FORM, str(tmp_path))], 9, 9)
 
 
 def test_rows_that_stay_in_a_database_count_too(tmp_path):
     shards = write_shards(drawn(range(5)), FORM, str(tmp_path))
     count(shards, 7, 7, index_rows(drawn(range(5, 7)), SourceNumbers()))
-    with pytest.raises(GateError, match="1 rows have an id and chunk"):
+    with pytest.raises(ValidationError, match="1 rows have an id and chunk"):
         count(shards, 6, 6, index_rows(drawn(range(4, 6)), SourceNumbers()))
 
 
 def test_an_index_that_is_too_short_is_found(tmp_path):
     shards = write_shards(drawn(range(5)), FORM, str(tmp_path))
-    with pytest.raises(GateError, match="has 6 rows and an index of 5"):
+    with pytest.raises(ValidationError, match="has 6 rows and an index of 5"):
         count([shards[0]._replace(rows=6)], 6, 6)
 
 
@@ -81,7 +81,7 @@ def test_vectors_that_are_no_numbers_are_found(tmp_path):
     bad = draw_vector("bad")
     for value in (np.nan, np.inf):
         bad[3] = value
-        with pytest.raises(GateError, match="holds NaN or infinity"):
+        with pytest.raises(ValidationError, match="holds NaN or infinity"):
             look_at(tmp_path, [*drawn(range(40)), make_row("bad", bad)])
 
 
@@ -89,7 +89,7 @@ def test_vectors_that_are_one_number_throughout_are_found(tmp_path):
     for number in (0.0, 1.5):
         flat = [make_row(f"flat {i}", np.full(LAYOUT.dimension, number)) for i in range(2)]
         look_at(tmp_path, [*drawn(range(198)), *flat])
-        with pytest.raises(GateError, match="2 of 199 vectors are one number throughout"):
+        with pytest.raises(ValidationError, match="2 of 199 vectors are one number throughout"):
             look_at(tmp_path, [*drawn(range(197)), *flat])
 
 
@@ -97,7 +97,7 @@ def test_vectors_that_are_all_the_same_are_found_from_twenty_texts_on(tmp_path):
     """An encoder without case may well give one vector for two texts."""
     same = [make_row(str(i), draw_vector("any")) for i in range(20)]
     look_at(tmp_path, same[:19])
-    with pytest.raises(GateError, match="all 20 vectors that were looked at are the same, for 20 texts"):
+    with pytest.raises(ValidationError, match="all 20 vectors that were looked at are the same, for 20 texts"):
         look_at(tmp_path, same)
 
 
@@ -106,8 +106,8 @@ def test_vectors_that_are_all_the_same_are_found_from_twenty_texts_on(tmp_path):
 
 def compare(first: np.ndarray, again: np.ndarray, dtype: str) -> None:
     layout = TableLayout(dtype, first.size)
-    row, probe = make_row("a", first, dtype=dtype), make_row("a", again, dtype=dtype)
-    compare_row(probe, {"embedding": [row.vector], "scale": [row.scale], "n_tokens": [3]}, layout, "file")
+    row, spot_check = make_row("a", first, dtype=dtype), make_row("a", again, dtype=dtype)
+    compare_row(spot_check, {"embedding": [row.vector], "scale": [row.scale], "n_tokens": [3]}, layout, "file")
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16", "int8"])
@@ -119,10 +119,10 @@ def test_a_vector_may_differ_by_rounding_only(dtype):
     for angle in (0.0, 0.02, 0.04):  # cosine 0.9992
         compare(vector, np.cos(angle) * vector + np.sin(angle) * across, dtype)
     for angle in (0.05, 1.0, np.pi):  # cosine 0.9988
-        with pytest.raises(GateError, match="encoded again, gives another vector"):
+        with pytest.raises(ValidationError, match="encoded again, gives another vector"):
             compare(vector, np.cos(angle) * vector + np.sin(angle) * across, dtype)
     compare(np.zeros(64), np.zeros(64), dtype)
-    with pytest.raises(GateError, match=r"cosine 0\.0000"):
+    with pytest.raises(ValidationError, match=r"cosine 0\.0000"):
         compare(np.zeros(64), vector, dtype)
 
 
@@ -130,7 +130,7 @@ def test_a_few_bits_may_differ():
     vector = np.random.default_rng(1).standard_normal(64)
     for n_bits in (0, 1, 2):
         compare(vector, np.where(np.arange(64) < n_bits, -vector, vector), "binary")
-    with pytest.raises(GateError, match="3 of 64 bits"):
+    with pytest.raises(ValidationError, match="3 of 64 bits"):
         compare(vector, np.where(np.arange(64) < 3, -vector, vector), "binary")
 
 
@@ -139,7 +139,7 @@ def test_another_number_of_tokens_is_found():
     rows = [Row("a", 0, bytes(4 * 8 * n), 0.0, n, 0, "0" * 32, b"", None) for n in (3, 4)]
     columns = {"embedding": [rows[0].vector], "n_tokens": [3]}
     assert restore_row(columns, 0, layout).shape == (3, 8)
-    with pytest.raises(GateError, match=r"gives \(4, 8\) numbers instead of \(3, 8\)"):
+    with pytest.raises(ValidationError, match=r"gives \(4, 8\) numbers instead of \(3, 8\)"):
         compare_row(rows[1], columns, layout, "file")
 
 
@@ -160,12 +160,12 @@ def test_an_encoder_that_gives_other_vectors_by_now_is_found(table, changed):
     before = remember(table.output)
     table.encoder = lambda text, model: -draw_vector(text, model)
     documents = [*DOCUMENTS[1:], make_document("new", "new")] if changed else DOCUMENTS
-    with pytest.raises(GateError, match=r"lies in .*rejected/.*encoded again"):
+    with pytest.raises(ValidationError, match=r"lies in .*rejected/.*encoded again"):
         table.run(documents)
     assert_unchanged(table.output, before)
     (rejected,) = Path(table.output, "rejected").iterdir()
     assert (rejected / "manifest.json").exists() and list(rejected.glob("embeddings-*"))
-    outcome = table.run(documents, gate="off")
+    outcome = table.run(documents, validate="off")
     assert open_table(table.output)[0].snapshot == outcome.manifest.snapshot != before["snapshot"]
 
 
@@ -173,7 +173,7 @@ def test_new_vectors_that_are_all_one_number_are_found(table):
     table.run(DOCUMENTS)
     before = remember(table.output)
     table.encoder = lambda text, model: draw_vector(text) * ("new" not in text)
-    with pytest.raises(GateError, match="one number throughout"):
+    with pytest.raises(ValidationError, match="one number throughout"):
         table.run([*DOCUMENTS, make_document("new", "new"), make_document("newer", "newer")])
     assert_unchanged(table.output, before)
 
@@ -183,11 +183,11 @@ def test_few_texts_of_each_kind_are_encoded_again(table):
     new = [make_document(f"new {i:02d}", f"new {i}") for i in range(20)]
     outcome = table.run([*DOCUMENTS, *new])
     assert outcome.encoded == sorted(one.text for one in new)
-    n_new = sum(text.startswith("new") for text in outcome.probes)
-    assert (n_new, len(outcome.probes) - n_new) == (3, 3), "the first, the fourth and the sixteenth"
+    n_new = sum(text.startswith("new") for text in outcome.spot_checks)
+    assert (n_new, len(outcome.spot_checks) - n_new) == (3, 3), "the first, the fourth and the sixteenth"
     many = [make_document(f"d{i:03d}", f"text {i}") for i in range(70)]
-    assert len(table.run(many).probes) == 3 + 3
-    assert len(table.run(many).probes) == 4
+    assert len(table.run(many).spot_checks) == 3 + 3
+    assert len(table.run(many).spot_checks) == 4
 
 
 def test_probes_of_dead_letters_are_no_reason_to_stop(table):

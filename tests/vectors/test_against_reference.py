@@ -9,7 +9,7 @@ import pytest
 import tensorflow as tf
 
 from pipeline.config import EmbedConfig
-from pipeline.embedding_spec import plan_embedding
+from pipeline.embedding_spec import make_embedding_spec
 from pipeline.errors import ConfigError
 from pipeline.records import Document
 from tests.support.corpora import some_texts
@@ -173,20 +173,20 @@ def test_an_average_weighs_windows_by_their_tokens(overlap):
 
 def test_rejected_long_texts_become_dead_letters_and_no_others_do():
     texts = some_texts(40, seed=9)
-    rows, letters, _ = embed_directly(as_documents(texts), on_long="reject", max_tokens=32)
+    rows, dead_letters, _ = embed_directly(as_documents(texts), on_long="reject", max_tokens=32)
     too_long = {str(i) for i, text in enumerate(texts) if len(official_tokens(text)) + 2 > 32}
     assert 0 < len(too_long) < len(texts)
-    assert {letter.id for letter in letters} == too_long and len(letters) == len(too_long)
-    assert {(letter.stage, letter.reason) for letter in letters} == {("preprocess", "too_long")}
+    assert {dead_letter.id for dead_letter in dead_letters} == too_long and len(dead_letters) == len(too_long)
+    assert {(dead_letter.stage, dead_letter.reason) for dead_letter in dead_letters} == {("preprocess", "too_long")}
     kept = {name: segments for name, segments in by_id(texts).items() if name not in too_long}
     assert_official_segments(rows, kept, "pooled_output", 32)
 
 
 def test_rejecting_looks_at_both_segments_of_a_pair():
     documents = [Document(str(n), "the " * n, "the the the") for n in (5, 6, 7)]
-    rows, letters, _ = embed_directly(documents, pair_field="other", on_long="reject", max_tokens=12)
+    rows, dead_letters, _ = embed_directly(documents, pair_field="other", on_long="reject", max_tokens=12)
     assert set(rows) == {("5", 0), ("6", 0)}  # [CLS] 6 [SEP] 3 [SEP] are 12 tokens
-    assert [letter.id for letter in letters] == ["7"]
+    assert [dead_letter.id for dead_letter in dead_letters] == ["7"]
 
 
 # --- preprocessors of another kind: called as they are ---------------------------------------------------------------
@@ -214,12 +214,12 @@ def test_a_preprocessor_without_packing_is_called_as_it_is_and_a_token_beyond_th
 ):
     texts = ["", "one", *some_texts(20, seed=10, words=(1, 150)), *(f"w{i}" for i in range(60))]
     settings = {"preprocessor": calling_only, "vector": "sequence_output:mean", "encoder_graph": graph}
-    rows, letters, _ = embed_directly(as_documents(texts), **settings)
+    rows, dead_letters, _ = embed_directly(as_documents(texts), **settings)
     packed = pack_with(calling_only, texts)
     beyond = {str(i) for i in range(len(texts)) if packed[i]["input_word_ids"].max() >= 1000}  # the encoder's ids
     assert 10 < len(beyond) < len(texts) - 10
-    assert {letter.id for letter in letters} == beyond and len(letters) == len(beyond)
-    assert {(letter.stage, letter.reason) for letter in letters} == {("encode", "encoder_error")}
+    assert {dead_letter.id for dead_letter in dead_letters} == beyond and len(dead_letters) == len(beyond)
+    assert {(dead_letter.stage, dead_letter.reason) for dead_letter in dead_letters} == {("encode", "encoder_error")}
     assert {name for name, _ in rows} == set(map(str, range(len(texts)))) - beyond
     for (name, _), row in rows.items():
         own = packed[int(name)]
@@ -248,7 +248,7 @@ def test_an_unknown_preprocessor_with_packing_packs_to_the_limit(max_tokens, pac
 def test_a_preprocessor_that_cannot_pack_pairs_is_refused_for_pairs(calling_only):
     settings = {"encoder": ENCODER, "preprocessor": calling_only, "pair_field": "b"}
     with pytest.raises(ConfigError, match="pair_field"):
-        plan_embedding(EmbedConfig.from_flat(settings))
+        make_embedding_spec(EmbedConfig.from_flat(settings))
 
 
 # --- encoders that take strings --------------------------------------------------------------------------------------

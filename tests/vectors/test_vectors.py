@@ -178,10 +178,13 @@ def some_broken(word: str) -> tuple[list[str], set[str]]:
 )
 def test_vectors_that_are_not_finite_become_dead_letters_and_no_others(word, dtype, message, failing_encoder):
     texts, broken = some_broken(word)
-    rows, letters, _ = embed_directly(as_documents(texts), encoder=failing_encoder, dtype=dtype)
-    assert {letter.id for letter in letters} == broken and len(letters) == len(broken)
-    assert {(letter.stage, letter.reason) for letter in letters} == {("encode", "not_finite")}
-    assert all(message in letter.message and letter.text == texts[int(letter.id)] for letter in letters)
+    rows, dead_letters, _ = embed_directly(as_documents(texts), encoder=failing_encoder, dtype=dtype)
+    assert {dead_letter.id for dead_letter in dead_letters} == broken and len(dead_letters) == len(broken)
+    assert {(dead_letter.stage, dead_letter.reason) for dead_letter in dead_letters} == {("encode", "not_finite")}
+    assert all(
+        message in dead_letter.message and dead_letter.text == texts[int(dead_letter.id)]
+        for dead_letter in dead_letters
+    )
     assert {name for name, _ in rows} == set(map(str, range(40))) - broken
     assert all(np.isfinite(row["embedding"]).all() for row in rows.values())
 
@@ -232,9 +235,9 @@ def test_an_average_with_a_broken_chunk_is_one_dead_letter(broken, reason, messa
     parts[1] = (parts[1][0], *broken)
     averager = ChunkAverager()
     results = [result for part in parts if (result := averager.add(part)) is not None]
-    (letter,) = finish_chunks(results, VectorRule(average=True))
-    assert isinstance(letter, DeadLetter)
-    assert (letter.id, letter.reason) == ("a", reason) and letter.message.endswith(message)
+    (dead_letter,) = finish_chunks(results, VectorRule(average=True))
+    assert isinstance(dead_letter, DeadLetter)
+    assert (dead_letter.id, dead_letter.reason) == ("a", reason) and dead_letter.message.endswith(message)
 
 
 def test_equal_documents_at_once_are_averaged_each_for_itself():
@@ -261,7 +264,9 @@ def test_every_chunk_becomes_a_row_or_a_dead_letter(kinds):
     ]
     finished = list(finish_chunks(results, VectorRule()))
     rows = [row.id for row in finished if not isinstance(row, DeadLetter)]
-    letters = {letter.id: letter.reason for letter in finished if isinstance(letter, DeadLetter)}
+    dead_letters = {
+        dead_letter.id: dead_letter.reason for dead_letter in finished if isinstance(dead_letter, DeadLetter)
+    }
     assert rows == [f"{i}good" for i, kind in enumerate(kinds) if kind == "good"]
     reasons = {"nan": "not_finite", "inf": "not_finite", "error": "encoder_error"}
-    assert letters == {f"{i}{kind}": reasons[kind] for i, kind in enumerate(kinds) if kind != "good"}
+    assert dead_letters == {f"{i}{kind}": reasons[kind] for i, kind in enumerate(kinds) if kind != "good"}
