@@ -16,9 +16,9 @@ from pipeline.engines.presets import resource_hints, share_memory
 from pipeline.preprocess.batching import BatchByTokens
 from pipeline.preprocess.chunking import Preprocess
 from pipeline.progress import Progress
-from pipeline.reuse.distributed import JoinByContent, JoinById, JoinRule
+from pipeline.reuse.distributed import LookUpKnown, ReuseRows
 from pipeline.reuse.journal_writer import Journal
-from pipeline.reuse.look_up import Recall
+from pipeline.reuse.local import LocalReuse, LookUp
 from pipeline.sinks.writing import WriteTo
 from pipeline.sources.planning import InputPlan
 from pipeline.sources.read import ReadDocuments
@@ -27,6 +27,7 @@ from pipeline.tables.lock import Lease
 from pipeline.tables.store import CommitPlan, Committer
 from pipeline.vectors.finishing import Finish
 
+DEAD_LETTER_STAGES = ("Read", "Preprocess", "Encode", "Duplicate", "Shared")
 SAFE_DOCUMENTS = 1000  # at most so many are encoded again after a crash, or what half a minute brings
 
 
@@ -97,7 +98,7 @@ class EncodeChunks(beam.PTransform):
         rows, spot_checks, bad_vectors, encode_counts = encoded | "Finish" >> Finish(vectors)
         if self.journal:
             rows = rows | "Journal" >> Journal(self.journal)
-        bundle_counts = (batch_counts, encode_counts) | "Tallies" >> beam.Flatten()
+        bundle_counts = (batch_counts, encode_counts) | "Counts" >> beam.Flatten()
         return Encoding(rows, spot_checks, bad_vectors, bundle_counts)
 
 
@@ -139,36 +140,36 @@ def build_pipeline(pipeline: beam.Pipeline, job: Job) -> beam.PCollection:
       PCollection[str]: the name of what was published.
     """
     write, plan = job.config.write, job.commit_plan
+    reuse = plan.reuse.back_end
     documents, unread, read_counts = pipeline | "Read" >> ReadDocuments(
         job.input, job.config.read, job.kept, job.attempts, job.distributed, job.progress
     )
-    rule = plan.takeover.rule
-    recalled = documents | "Recall" >> (JoinByContent(rule) if isinstance(rule, JoinRule) else Recall(rule))
-    chunks, bad_documents, preprocess_counts = recalled.documents | "Preprocess" >> Preprocess(job.plan.split)
+    known = documents | "LookUp" >> (LookUp(reuse) if isinstance(reuse, LocalReuse) else LookUpKnown(reuse))
+    chunks, bad_documents, preprocess_counts = known.documents | "Preprocess" >> Preprocess(job.plan.split)
     workers = job.config.workers
     encode = EncodeChunks(job.plan, job.journal, share_memory(workers))
     embedded = chunks | "Embed" >> (OnDedicatedWorkers(encode, resource_hints(workers)) if job.distributed else encode)
-    all_dead_letters, rows = (unread, bad_documents, embedded.dead_letters), embedded.rows
-    bundle_counts = [read_counts, recalled.bundle_counts, preprocess_counts, embedded.bundle_counts]
-    results = {"spot_checks": embedded.spot_checks}
-    if isinstance(rule, JoinRule):
-        rows = (rows, recalled.rows) | "Rows" >> beam.Flatten()
-        carried = rows | "Carry" >> JoinById(rule, recalled.moved, all_dead_letters)
-        rows = (rows, carried.rows) | "AllRows" >> beam.Flatten()
-        bundle_counts.append(carried.bundle_counts)
-        results["samples"] = recalled.samples
+    rows, dead_letters = embedded.rows, [unread, bad_documents, embedded.dead_letters]
+    bundle_counts = [read_counts, known.bundle_counts, preprocess_counts, embedded.bundle_counts]
+    results, shards = {"spot_checks": embedded.spot_checks}, []
+    if isinstance(reuse, LocalReuse):
+        results["notes"] = known.notes
     else:
-        results["notes"] = recalled.notes
-    shards, row_counts = rows | "WriteRows" >> WriteTo(job.attempts, plan.form, write.shard_bytes, job.progress)
-    all_shards, bundle_counts = [shards], [*bundle_counts, row_counts]
+        reused = rows | "Reuse" >> ReuseRows(reuse, known, dead_letters)
+        rows, results["samples"] = reused.rows, reused.samples
+        dead_letters += [known.dead_letters, reused.dead_letters]
+        bundle_counts.append(reused.bundle_counts)
+        shards.append(reused.shards)
+    row_shards, row_counts = rows | "WriteRows" >> WriteTo(job.attempts, plan.form, write.shard_bytes, job.progress)
+    shards, bundle_counts = [*shards, row_shards], [*bundle_counts, row_counts]
 
     # One writer per stage instead of one for all: the local engine would hold what crosses a Flatten in memory.
-    for stage, dead_letters in zip(("Read", "Preprocess", "Encode"), all_dead_letters, strict=True):
+    for stage, letters in zip(DEAD_LETTER_STAGES, dead_letters, strict=False):
         to = WriteTo(job.attempts, plan.dead_letter_format, write.shard_bytes, job.progress)
-        dead_letter_shards, dead_letter_counts = dead_letters | f"Write{stage}DeadLetters" >> to
-        all_shards.append(dead_letter_shards)
-        bundle_counts.append(dead_letter_counts)
+        dead_shards, dead_counts = letters | f"Write{stage}DeadLetters" >> to
+        shards.append(dead_shards)
+        bundle_counts.append(dead_counts)
 
-    results["shards"] = tuple(all_shards) | "Shards" >> beam.Flatten()
-    results["bundle_counts"] = tuple(bundle_counts) | "Tallies" >> beam.Flatten()
+    results["shards"] = tuple(shards) | "Shards" >> beam.Flatten()
+    results["bundle_counts"] = tuple(bundle_counts) | "Counts" >> beam.Flatten()
     return pipeline | "Commit" >> Commit(job.committer, results, job.lease)

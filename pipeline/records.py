@@ -39,8 +39,7 @@ class Document(NamedTuple):
       kept: JSON list of the kept fields' values, in the order of the table's kept fields; empty if there are none.
       origin: where the document came from, for dead letters.
       is_spot_check: it is encoded once more, to be compared with its row of the table, and makes no row itself.
-      followers: other documents with the same text and pair, which get its rows and its dead letters too; packed by
-        `pack_followers`.
+      shared: other documents have the same text and pair, and wait for its rows or its dead letters.
     """
 
     id: str
@@ -49,25 +48,7 @@ class Document(NamedTuple):
     kept: bytes = b""
     origin: Origin = Origin()
     is_spot_check: bool = False
-    followers: bytes = b""
-
-
-def pack_followers(documents: Sequence[Document]) -> bytes:
-    """Documents of one text as `Document.followers` of another with that text."""
-    if not documents:
-        return b""
-    return json.dumps([[d.id, d.kept.decode(), list(d.origin)] for d in documents], ensure_ascii=False).encode()
-
-
-def list_followers(document: Document) -> list[Document]:
-    """The documents that follow another one."""
-    if not document.followers:
-        return []
-    followers = json.loads(document.followers)
-    return [
-        document._replace(id=name, kept=kept.encode(), origin=Origin(*origin), followers=b"")
-        for name, kept, origin in followers
-    ]
+    shared: bool = False
 
 
 class Chunk(NamedTuple):
@@ -156,6 +137,7 @@ class Row(NamedTuple):
       text: of the document, if the table keeps it.
       n_chunks: how many rows the document has when it is whole.
       source: path of the file that the document came from.
+      shared: as in `Document`.
     """
 
     id: str
@@ -169,6 +151,7 @@ class Row(NamedTuple):
     text: Optional[str]
     n_chunks: int = 1
     source: str = ""
+    shared: bool = False
 
 
 class DeadLetter(NamedTuple):
@@ -184,6 +167,7 @@ class DeadLetter(NamedTuple):
       content_hash: as in a row; None if the document was not read that far.
       pair: the document's second segment.
       kept: the document's kept fields.
+      shared: as in `Document`.
     """
 
     stage: str
@@ -195,12 +179,13 @@ class DeadLetter(NamedTuple):
     content_hash: Optional[str] = None
     pair: Optional[str] = None
     kept: bytes = b""
+    shared: bool = False
 
     @classmethod
     def of(cls, stage: str, reason: str, message: str, document: Document, content_hash: str = "") -> "DeadLetter":
         """The dead letter of a document that was read, with all that it takes to try again."""
         d = document
-        return cls(stage, reason, message, d.origin, d.id, d.text, content_hash or None, d.pair, d.kept)
+        return cls(stage, reason, message, d.origin, d.id, d.text, content_hash or None, d.pair, d.kept, d.shared)
 
 
 class BundleCounts(NamedTuple):

@@ -19,7 +19,7 @@ from pipeline.encoders.runtime import load_tensorflow
 from pipeline.encoders.saved_model import resolve_handle
 from pipeline.errors import ConfigError
 from pipeline.preprocess.wordpiece import Vocabulary, load_tokenizer
-from pipeline.records import BundleCounts, Chunk, DeadLetter, Document, list_followers
+from pipeline.records import BundleCounts, Chunk, DeadLetter, Document
 
 BUFFERED_DOCUMENTS = 1024  # the tokeniser's kernel costs about 0.2 ms a call, whatever it is given
 BUFFERED_CHARACTERS = 4_000_000
@@ -270,15 +270,10 @@ class SplitDocuments(beam.DoFn):
         self._counts["tokenize_seconds"] += time.perf_counter() - begun
         self._counts["documents"] += len(wanted)
         metrics.TOKENS.inc(sum(output.n_content for output in outputs if isinstance(output, Chunk)))
-        followed = {document.id: document for document in wanted if document.followers}
         for output in outputs:
             if isinstance(output, DeadLetter):
                 self._counts["dead_letters"] += 1
                 yield beam.pvalue.TaggedOutput("dead_letters", output)
-                for document in list_followers(followed[output.id]) if output.id in followed else ():
-                    facts = output.stage, output.reason, output.message
-                    dead_letter = DeadLetter.of(*facts, document, output.content_hash or "")
-                    yield beam.pvalue.TaggedOutput("dead_letters", dead_letter)
             else:
                 self._counts["chunks"] += 1
                 self._counts["tokens"] += output.n_content

@@ -1,326 +1,423 @@
-"""Which documents have to be encoded, and what is taken over: the back end for distributed engines, by joins.
+"""Which documents are encoded, and which rows stay: the back end for distributed engines, by joins.
 
-Documents and known vectors meet under their content hash: a text whose vectors are known becomes rows at once, of equal
-texts the first is encoded and the others follow it. Live rows and new rows meet under their ids: what the input no
-longer has is gone, stale or kept. Both joins spread over all workers; what the local back end notes on a disk crosses
-shuffles here.
+Everything is decided on digests. Documents meet the live rows of their id (`CompareById`), those that are not unchanged
+meet known vectors under their text (`DecideByContent`). After encoding, requests meet the vectors that they ask for
+(`AnswerByContent`), and what is left of every id decides which live rows go (`DecideById`). Live rows that stay are
+copied file by file (`CopyLiveRows`). So a text crosses a shuffle once if nothing has changed, and a vector only if
+another document asks for it.
 """
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Optional
 
 import apache_beam as beam
 import numpy as np
 
-from pipeline.bundles import end_bundle
-from pipeline.preprocess.chunking import hash_content
-from pipeline.records import BundleCounts, DeadLetter, Document, Row, digest_id, pack_followers
+from pipeline.records import BundleCounts, DeadLetter, Document, Row
+from pipeline.reuse.by_content import (
+    UNSEEN,
+    AnswerRequests,
+    DecideTexts,
+    key_document,
+    key_letter,
+    key_vector,
+    pack_journal_place,
+)
+from pipeline.reuse.by_id import CompareDocuments, DecideRows, find_incomplete, mark_dead, mark_new
+from pipeline.reuse.copy import CollectMoves, CollectRows, CopyRows, LiveFile, group_files, read_wanted
+from pipeline.reuse.decide import ReusePolicy
 from pipeline.reuse.journal import list_folder, read_segment
-from pipeline.reuse.look_up import SpotCheckPicker
-from pipeline.reuse.merge import convert_rows
+from pipeline.reuse.wire import DocumentPacker, list_live_rows, pack_place
 from pipeline.sinks.index import read_index, whole_digest
-from pipeline.sinks.layout import Columns, TableLayout
-from pipeline.sinks.readers import VectorFile, VectorReader
+from pipeline.sinks.readers import VectorReader
+from pipeline.sinks.writing import RowFormat, Shard
 
-
-class KnownFile(NamedTuple):
-    """A file of the live table, and that of its index."""
-
-    file: VectorFile
-    index_path: str
+KEYED = tuple[bytes, bytes]
+PLACED = tuple[Any, int]  # a file of the live table by number, or a segment by path; a row
 
 
 @dataclass(frozen=True)
-class JoinRule:
-    """What a run on a distributed engine may take over.
+class DistributedReuse:
+    """What a run on a distributed engine may reuse.
 
     Attributes:
       files: of the live table.
       journal: folder of the journal. Workers list it when they begin: an engine that starts a job again, as Flink does
         when a machine is lost, then finds there what the job had made before.
       reader: of the live table's files.
-      reusable: whether the live table's vectors have the wanted fingerprint.
-      layout: of the rows that are written.
+      policy: what may be reused.
+      form: how rows are written.
+      folder: where to.
+      shard_bytes: size at which a new file is begun.
+      inputs: paths of the input files.
       prefix: what is put before every text.
-      keeps_deleted: whether rows of documents that are gone are kept.
     """
 
-    files: tuple[KnownFile, ...]
+    files: tuple[LiveFile, ...]
     journal: str
     reader: Optional[VectorReader]
-    reusable: bool
-    layout: TableLayout
+    policy: ReusePolicy
+    form: RowFormat
+    folder: str
+    shard_bytes: int
+    inputs: tuple[str, ...]
     prefix: str
-    keeps_deleted: bool
+
+    @property
+    def keep_text(self) -> bool:
+        return self.form.layout.keep_text
 
 
-class Joined(NamedTuple):
-    """What `JoinByContent` gives."""
+class Compared(NamedTuple):
+    """What `CompareById` gives; see `CompareDocuments`."""
 
-    documents: beam.PCollection  # of Document, to encode
-    rows: beam.PCollection  # of Row, recalled
-    samples: beam.PCollection  # of Row, recalled, for comparison with spot checks
-    moved: beam.PCollection  # of (digest, 0): ids of live rows whose vectors go on under another id
+    documents: beam.PCollection
+    spot_checks: beam.PCollection
+    open_rows: beam.PCollection
+    unseen: beam.PCollection
+    sources: beam.PCollection
+    wanted: beam.PCollection
+    requests: beam.PCollection
+    dead_letters: beam.PCollection
     bundle_counts: beam.PCollection
 
 
-def read_known(known: KnownFile, rule: JoinRule) -> Iterator[Row]:
-    """Rows of a file of the live table."""
-    assert rule.reader is not None
-    index = read_index(known.index_path)
-    for stored in rule.reader.read(known.file, np.arange(known.file.rows)):
-        entries = index.entries[stored.numbers - known.file.first]
-        columns = rule.reader.columns(stored, np.arange(len(entries))) | {"n_chunks": entries["n_chunks"].tolist()}
-        sources = [index.sources[number] for number in entries["source"]]
-        yield from convert_rows(columns, sources, rule.reader.layout, rule.layout)
+@dataclass
+class CompareById(beam.PTransform):
+    """PCollection[Document] -> Compared."""
+
+    reuse: DistributedReuse
+
+    def expand(self, documents: beam.PCollection) -> Compared:
+        reuse = self.reuse
+        live = (
+            documents.pipeline
+            | "LiveFiles" >> beam.Create(range(len(reuse.files)), reshuffle=True).with_output_types(int)
+            | "ListLiveRows" >> beam.FlatMap(list_live, reuse).with_output_types(KEYED)
+        )
+        packed = documents | "PackDocuments" >> beam.ParDo(PackDocuments(reuse.inputs)).with_output_types(KEYED)
+        compare = beam.ParDo(CompareDocuments(reuse.policy, reuse.inputs, reuse.prefix)).with_output_types(
+            Document,
+            spot_checks=Document,
+            open_rows=KEYED,
+            unseen=KEYED,
+            sources=tuple[int, tuple[int, int]],
+            wanted=PLACED,
+            requests=KEYED,
+            dead_letters=DeadLetter,
+            bundle_counts=BundleCounts,
+        )
+        outputs = (
+            (packed, live)
+            | "DocumentsAndLiveRows" >> beam.Flatten()
+            | "GroupById" >> beam.GroupByKey()
+            | "CompareDocuments" >> compare.with_outputs(*Compared._fields[1:], main="documents")
+        )
+        return Compared(*(outputs[name] for name in Compared._fields))
 
 
-def read_journal(path: str) -> Iterator[Row]:
-    """Rows of a segment of the journal, which have no id; none of a torn one."""
-    segment = read_segment(path)
-    if segment is None:
-        return
-    columns = segment.columns(range(len(segment.records)))
-    for i, content in enumerate(segment.records["content"]):
-        yield _bare_row(columns, i, whole_digest(content).hex())
+class Decided(NamedTuple):
+    """What `DecideByContent` gives; see `DecideTexts`."""
 
-
-def _bare_row(columns: Columns, i: int, content_hash: str) -> Row:
-    names = ("chunk", "scale", "n_tokens", "n_truncated", "n_chunks")
-    values = {name: columns[name][i] for name in names}
-    return Row(id="", vector=columns["embedding"][i], content_hash=content_hash, kept=b"", text=None, **values)
-
-
-def select_whole_rows(rows: Iterable[Row]) -> list[Row]:
-    """Of rows with one content, one for each chunk, in order; none if a chunk is missing."""
-    by_chunk: dict[int, Row] = {}
-    for row in rows:
-        by_chunk.setdefault(row.chunk, row)
-    n_chunks = next(iter(by_chunk.values())).n_chunks if by_chunk else 0
-    return [by_chunk[i] for i in sorted(by_chunk)] if len(by_chunk) == n_chunks else []
-
-
-def give_row(row: Row, document: Document, layout: TableLayout) -> Row:
-    """A document's row from the vector of an equal text."""
-    return row._replace(
-        id=document.id,
-        kept=document.kept,
-        text=document.text if layout.keep_text else None,
-        source=document.origin.path,
-    )
-
-
-def read_known_by_content(known: KnownFile, rule: JoinRule) -> Iterator[tuple[str, Row]]:
-    return ((row.content_hash, row) for row in read_known(known, rule))
-
-
-def read_journal_by_content(path: str) -> Iterator[tuple[str, Row]]:
-    return ((row.content_hash, row) for row in read_journal(path))
-
-
-class MeetByContent(beam.DoFn):
-    """(content hash, known rows and documents) -> documents to encode, recalled rows, samples."""
-
-    def __init__(self, rule: JoinRule) -> None:
-        self.rule = rule
-
-    def start_bundle(self) -> None:
-        self._counts: Counter[str] = Counter()
-        self._probes = SpotCheckPicker()
-
-    def process(self, group: tuple[str, dict[str, Iterable[Any]]]) -> Iterator[Any]:
-        live_rows = list(group[1]["known"])
-        known = select_whole_rows([*live_rows, *group[1]["journal"]])
-        live = {(row.id, row.kept) for row in live_rows}
-        documents = sorted(group[1]["documents"], key=lambda document: document.id)
-        if not documents:
-            return
-        self._counts["documents"] += len(documents)
-        first = documents[0]
-        if known:
-            for document in documents:
-                self._counts["unchanged" if (document.id, document.kept) in live else "reused"] += 1
-                for row in known:
-                    yield beam.pvalue.TaggedOutput("rows", give_row(row, document, self.rule.layout))
-            for name in {row.id for row in live_rows} - {document.id for document in documents}:
-                yield beam.pvalue.TaggedOutput("moved", (digest_id(name), 0))
-        else:
-            self._counts["encoded"] += 1
-            self._counts["same_text"] += len(documents) - 1
-            yield first._replace(followers=pack_followers(documents[1:]))
-        if self._probes.picks("known" if known else "encoded"):
-            yield first._replace(is_spot_check=True)
-            for row in known:
-                yield beam.pvalue.TaggedOutput("samples", row)
-
-    def finish_bundle(self) -> Iterator[Any]:
-        counted = BundleCounts.of("reuse", dict(self._counts))
-        yield from end_bundle([beam.pvalue.TaggedOutput("bundle_counts", counted)])
+    documents: beam.PCollection
+    requests: beam.PCollection
+    wanted: beam.PCollection
+    moved: beam.PCollection
+    bundle_counts: beam.PCollection
 
 
 @dataclass
-class JoinByContent(beam.PTransform):
-    """PCollection[Document] -> Joined."""
+class DecideByContent(beam.PTransform):
+    """PCollection[Document] that are not unchanged -> Decided.
 
-    rule: JoinRule
+    Attributes:
+      reuse: what may be reused.
+      unseen: from `CompareById`.
+    """
 
-    def expand(self, documents: beam.PCollection) -> Joined:
-        rule = self.rule
-        keyed_row = tuple[str, Row]
+    reuse: DistributedReuse
+    unseen: beam.PCollection
+
+    def expand(self, documents: beam.PCollection) -> Decided:
+        reuse = self.reuse
+        files = range(len(reuse.files)) if reuse.policy.same_fingerprint else ()
         known = (
             documents.pipeline
-            | "KnownFiles" >> beam.Create(rule.files if rule.reusable else (), reshuffle=True).with_output_types(Any)
-            | "ReadKnown" >> beam.FlatMap(read_known_by_content, rule).with_output_types(keyed_row)
+            | "KnownFiles" >> beam.Create(files, reshuffle=True).with_output_types(int)
+            | "ListKnownRows" >> beam.FlatMap(list_known, reuse).with_output_types(KEYED)
         )
         journal = (
             documents.pipeline
-            | "Journal" >> beam.Create([rule.journal], reshuffle=False)
+            | "Journal" >> beam.Create([reuse.journal], reshuffle=False)
             | "ListJournal" >> beam.FlatMap(list_folder).with_output_types(str)
             | "Segments" >> beam.Reshuffle()
-            | "ReadJournal" >> beam.FlatMap(read_journal_by_content).with_output_types(keyed_row)
+            | "ListSegmentRows" >> beam.FlatMap(list_segment).with_output_types(KEYED)
         )
-        keyed = documents | "KeyByContent" >> beam.Map(_key_by_content, rule.prefix).with_output_types(
-            tuple[str, Document]
+        unseen = self.unseen | "MarkUnseen" >> beam.MapTuple(mark_unseen).with_output_types(KEYED)
+        packed = documents | "PackChanged" >> beam.ParDo(PackByContent(reuse.inputs, reuse.prefix)).with_output_types(
+            KEYED
+        )
+        decide = beam.ParDo(DecideTexts(reuse.inputs, reuse.keep_text)).with_output_types(
+            Document, requests=KEYED, wanted=PLACED, moved=KEYED, bundle_counts=BundleCounts
         )
         outputs = (
-            {"known": known, "journal": journal, "documents": keyed}
-            | "GroupByContent" >> beam.CoGroupByKey()
-            | "MeetByContent"
-            >> beam.ParDo(MeetByContent(rule))
-            .with_output_types(Document, rows=Row, samples=Row, moved=tuple[bytes, int], bundle_counts=BundleCounts)
-            .with_outputs("rows", "samples", "moved", "bundle_counts", main="documents")
+            (packed, known, journal, unseen)
+            | "DocumentsAndVectors" >> beam.Flatten()
+            | "GroupByContent" >> beam.GroupByKey()
+            | "DecideTexts" >> decide.with_outputs(*Decided._fields[1:], main="documents")
         )
-        return Joined(outputs.documents, outputs.rows, outputs.samples, outputs.moved, outputs.bundle_counts)
+        return Decided(*(outputs[name] for name in Decided._fields))
 
 
-def _key_by_content(document: Document, prefix: str) -> tuple[str, Document]:
-    return hash_content(prefix + document.text, document.pair), document
+class Known(NamedTuple):
+    """What `LookUpKnown` gives."""
+
+    documents: beam.PCollection  # of Document, to encode
+    dead_letters: beam.PCollection  # of DeadLetter, of duplicates
+    bundle_counts: beam.PCollection  # of BundleCounts
+    compared: Compared
+    decided: Decided
 
 
-class LiveEntry(NamedTuple):
-    """A live row: its place, and the file that its document came from."""
+@dataclass
+class LookUpKnown(beam.PTransform):
+    """PCollection[Document] -> Known: everything that is decided before a run encodes."""
 
-    file: int  # position in the rule's files
-    row: int
-    source: str
+    reuse: DistributedReuse
 
-
-class ListLive(beam.DoFn):
-    """Files of the live table -> (digest of the id, LiveEntry)."""
-
-    def __init__(self, rule: JoinRule) -> None:
-        self.rule = rule
-
-    def process(self, number: int) -> Iterator[tuple[bytes, LiveEntry]]:
-        index = read_index(self.rule.files[number].index_path)
-        for i, entry in enumerate(index.entries):
-            yield whole_digest(entry["id"]), LiveEntry(number, i, index.sources[entry["source"]])
+    def expand(self, documents: beam.PCollection) -> Known:
+        compared = documents | "CompareById" >> CompareById(self.reuse)
+        decided = compared.documents | "DecideByContent" >> DecideByContent(self.reuse, compared.unseen)
+        to_encode = (decided.documents, compared.spot_checks) | "ToEncode" >> beam.Flatten()
+        counts = (compared.bundle_counts, decided.bundle_counts) | "Counts" >> beam.Flatten()
+        return Known(to_encode, compared.dead_letters, counts, compared, decided)
 
 
-class MeetById(beam.DoFn):
-    """(digest of an id, live, fresh and dead) -> (file, row) of live rows that are carried."""
+class Answered(NamedTuple):
+    """What `AnswerByContent` gives."""
 
-    def __init__(self, keeps_deleted: bool, reusable: bool) -> None:
-        self.keeps_deleted = keeps_deleted
-        self.reusable = reusable
-
-    def start_bundle(self) -> None:
-        self._counts: Counter[str] = Counter()
-
-    def process(self, group: tuple[bytes, dict[str, Iterable[Any]]], blind: Sequence[str]) -> Iterator[Any]:
-        live, fresh = list(group[1]["live"]), list(group[1]["fresh"])
-        self._counts["duplicate_rows"] += len(fresh) - len(set(fresh))
-        self._counts["documents"] += bool(fresh)
-        self._counts["live"] += bool(live)
-        if not live or fresh:
-            return
-        is_stale = any(True for _ in group[1]["dead"]) or any(entry.source in set(blind) for entry in live)
-        fate = "stale" if is_stale else "kept" if self.keeps_deleted else "deleted"
-        self._counts[fate if self.reusable or fate == "deleted" else "lost"] += 1
-        self._counts["moved"] += fate == "deleted" and any(True for _ in group[1]["moved"])
-        if self.reusable and fate != "deleted":
-            for entry in live:
-                yield entry.file, entry.row
-
-    def finish_bundle(self) -> Iterator[Any]:
-        counted = BundleCounts.of("merge", dict(self._counts))
-        yield from end_bundle([beam.pvalue.TaggedOutput("bundle_counts", counted)])
+    rows: beam.PCollection  # of Row
+    samples: beam.PCollection  # of Row, to compare spot checks with
+    dead_letters: beam.PCollection  # of DeadLetter
 
 
-class ReadCarried(beam.DoFn):
-    """(file, numbers of rows) -> rows."""
+@dataclass
+class AnswerByContent(beam.PTransform):
+    """PCollection[Row] that were encoded -> Answered.
 
-    def __init__(self, rule: JoinRule) -> None:
-        self.rule = rule
+    Attributes:
+      reuse: what may be reused.
+      known: from `LookUpKnown`.
+      dead_letters: of documents that could not be encoded.
+    """
 
-    def process(self, group: tuple[int, Iterable[int]]) -> Iterator[Row]:
-        wanted = set(group[1])
-        for i, row in enumerate(read_known(self.rule.files[group[0]], self.rule)):
-            if i in wanted:
-                yield row
+    reuse: DistributedReuse
+    known: Known
+    dead_letters: beam.PCollection
+
+    def expand(self, rows: beam.PCollection) -> Answered:
+        reuse, compared, decided = self.reuse, self.known.compared, self.known.decided
+        reused = (
+            (compared.wanted, decided.wanted)
+            | "Wanted" >> beam.Flatten()
+            | "CollectWanted" >> beam.CombinePerKey(CollectRows())
+            | "SpreadWanted" >> beam.Reshuffle()
+            | "ReadWanted" >> beam.FlatMap(read_wanted, reuse.files, reuse.reader, reuse.form.layout)
+            | "KeyReused" >> beam.Map(key_vector).with_output_types(KEYED)
+        )
+        fresh = rows | "Shared" >> beam.Filter(is_shared) | "KeyShared" >> beam.Map(key_vector).with_output_types(KEYED)
+        letters = (
+            self.dead_letters
+            | "SharedDead" >> beam.Filter(is_shared)
+            | "KeyDead" >> beam.Map(key_letter).with_output_types(KEYED)
+        )
+        answer = beam.ParDo(AnswerRequests(reuse.keep_text)).with_output_types(
+            Row, samples=Row, dead_letters=DeadLetter
+        )
+        outputs = (
+            (reused, fresh, letters, compared.requests, decided.requests)
+            | "VectorsAndRequests" >> beam.Flatten()
+            | "GroupByContent" >> beam.GroupByKey()
+            | "AnswerRequests" >> answer.with_outputs("samples", "dead_letters", main="rows")
+        )
+        return Answered(outputs.rows, outputs.samples, outputs.dead_letters)
 
 
-class Carried(NamedTuple):
-    """What `JoinById` gives."""
+class Dropped(NamedTuple):
+    """What `DecideById` gives."""
 
-    rows: beam.PCollection  # of Row, stale or kept
+    rows: beam.PCollection  # of (file, row), live rows that do not stay
+    bundle_counts: beam.PCollection  # of BundleCounts
+
+
+@dataclass
+class DecideById(beam.PTransform):
+    """PCollection[Row], all new rows of a run -> Dropped.
+
+    Attributes:
+      reuse: what may be reused.
+      known: from `LookUpKnown`.
+      dead_letters: PCollections of all dead letters of the run.
+    """
+
+    reuse: DistributedReuse
+    known: Known
+    dead_letters: Sequence[beam.PCollection]
+
+    def expand(self, rows: beam.PCollection) -> Dropped:
+        letters = tuple(self.dead_letters) | "DeadLetters" >> beam.Flatten()
+        new = rows | "MarkNew" >> beam.Map(mark_new).with_output_types(KEYED)
+        dead = letters | "MarkDead" >> beam.FlatMap(mark_dead).with_output_types(KEYED)
+        incomplete = letters | "FindIncomplete" >> beam.FlatMap(find_incomplete).with_output_types(str)
+        outputs = (
+            (self.known.compared.open_rows, self.known.decided.moved, new, dead)
+            | "RowsAndResults" >> beam.Flatten()
+            | "GroupById" >> beam.GroupByKey()
+            | "DecideRows"
+            >> beam.ParDo(DecideRows(self.reuse.policy), beam.pvalue.AsList(incomplete | "Distinct" >> beam.Distinct()))
+            .with_output_types(tuple[int, int], bundle_counts=BundleCounts)
+            .with_outputs("bundle_counts", main="rows")
+        )
+        return Dropped(outputs.rows, outputs.bundle_counts)
+
+
+class Copied(NamedTuple):
+    """What `CopyLiveRows` gives."""
+
+    shards: beam.PCollection  # of Shard
+    bundle_counts: beam.PCollection  # of BundleCounts
+
+
+@dataclass
+class CopyLiveRows(beam.PTransform):
+    """PCollection[(file, row)] that do not stay -> Copied, with all others.
+
+    Attributes:
+      reuse: what may be reused.
+      sources: from `CompareById`.
+    """
+
+    reuse: DistributedReuse
+    sources: beam.PCollection
+
+    def expand(self, dropped: beam.PCollection) -> Copied:
+        reuse = self.reuse
+        groups = group_files(reuse.files, reuse.shard_bytes) if reuse.policy.same_fingerprint else []
+        bitmaps = dropped | "CollectDropped" >> beam.CombinePerKey(CollectRows())
+        moves = self.sources | "CollectMoves" >> beam.CombinePerKey(CollectMoves())
+        own = (reuse.form, reuse.folder, reuse.shard_bytes)
+        copy = CopyRows(reuse.files, reuse.reader, *own, reuse.inputs, reuse.policy.rows_stay)
+        outputs = (
+            dropped.pipeline
+            | "FilesToCopy" >> beam.Create(groups, reshuffle=True).with_output_types(Any)
+            | "CopyRows"
+            >> beam.ParDo(copy, beam.pvalue.AsMultiMap(bitmaps), beam.pvalue.AsMultiMap(moves))
+            .with_output_types(Shard, bundle_counts=BundleCounts)
+            .with_outputs("bundle_counts", main="shards")
+        )
+        return Copied(outputs.shards, outputs.bundle_counts)
+
+
+class Reused(NamedTuple):
+    """What `ReuseRows` gives.
+
+    Attributes:
+      rows: all new rows: those that were encoded, and those that requests got.
+      samples: rows to compare spot checks with.
+      dead_letters: of documents whose text is that of one that could not be encoded.
+      shards: files with the live rows that stay.
+      bundle_counts: BundleCounts.
+    """
+
+    rows: beam.PCollection
+    samples: beam.PCollection
+    dead_letters: beam.PCollection
+    shards: beam.PCollection
     bundle_counts: beam.PCollection
 
 
 @dataclass
-class JoinById(beam.PTransform):
-    """PCollection[Row] of the run's documents -> Carried.
+class ReuseRows(beam.PTransform):
+    """PCollection[Row] that were encoded -> Reused: everything that is decided after a run has encoded.
 
     Attributes:
-      rule: what may be taken over.
-      moved: from `JoinByContent`.
-      dead_letters: PCollections of the run's dead letters.
+      reuse: what may be reused.
+      known: from `LookUpKnown`.
+      dead_letters: PCollections of the run's dead letters so far.
     """
 
-    rule: JoinRule
-    moved: beam.PCollection
+    reuse: DistributedReuse
+    known: Known
     dead_letters: Sequence[beam.PCollection]
 
-    def expand(self, rows: beam.PCollection) -> Carried:
-        rule = self.rule
-        live = (
-            rows.pipeline
-            | "LiveFiles" >> beam.Create(range(len(rule.files)), reshuffle=True).with_output_types(int)
-            | "ListLive" >> beam.ParDo(ListLive(rule)).with_output_types(tuple[bytes, LiveEntry])
-        )
-        fresh = rows | "FreshIds" >> beam.Map(_key_row).with_output_types(tuple[bytes, int])
-        dead_letters = tuple(self.dead_letters) | "Letters" >> beam.Flatten()
-        dead = dead_letters | "DeadIds" >> beam.FlatMap(_key_dead_letter).with_output_types(tuple[bytes, int])
-        blind = dead_letters | "BlindFiles" >> beam.FlatMap(_blind_file).with_output_types(str) | beam.Distinct()
-        outputs = (
-            {"live": live, "fresh": fresh, "dead": dead, "moved": self.moved}
-            | "GroupById" >> beam.CoGroupByKey()
-            | "MeetById"
-            >> beam.ParDo(MeetById(rule.keeps_deleted, rule.reusable), beam.pvalue.AsList(blind))
-            .with_output_types(tuple[int, int], bundle_counts=BundleCounts)
-            .with_outputs("bundle_counts", main="carried")
-        )
-        carried = (
-            outputs.carried
-            | "GroupByFile" >> beam.GroupByKey()
-            | "ReadCarried" >> beam.ParDo(ReadCarried(rule)).with_output_types(Row)
-        )
-        return Carried(carried, outputs.bundle_counts)
+    def expand(self, encoded: beam.PCollection) -> Reused:
+        reuse, known = self.reuse, self.known
+        letters = tuple(self.dead_letters) | "DeadLetters" >> beam.Flatten()
+        answered = encoded | "AnswerByContent" >> AnswerByContent(reuse, known, letters)
+        rows = (encoded, answered.rows) | "Rows" >> beam.Flatten()
+        dropped = rows | "DecideById" >> DecideById(reuse, known, [letters, answered.dead_letters])
+        copied = dropped.rows | "CopyLiveRows" >> CopyLiveRows(reuse, known.compared.sources)
+        counts = (dropped.bundle_counts, copied.bundle_counts) | "Counts" >> beam.Flatten()
+        return Reused(rows, answered.samples, answered.dead_letters, copied.shards, counts)
 
 
-def _key_row(row: Row) -> tuple[bytes, int]:
-    return digest_id(row.id), row.chunk
+class PackDocuments(beam.DoFn):
+    """Document -> (digest of the id, packed document)."""
+
+    def __init__(self, inputs: Sequence[str]) -> None:
+        self._inputs = inputs
+
+    def setup(self) -> None:
+        self._packer = DocumentPacker(self._inputs)
+
+    def process(self, document: Document) -> Iterator[tuple[bytes, bytes]]:
+        yield self._packer.pack(document)
 
 
-def _key_dead_letter(dead_letter: DeadLetter) -> list[tuple[bytes, int]]:
-    if dead_letter.id is None or dead_letter.reason == "duplicate_id":
-        return []
-    return [(digest_id(dead_letter.id), 0)]
+class PackByContent(beam.DoFn):
+    """Document -> (content hash, packed document)."""
+
+    def __init__(self, inputs: Sequence[str], prefix: str) -> None:
+        self._inputs = inputs
+        self._prefix = prefix
+
+    def setup(self) -> None:
+        self._packer = DocumentPacker(self._inputs)
+
+    def process(self, document: Document) -> Iterator[tuple[bytes, bytes]]:
+        yield key_document(document, self._prefix, self._packer)
 
 
-def _blind_file(dead_letter: DeadLetter) -> list[str]:
-    return [dead_letter.origin.path] if dead_letter.id is None else []
+def list_live(number: int, reuse: DistributedReuse) -> list[tuple[bytes, bytes]]:
+    """The rows of a live file, as `CompareDocuments` takes them."""
+    return list_live_rows(number, read_index(reuse.files[number].index_path))
+
+
+def list_known(number: int, reuse: DistributedReuse) -> Iterator[tuple[bytes, bytes]]:
+    """The rows of a live file, as `DecideTexts` takes them."""
+    entries = read_index(reuse.files[number].index_path).entries
+    columns = (entries[name].tolist() for name in ("content", "chunk", "n_chunks"))
+    for row, (content, chunk, n_chunks) in enumerate(zip(*columns, strict=True)):
+        yield whole_digest(content), pack_place(number, row, n_chunks, chunk)
+
+
+def list_segment(path: str) -> Iterator[tuple[bytes, bytes]]:
+    """The records of a segment of the journal, as `DecideTexts` takes them; none of a torn one."""
+    segment = read_segment(path)
+    records = segment.records if segment is not None else np.empty(0, [("content", "S16")])
+    for row, record in enumerate(records):
+        place = pack_journal_place(path, row, int(record["chunk"]), int(record["n_chunks"]))
+        yield whole_digest(record["content"]), place
+
+
+def mark_unseen(content: bytes, digest: bytes) -> tuple[bytes, bytes]:
+    """A live row whose document was not seen, as `DecideTexts` takes it."""
+    return content, UNSEEN + digest
+
+
+def is_shared(output: Row | DeadLetter) -> bool:
+    """Whether others wait for a row's vector, or share a dead letter."""
+    return output.shared

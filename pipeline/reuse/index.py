@@ -1,4 +1,4 @@
-"""Known vectors on disk: the live rows of a table and the journal, looked up by id and by content.
+"""The vector index: the live rows of a table and the journal, looked up by id and by content, on a local disk.
 
 One index serves resuming, retrying, reindexing, equal texts and ids that moved: an id tells which rows a document has
 now, a content hash where there is a vector of its text. The index lies in a scratch folder and is read through the page
@@ -22,7 +22,7 @@ from pipeline.sinks.readers import ROWS, VectorFile
 SEGMENT = "segment"  # a file of the journal, beside `ROWS`
 
 
-class KnownVectors:
+class VectorIndex:
     """The opened index.
 
     Attributes:
@@ -34,7 +34,7 @@ class KnownVectors:
     """
 
     def __init__(self, folder: str) -> None:
-        with open(os.path.join(folder, "known.json"), encoding="utf-8") as file:
+        with open(os.path.join(folder, "index.json"), encoding="utf-8") as file:
             facts = json.load(file)
         self.folder = folder
         self.files = [VectorFile(**values) for values in facts["files"]]
@@ -49,6 +49,15 @@ class KnownVectors:
     def find_ids(self, digests: np.ndarray) -> list[np.ndarray]:
         """The live rows of each id, by digests `[m]` of S16."""
         return _find(self._ids, self._id_rows, digests)
+
+    def blocks_by_id(self, size: int) -> Iterator[np.ndarray]:
+        """Numbers of the live rows in the order of their ids, some thousands at a time; no id is in two blocks."""
+        start = 0
+        while start < self.n_live:
+            end = min(start + size, self.n_live)
+            end = int(np.searchsorted(self._ids, self._ids[end - 1], "right"))
+            yield self._id_rows[start:end].astype(np.int64)
+            start = end
 
     def live_ids(self) -> np.ndarray:
         """Digests of the live rows' ids, sorted, `[n_live]`."""
@@ -78,8 +87,8 @@ def select_whole(rows: np.ndarray, entries: np.ndarray) -> np.ndarray:
     return rows[first] if len(chunks) == n_chunks else rows[:0]
 
 
-def build_known(folder: str, live: Iterable[tuple[str, Index]], segments: Sequence[str], reusable: bool) -> None:
-    """Writes the index; `KnownVectors(folder)` opens it.
+def build_index(folder: str, live: Iterable[tuple[str, Index]], segments: Sequence[str], reusable: bool) -> None:
+    """Writes the index; `VectorIndex(folder)` opens it.
 
     Args:
       folder: an empty local folder.
@@ -110,14 +119,14 @@ def build_known(folder: str, live: Iterable[tuple[str, Index]], segments: Sequen
         "n_contents": n - first,
         "sources": list(sources),
     }
-    with open(os.path.join(folder, "known.json"), "w", encoding="utf-8") as file:
+    with open(os.path.join(folder, "index.json"), "w", encoding="utf-8") as file:
         json.dump(facts, file)
 
 
 @functools.lru_cache(maxsize=1)
-def open_known(folder: str) -> KnownVectors:
+def open_index(folder: str) -> VectorIndex:
     """Opens an index once per process."""
-    return KnownVectors(folder)
+    return VectorIndex(folder)
 
 
 def _all_indexes(live: Iterable[tuple[str, Index]], segments: Sequence[str]) -> Iterator[tuple[str, str, Index]]:

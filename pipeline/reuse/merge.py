@@ -1,41 +1,43 @@
-"""From notes to rows: what a run takes over of the live table, the journal and its own equal texts. The local back end.
+"""Writing kept and reused rows to the files of one snapshot.
 
 Every file with vectors is read once, in order, and only if something is wanted of it: rows that stay are copied as they
-are stored, wishes are granted with the vectors that pass by. A file of which everything stays is linked whole.
+are stored, and requests get the vectors that pass by. A file of which everything stays is linked whole.
 """
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, OrderedDict
 from collections.abc import Sequence
-from contextlib import ExitStack
 from typing import Any, BinaryIO, Optional
 
 import numpy as np
 
 from pipeline.config import KeptField
 from pipeline.records import Row, pack_kept
-from pipeline.reuse.actions import Fates
-from pipeline.reuse.index import KnownVectors
-from pipeline.reuse.look_up import Wish
-from pipeline.reuse.requests import Wishes
-from pipeline.sinks.index import Index
+from pipeline.reuse.complete import LiveDecisions, RequestPlan
+from pipeline.reuse.index import VectorIndex
+from pipeline.reuse.journal import Segment
+from pipeline.reuse.requests import ReuseRequest
+from pipeline.sinks.index import Index, whole_digest
 from pipeline.sinks.layout import Columns, TableLayout
 from pipeline.sinks.readers import ROWS, Stored, VectorFile, VectorReader
 from pipeline.sinks.writing import RowFormat, Shard, ShardWriter, write_index
 
+WRITTEN_ROWS = 1024
+MAX_OPEN_FILES = 64
 MAX_SMALL_FILES = 16  # unchanged files below a quarter of --shard_bytes, before they are merged
 
 
-class Carrier:
-    """The second pass of a run: grants wishes, copies rows.
+class Merger:
+    """Writes rows that are kept, and rows for requests.
 
     Args:
-      known: the index of known vectors.
+      index: of known vectors.
       readers: how to read files of kind ROWS (the live table's), SEGMENT and FRESH (this run's own).
       form: how rows are written.
       folder: where to.
       shard_bytes: size at which a new file is begun.
+      copies: whether live rows can be copied as they are stored.
 
     Attributes:
       counts: rows by what became of them.
@@ -43,133 +45,178 @@ class Carrier:
 
     def __init__(
         self,
-        known: KnownVectors,
+        index: VectorIndex,
         readers: dict[str, VectorReader],
         form: RowFormat,
         folder: str,
         shard_bytes: int,
+        copies: bool,
     ) -> None:
-        self.known = known
+        self.index = index
         self.readers = readers
         self.form = form
-        self.folder = folder
         self.shard_bytes = shard_bytes
+        self.copies = copies
         self.counts: Counter[str] = Counter()
         self._writer = ShardWriter(folder, form, shard_bytes)
+        self._kept = KeptRows(readers[ROWS], self._writer, form.layout, self.counts, copies)
         self._linked: list[Shard] = []
 
-    def carry(
-        self, carried: np.ndarray, fates: Fates, wishes: Wishes, live: dict[str, tuple[int, str]], copies: bool
+    def merge(
+        self,
+        kept: np.ndarray,
+        decisions: LiveDecisions,
+        requests: RequestPlan,
+        fresh: Sequence[VectorFile],
+        live: dict[str, tuple[int, str]],
     ) -> list[Shard]:
         """Writes all rows that are not fresh.
 
         Args:
-          carried: which live rows `[n_live]` are written again; none where they stay in a database.
-          fates: of the live rows.
-          wishes: for rows from known vectors.
+          kept: which live rows `[n_live]` are written again; none where they stay in a database.
+          decisions: about the live rows.
+          requests: for rows from vectors that are known, or that this run has made.
+          fresh: this run's own files, numbered on from the known ones.
           live: size and checksum of each file of the live table, by path.
-          copies: whether live rows can be copied as they are stored.
 
         Returns:
-          Shards with the carried rows.
+          Shards with the rows.
         """
-        small = self._find_small(carried, live) if copies else set()
-        wants = wishes.wants
-        with ExitStack() as stack:
-            streams = [stack.enter_context(open(path, "rb")) for path in wishes.paths]
-            for file in [*self.known.files, *wishes.fresh]:
+        small = self._find_small(kept, live) if self.copies else set()
+        with RequestLines(requests.lines) as lines:
+            for file in [*self.index.files, *fresh]:
                 end = file.first + file.rows
-                low, high = np.searchsorted(wants["row"], [file.first, end])
-                keeps = carried[file.first : end] if file.kind == ROWS else np.zeros(0, bool)
-                if low == high and copies and len(keeps) and keeps.all() and file.path not in small:
-                    self._link(file, fates, live)
-                elif low < high or keeps.any():
-                    self._stream(file, keeps, wants[low:high], streams, fates, copies)
+                wanted = requests.wanted.read(file.first, end)
+                keeps = kept[file.first : end] if file.kind == ROWS else np.zeros(0, bool)
+                if not len(wanted) and self.copies and len(keeps) and keeps.all() and file.path not in small:
+                    index = self._index(file, np.arange(file.rows), decisions)
+                    self._linked.append(self._kept.link(file, index, *live[file.path]))
+                elif len(wanted) or keeps.any():
+                    self._stream(file, keeps, wanted, lines, decisions)
         return [*self._linked, *self._writer.finish()]
 
-    def _find_small(self, carried: np.ndarray, live: dict[str, tuple[int, str]]) -> set[str]:
+    def _find_small(self, kept: np.ndarray, live: dict[str, tuple[int, str]]) -> set[str]:
         """Unchanged files that are merged, because there are too many small ones."""
         small = {
             file.path
-            for file in self.known.files
+            for file in self.index.files
             if file.kind == ROWS
             and live[file.path][0] < self.shard_bytes // 4
-            and carried[file.first : file.first + file.rows].all()
+            and kept[file.first : file.first + file.rows].all()
         }
         return small if len(small) > MAX_SMALL_FILES else set()
 
-    def _link(self, file: VectorFile, fates: Fates, live: dict[str, tuple[int, str]]) -> None:
-        index = write_index(self.folder, self._index(file, np.arange(file.rows), fates))
-        n_bytes, sha256 = live[file.path]
-        first = self.known.entries["id"][file.first].hex()
-        form = self.form
-        self._linked.append(
-            Shard(file.path, form.kind, form.suffix, file.rows, n_bytes, sha256, first, *index, linked=True)
-        )
-        self.counts["linked_files"] += 1
-        self.counts["linked_rows"] += file.rows
-
-    def _index(self, file: VectorFile, positions: np.ndarray, fates: Fates) -> Index:
-        entries = self.known.entries[file.first + positions]
-        entries["source"] = fates.source[file.first + positions]
-        return Index(entries, fates.sources)
+    def _index(self, file: VectorFile, positions: np.ndarray, decisions: LiveDecisions) -> Index:
+        entries = self.index.entries[file.first + positions]
+        entries["source"] = decisions.source[file.first + positions]
+        return Index(entries, decisions.sources)
 
     def _stream(
         self,
         file: VectorFile,
         keeps: np.ndarray,
-        wants: np.ndarray,
-        wishes: Sequence[BinaryIO],
-        fates: Fates,
-        copies: bool,
+        wanted: np.ndarray,
+        lines: RequestLines,
+        decisions: LiveDecisions,
     ) -> None:
         reader = self.readers[file.kind]
-        for stored in reader.read(file, np.unique(wants["row"])):
+        for stored in reader.read(file, np.unique(wanted["row"])):
             if len(keeps):
-                self._keep(reader, file, stored, np.flatnonzero(keeps[stored.numbers - file.first]), fates, copies)
-            low, high = np.searchsorted(wants["row"], [stored.numbers[0], stored.numbers[-1] + 1])
+                positions = np.flatnonzero(keeps[stored.numbers - file.first])
+                self._kept.write(
+                    stored, positions, self._index(file, stored.numbers[positions] - file.first, decisions)
+                )
+            low, high = np.searchsorted(wanted["row"], [stored.numbers[0], stored.numbers[-1] + 1])
             if low < high:
-                self._grant(reader, stored, wants[low:high], wishes)
+                self._answer(reader, stored, wanted[low:high], lines)
 
-    def _keep(
-        self,
-        reader: VectorReader,
-        file: VectorFile,
-        stored: Stored,
-        positions: np.ndarray,
-        fates: Fates,
-        copies: bool,
+    def _answer(self, reader: VectorReader, stored: Stored, wanted: np.ndarray, lines: RequestLines) -> None:
+        """Writes the rows for requests whose vectors are among some stored rows."""
+        for start in range(0, len(wanted), WRITTEN_ROWS):
+            block = wanted[start : start + WRITTEN_ROWS]
+            numbers, which = np.unique(block["row"], return_inverse=True)
+            columns = reader.columns(stored, np.searchsorted(stored.numbers, numbers))
+            rows = [
+                build_row(columns, i, lines.read(int(one["file"]), int(one["offset"])), self.form.layout)
+                for one, i in zip(block, which.tolist(), strict=True)
+            ]
+            self._writer.write(rows)
+        self.counts["reused_rows"] += len(wanted)
+
+
+class KeptRows:
+    """Writes rows of the live table that stay.
+
+    Args:
+      reader: of the live table's files.
+      writer: of the new snapshot's files.
+      layout: of their rows.
+      counts: rows are counted here by what became of them.
+      copies: whether rows can be copied as they are stored; else they are written with other columns.
+    """
+
+    def __init__(
+        self, reader: VectorReader, writer: ShardWriter, layout: TableLayout, counts: Counter[str], copies: bool
     ) -> None:
-        """Writes rows of the live table again, as they are or under other columns."""
+        self._reader = reader
+        self._writer = writer
+        self._layout = layout
+        self._counts = counts
+        self._copies = copies
+
+    def write(self, stored: Stored, positions: np.ndarray, index: Index) -> None:
+        """Writes some of the rows in `stored`; `index` has their entries."""
         if not len(positions):
             return
-        index = self._index(file, stored.numbers[positions] - file.first, fates)
-        if copies:
-            self._writer.write_stored(reader.select(stored, positions), index)
-            self.counts["copied_rows"] += len(positions)
+        if self._copies:
+            self._writer.write_stored(self._reader.select(stored, positions), index)
+            self._counts["copied_rows"] += len(positions)
         else:
-            columns = reader.columns(stored, positions) | {"n_chunks": index.entries["n_chunks"].tolist()}
+            columns = self._reader.columns(stored, positions) | {"n_chunks": index.entries["n_chunks"].tolist()}
             sources = [index.sources[number] for number in index.entries["source"]]
-            self._writer.write(convert_rows(columns, sources, reader.layout, self.form.layout))
-            self.counts["converted_rows"] += len(positions)
+            self._writer.write(convert_rows(columns, sources, self._reader.layout, self._layout))
+            self._counts["converted_rows"] += len(positions)
 
-    def _grant(self, reader: VectorReader, stored: Stored, wants: np.ndarray, wishes: Sequence[BinaryIO]) -> None:
-        numbers, which = np.unique(wants["row"], return_inverse=True)
-        columns = reader.columns(stored, np.searchsorted(stored.numbers, numbers))
-        rows = []
-        for want, i in zip(wants, which.tolist(), strict=True):
-            stream = wishes[want["file"]]
-            stream.seek(int(want["offset"]))
-            wish = Wish.from_line(stream.readline())
-            rows.append(build_row(columns, i, wish, self.form.layout))
-        for start in range(0, len(rows), 1024):
-            self._writer.write(rows[start : start + 1024])
-        self.counts["reused_rows"] += len(rows)
+    def link(self, file: VectorFile, index: Index, n_bytes: int, sha256: str) -> Shard:
+        """A whole file that stays where it is, with a new index."""
+        written, form = write_index(self._writer.folder, index), self._writer.form
+        first = index.entries["id"][0].hex()
+        self._counts["linked_files"] += 1
+        self._counts["linked_rows"] += file.rows
+        return Shard(file.path, form.kind, form.suffix, file.rows, n_bytes, sha256, first, *written, linked=True)
 
 
-def build_row(columns: Columns, i: int, wish: Wish, layout: TableLayout) -> Row:
-    """The row of a document from the vector of an equal text."""
-    document = wish.document
+class RequestLines:
+    """Reads requests by file and place; a few of their files are open at a time.
+
+    Args:
+      paths: of the files.
+    """
+
+    def __init__(self, paths: Sequence[str]) -> None:
+        self._paths = paths
+        self._open: OrderedDict[int, BinaryIO] = OrderedDict()
+
+    def __enter__(self) -> RequestLines:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        while self._open:
+            self._open.popitem()[1].close()
+
+    def read(self, file: int, offset: int) -> ReuseRequest:
+        if file not in self._open:
+            if len(self._open) == MAX_OPEN_FILES:
+                self._open.popitem(last=False)[1].close()
+            self._open[file] = open(self._paths[file], "rb")  # noqa: SIM115  closed at the end
+        self._open.move_to_end(file)
+        self._open[file].seek(offset)
+        return ReuseRequest.from_line(self._open[file].readline())
+
+
+def build_row(columns: Columns, i: int, request: ReuseRequest, layout: TableLayout) -> Row:
+    """The row of a document from the vector of a document with the same text."""
+    document = request.document
 
     def value(name: str, otherwise: Any) -> Any:
         return columns[name][i] if name in columns else otherwise
@@ -181,7 +228,7 @@ def build_row(columns: Columns, i: int, wish: Wish, layout: TableLayout) -> Row:
         scale=value("scale", 0.0),
         n_tokens=value("n_tokens", None),
         n_truncated=value("n_truncated", None),
-        content_hash=wish.content_hash,
+        content_hash=request.content_hash,
         kept=document.kept,
         text=document.text if layout.keep_text else None,
         n_chunks=value("n_chunks", 1),
@@ -215,3 +262,21 @@ def convert_rows(columns: Columns, sources: list[str], old: TableLayout, new: Ta
 
 def _kept_value(columns: Columns, i: int, field: KeptField, types: dict[str, str]) -> Optional[Any]:
     return columns[field.name][i] if types.get(field.name) == field.type else None
+
+
+def bare_rows(segment: Segment, positions: np.ndarray) -> list[Row]:
+    """Some rows of a segment of the journal, which have no id."""
+    columns = segment.columns(positions.tolist())
+    names = ("chunk", "scale", "n_tokens", "n_truncated", "n_chunks")
+    content = segment.records["content"][positions]
+    return [
+        Row(
+            id="",
+            vector=columns["embedding"][i],
+            content_hash=whole_digest(content[i]).hex(),
+            kept=b"",
+            text=None,
+            **{name: columns[name][i] for name in names},
+        )
+        for i in range(len(positions))
+    ]

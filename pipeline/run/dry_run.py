@@ -27,15 +27,23 @@ from pipeline.encoders.runtime import has_gpu, load_tensorflow
 from pipeline.errors import EmbeamError
 from pipeline.preprocess.batching import Batcher
 from pipeline.preprocess.chunking import is_encodable
-from pipeline.records import Chunk, DeadLetter, Document, Row
-from pipeline.reuse.actions import CARRIED, check_deletes, decide_fates
-from pipeline.reuse.index import KnownVectors
-from pipeline.reuse.look_up import BUFFERED_CHARACTERS, BUFFERED_DOCUMENTS, MarkWriter, Recaller, RecallRule
-from pipeline.reuse.requests import Letters
+from pipeline.records import Chunk, DeadLetter, Document, Row, digest_id
+from pipeline.reuse.complete import LiveDecisions, decide_live
+from pipeline.reuse.decide import DocumentAction, ReusePolicy
+from pipeline.reuse.digests import DigestSet, is_in
+from pipeline.reuse.index import VectorIndex
+from pipeline.reuse.local import (
+    BUFFERED_CHARACTERS,
+    BUFFERED_DOCUMENTS,
+    DocumentLookUp,
+    LocalReuse,
+    MarkWriter,
+    marks_file,
+)
 from pipeline.run.verify import Accounts, read_outcomes
-from pipeline.sinks.index import ENTRY
+from pipeline.sinks.index import ENTRY, parse_hashes
 from pipeline.sinks.writing import RowFormat
-from pipeline.tables.commit import check_counts
+from pipeline.tables.commit import check_counts, check_deletes
 from pipeline.tables.folder import FolderStore
 from pipeline.tables.manifest import Manifest, read_manifest
 from pipeline.tables.publish import check_free_space
@@ -125,18 +133,18 @@ def make_dry_run(config: EmbedConfig) -> DryRun:
     Raises:
       EmbeamError: if the run could not even begin: settings that do not fit, no input, a damaged table.
     """
-    from pipeline.run.resolve import prepare_takeover, resolve
+    from pipeline.run.resolve import prepare_local_reuse, resolve
 
     resolved = resolve(config)
     config = resolved.config  # which retrying changes
     live = resolved.store.read_live().manifest
     form = resolved.store.choose_form(config, resolved.plan.layout(resolved.kept))
     with tempfile.TemporaryDirectory(prefix="embeam-plan-") as scratch:
-        takeover = prepare_takeover(resolved.store, live, resolved.plan, form, scratch)
-        assert isinstance(takeover.rule, RecallRule)
-        seen = look_up_all(resolved, takeover.rule, scratch)
+        reuse = prepare_local_reuse(resolved.store, live, resolved.plan, form, scratch, config).back_end
+        assert isinstance(reuse, LocalReuse)
+        seen = look_up_all(resolved, reuse, scratch)
         measured = measure_texts(resolved.plan, form, seen.sample.documents)
-        return combine(resolved, live, form, takeover.reusable, seen, measured)
+        return combine(resolved, live, form, reuse.policy, seen, measured)
 
 
 class ThinnedSample:
@@ -176,36 +184,41 @@ class Seen(NamedTuple):
 
     Attributes:
       read: counts of the reading, as in the manifest.
-      counts: documents, as the run's recalling counts them.
+      counts: documents by change and action, as in the manifest.
       dead: dead letters of the reading, by reason.
       dead_letters: whose they are.
-      recalled: numbers of the known rows whose vectors other rows are made of.
-      equal: of some documents with the text of another one that is encoded: content hash, id and file.
+      reused_ids: digests of the ids of documents that get rows from known vectors, ascending.
+      reused_contents: content hashes of the known rows whose vectors they get, ascending.
+      n_reused: how many rows they get.
+      same_text: of some documents with the text of another one that is encoded: content hash, id and file.
       sample: of the texts to encode.
-      known: the index.
-      marks: the notes on live rows.
+      known: the index of known vectors.
+      note: path of the notes on live rows.
     """
 
     read: Counter[str]
     counts: Counter[str]
     dead: Counter[str]
     dead_letters: Accounts
-    recalled: np.ndarray
-    equal: list[tuple[str, str, str]]
+    reused_ids: np.ndarray
+    reused_contents: np.ndarray
+    n_reused: int
+    same_text: list[tuple[str, str, str]]
     sample: ThinnedSample
-    known: KnownVectors
-    marks: MarkWriter
+    known: VectorIndex
+    note: str
 
 
-def look_up_all(resolved: ResolvedRun, rule: RecallRule, scratch: str) -> Seen:
+def look_up_all(resolved: ResolvedRun, reuse: LocalReuse, scratch: str) -> Seen:
     """Reads the whole input and looks every document up, as a run does."""
-    known = KnownVectors(rule.folder)
-    recaller, marks = Recaller(known, rule), MarkWriter(os.path.join(rule.folder, "marks-plan.bin"))
+    index, note = VectorIndex(reuse.folder), os.path.join(reuse.folder, "plan")
+    look_up, marks = DocumentLookUp(index, reuse), MarkWriter(marks_file(note))
     sample, dead_letters = ThinnedSample(), Accounts(set(), set())
     read: Counter[str] = Counter()
     dead: Counter[str] = Counter()
-    recalled = [np.empty(0, np.int64)]
-    equal: list[tuple[str, str, str]] = []
+    ids, contents = DigestSet(), DigestSet()
+    n_reused = 0
+    same_text: list[tuple[str, str, str]] = []
 
     def documents() -> Iterator[Document]:
         for outcome in read_outcomes(resolved.found, resolved.config.read, resolved.kept, scratch):
@@ -218,16 +231,31 @@ def look_up_all(resolved: ResolvedRun, rule: RecallRule, scratch: str) -> Seen:
                 read.update(json.loads(outcome.counts))
 
     for block in _blocks(documents()):
-        verdicts = recaller.judge(block)
-        marks.write(block, verdicts)
-        recalled += [rows.astype(np.int64) for rows in verdicts.known.values()]
-        for i in sorted(verdicts.to_encode):
-            sample.add(block[i])
-        for i, rows in verdicts.known.items():
-            if not len(rows) and i not in verdicts.to_encode and len(equal) < SAMPLE_TEXTS:
-                equal.append((verdicts.names[i], block[i].id, block[i].origin.path))
+        found = look_up.look_up(block)
+        marks.write(block, found)
+        for i, action in enumerate(found.actions.tolist()):
+            if action == DocumentAction.ENCODE:
+                sample.add(block[i])
+            elif action == DocumentAction.SHARE and len(same_text) < SAMPLE_TEXTS:
+                same_text.append((found.hashes[i], block[i].id, block[i].origin.path))
+        reused = np.flatnonzero(found.actions == DocumentAction.REUSE).tolist()
+        n_reused += sum(len(found.known[i]) for i in reused)
+        ids.add(np.array([digest_id(block[i].id) for i in reused], "S16"))
+        contents.add(parse_hashes([found.hashes[i] for i in reused]))
     marks.close()
-    return Seen(read, recaller.counts, dead, dead_letters, np.concatenate(recalled), equal, sample, known, marks)
+    return Seen(
+        read,
+        look_up.counts,
+        dead,
+        dead_letters,
+        ids.sorted(),
+        contents.sorted(),
+        n_reused,
+        same_text,
+        sample,
+        index,
+        note,
+    )
 
 
 class Measured(NamedTuple):
@@ -405,10 +433,10 @@ def measure_matmul(plan: EmbeddingSpec) -> float:
 
 
 def combine(
-    resolved: ResolvedRun, live: Manifest | None, form: RowFormat, reusable: bool, seen: Seen, measured: Measured
+    resolved: ResolvedRun, live: Manifest | None, form: RowFormat, policy: ReusePolicy, seen: Seen, measured: Measured
 ) -> DryRun:
     """Puts the counts together, and finds what would stop the run."""
-    plan, config, counts = resolved.plan, resolved.config, seen.counts
+    plan, counts = resolved.plan, seen.counts
     to_encode, n_equal = counts["encoded"], counts["same_text"]
     scaled = scale_up(resolved.store, plan, measured, to_encode)
     factor = to_encode / measured.documents if measured.documents else 0.0
@@ -419,31 +447,26 @@ def combine(
     for dead_letter in measured.dead_letters:
         seen.dead_letters.add(dead_letter.id, dead_letter.reason, dead_letter.origin.path)
     equal_rows = 0.0
-    for content_hash, document_id, path in seen.equal:  # they share the fate of the text that is encoded
+    for content_hash, document_id, path in seen.same_text:  # they get what the text that is encoded gets
         made = measured.made.get(content_hash, each)
         if isinstance(made, DeadLetter):
             dead[made.reason] += 1
             seen.dead_letters.add(document_id, made.reason, path)
         else:
             equal_rows += made
-    if seen.equal:
-        equal_rows *= n_equal / len(seen.equal)
-    ids = np.unique(np.array(list(seen.dead_letters.ids), "S16"))
-    dead_letters = Letters(ids, seen.dead_letters.blind, {})
-    keeps = config.reindex.keeps_deleted
-    fates = decide_fates(seen.known, [seen.marks.note], dead_letters, seen.recalled, np.empty(0, "S16"), keeps)
-    carried = int(np.isin(fates.fate, CARRIED).sum()) if reusable else 0
-    rows = carried + len(seen.recalled) + round(to_encode * each + equal_rows)
+    if seen.same_text:
+        equal_rows *= n_equal / len(seen.same_text)
+    dead_ids = np.unique(np.array(list(seen.dead_letters.ids), "S16"))
+    dead_ids = dead_ids[~is_in(dead_ids, seen.reused_ids)]
+    incomplete, moved = seen.dead_letters.incomplete, seen.reused_contents
+    decisions = decide_live(seen.known, [seen.note], dead_ids, incomplete, moved, policy)
+    rows = int(decisions.kept.sum()) + seen.n_reused + round(to_encode * each + equal_rows)
     row_bytes = live_row_bytes(live, form) or measured.row_bytes or live_row_bytes(live)
-    lost = 0 if reusable else fates.counts["stale"] + fates.counts["kept"]
     return DryRun(
         **{name: counts[name] for name in ("documents", "new", "changed", "updated", "unchanged")},
         **{name: counts[name] for name in ("reused", "same_text")},
         to_encode=to_encode,
-        deleted=fates.counts["deleted"],
-        stale=fates.counts["stale"] if reusable else 0,
-        kept=fates.counts["kept"] if reusable else 0,
-        lost=lost,
+        **{name: decisions.counts[name] for name in ("deleted", "stale", "kept", "lost")},
         skipped_empty=seen.read["skipped_empty"],
         dead_letters={reason: n for reason, n in sorted(dead.items()) if n},
         chunks=round(scaled.counts.get("chunks", 0)),
@@ -457,9 +480,7 @@ def combine(
         bytes=round(rows * row_bytes),
         is_sampled=measured.documents < to_encode,
         changes=find_changes(live, plan),
-        stops=list(
-            find_stops(resolved, live, seen, dead, fates.counts["deleted"] - fates.counts["moved"], rows, row_bytes)
-        ),
+        stops=list(find_stops(resolved, live, seen, dead, decisions, rows, row_bytes)),
     )
 
 
@@ -486,7 +507,7 @@ def find_stops(
     live: Manifest | None,
     seen: Seen,
     dead: Counter[str],
-    deleted: int,
+    decisions: LiveDecisions,
     rows: int,
     row_bytes: float,
 ) -> Iterator[str]:
@@ -502,12 +523,11 @@ def find_stops(
         "read": {"records": float(seen.read["records"])},
         "write_dead_letters": {**dead},
     }
-    n_live = seen.known.count_live_ids()
     checks: tuple[Callable[[], None], ...] = (
         lambda: check_model(live, resolved.plan, config) if refuses else None,
         lambda: check_free_space(resolved.store.work, rows, round(row_bytes)),
         lambda: check_counts(counts, config.write.max_dead_fraction),
-        lambda: check_deletes(deleted, n_live, reindex.max_delete_fraction),
+        lambda: check_deletes(decisions.counts, reindex.max_delete_fraction),
     )
     for check in checks:
         try:

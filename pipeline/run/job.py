@@ -30,7 +30,7 @@ from pipeline.report.progress_bar import ProgressReporter
 from pipeline.reuse.journal import journal_folder
 from pipeline.reuse.journal_writer import flush_journals
 from pipeline.run.failures import explain_failure, watch_threads
-from pipeline.run.resolve import ResolvedRun, check_model, prepare_joins, prepare_takeover, resolve
+from pipeline.run.resolve import ResolvedRun, check_model, prepare_distributed_reuse, prepare_local_reuse, resolve
 from pipeline.signals import on_stop
 from pipeline.sinks.writing import DeadLetterFormat
 from pipeline.tables.attempts import abandon_attempt, sweep_dead_attempts
@@ -209,9 +209,10 @@ def prepare_job(resolved: ResolvedRun, name: str, started: float, distributed: b
     if distributed:
         if not isinstance(store, FolderStore):
             raise ConfigError(f"--output={store.shown}: tables in databases are written by --runner=local only")
-        takeover = prepare_joins(store, live, plan, form, config)
+        inputs = [file.path for file in found.files]
+        reuse = prepare_distributed_reuse(store, live, plan, form, attempts, inputs, config)
     else:
-        takeover = prepare_takeover(store, live, plan, form, scratch, config.reindex.verify_live)
+        reuse = prepare_local_reuse(store, live, plan, form, scratch, config)
     settings = config.flat() | {
         flag: absolute_path(path)  # a later query may run in another folder
         for flag in ("encoder", "preprocessor")
@@ -234,7 +235,7 @@ def prepare_job(resolved: ResolvedRun, name: str, started: float, distributed: b
     previous = live.snapshot if live else ""
     publication = Publication(store.work, name, previous, version, started, facts, dead, config.reindex)
     dead_letters = DeadLetterFormat(config.write.dead_letter_text)
-    commit = CommitPlan(publication, takeover, form, config.write.shard_bytes, dead_letters)
+    commit = CommitPlan(publication, reuse, form, config.write.shard_bytes, dead_letters)
     lease = Lease(store.work, name) if distributed and is_gcs(store.work) else None
     progress = Progress("" if distributed else scratch, name, dead, lease.renew if lease else None)
     journal = journal_folder(store.work, plan.fingerprint)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -12,16 +12,17 @@ from pipeline.config import EmbedConfig, KeptField
 from pipeline.embedding_spec import EmbeddingSpec, make_embedding_spec
 from pipeline.engines.presets import find_device
 from pipeline.errors import ConfigError, InputError, RunError, TableError
-from pipeline.reuse.distributed import JoinRule
-from pipeline.reuse.index import build_known
+from pipeline.reuse.decide import ReusePolicy
+from pipeline.reuse.distributed import DistributedReuse
+from pipeline.reuse.index import build_index
 from pipeline.reuse.journal import journal_folder, list_segments
-from pipeline.reuse.look_up import RecallRule
+from pipeline.reuse.local import LocalReuse
 from pipeline.sinks.writing import RowFormat
 from pipeline.sources.planning import InputPlan, plan_dead_letters, plan_input
 from pipeline.sources.sampling import infer_kept_fields, sample_input
 from pipeline.tables.folder import FolderStore
 from pipeline.tables.manifest import Manifest
-from pipeline.tables.store import Store, Takeover, open_store
+from pipeline.tables.store import ReusePlan, Store, open_store
 
 _LOGGER = logging.getLogger(__name__)
 
@@ -123,31 +124,51 @@ def describe_changes(old: dict[str, Any], new: dict[str, Any], name: str = "") -
             yield f"{name}{key} {' -> '.join(shown)}"
 
 
-def prepare_takeover(
-    store: Store, live: Manifest | None, plan: EmbeddingSpec, form: RowFormat, scratch: str, verify: bool = False
-) -> Takeover:
-    """Indexes what is known, for the local back end: the live table and the journal of earlier attempts."""
+def prepare_local_reuse(
+    store: Store, live: Manifest | None, spec: EmbeddingSpec, form: RowFormat, scratch: str, config: EmbedConfig
+) -> ReusePlan:
+    """Indexes what may be reused, for the local engine: the live table and the journal of earlier attempts."""
     folder = os.path.join(scratch, "known")
     os.makedirs(folder)
-    reusable = live is not None and live.fingerprint == plan.fingerprint
-    lost = store.find_damaged(live, verify) if live else set()
-    indexes = store.read_indexes(live, folder, lost) if live else ()
-    build_known(folder, indexes, list_segments(store.work, plan.fingerprint), reusable)
-    rows_stay = live is not None and reusable and store.can_copy(live, form)
-    rule = RecallRule(folder, plan.split.prefix, reusable, rows_stay, form.layout.keep_text)
-    if live is None:
-        return Takeover(rule)
-    return Takeover(rule, store.reader(live, folder), reusable, store.live_files(live))
-
-
-def prepare_joins(
-    store: FolderStore, live: Manifest | None, plan: EmbeddingSpec, form: RowFormat, config: EmbedConfig
-) -> Takeover:
-    """Lists what is known, for the distributed back end."""
-    reusable = live is not None and live.fingerprint == plan.fingerprint
+    policy = choose_policy(store, live, spec, form, config)
     lost = store.find_damaged(live, config.reindex.verify_live) if live else set()
-    files = store.known_files(live, lost) if live else []
-    keeps, journal = config.reindex.keeps_deleted, journal_folder(store.work, plan.fingerprint)
+    indexes = store.read_indexes(live, folder, lost) if live else ()
+    build_index(folder, indexes, list_segments(store.work, spec.fingerprint), policy.same_fingerprint)
+    reuse = LocalReuse(folder, spec.split.prefix, policy, form.layout.keep_text)
+    if live is None:
+        return ReusePlan(reuse)
+    return ReusePlan(reuse, store.reader(live, folder), store.live_files(live))
+
+
+def prepare_distributed_reuse(
+    store: FolderStore,
+    live: Manifest | None,
+    spec: EmbeddingSpec,
+    form: RowFormat,
+    folder: str,
+    inputs: Sequence[str],
+    config: EmbedConfig,
+) -> ReusePlan:
+    """Lists what may be reused, for distributed engines."""
+    lost = store.find_damaged(live, config.reindex.verify_live) if live else set()
     reader = store.reader(live, "") if live else None
-    rule = JoinRule(tuple(files), journal, reader, reusable, form.layout, plan.split.prefix, keeps)
-    return Takeover(rule, reader, reusable)
+    reuse = DistributedReuse(
+        files=tuple(store.list_live_files(live, lost)) if live else (),
+        journal=journal_folder(store.work, spec.fingerprint),
+        reader=reader,
+        policy=choose_policy(store, live, spec, form, config),
+        form=form,
+        folder=folder,
+        shard_bytes=config.write.shard_bytes,
+        inputs=tuple(inputs),
+        prefix=spec.split.prefix,
+    )
+    return ReusePlan(reuse, reader)
+
+
+def choose_policy(
+    store: Store, live: Manifest | None, spec: EmbeddingSpec, form: RowFormat, config: EmbedConfig
+) -> ReusePolicy:
+    """What a run may reuse of a table."""
+    same_fingerprint = live is not None and live.fingerprint == spec.fingerprint
+    return ReusePolicy(same_fingerprint, live is not None and store.can_copy(live, form), config.reindex.keeps_deleted)

@@ -22,7 +22,7 @@ from pipeline.errors import ConfigError, InputError, ValidationError
 from pipeline.files import join, list_files, list_folders, open_file, read_checksum
 from pipeline.preprocess.chunking import hash_content
 from pipeline.records import BundleCounts, DeadLetter, Document, Row, digest_id, pack_kept
-from pipeline.reuse.index import KnownVectors, build_known
+from pipeline.reuse.index import VectorIndex, build_index
 from pipeline.sinks.index import ENTRY, Index, digest_kept, read_index, whole_digest
 from pipeline.sinks.readers import ROWS, FileReader, Stored, VectorFile
 from pipeline.sources.duplicates import ScanToFile, merge_scans
@@ -111,11 +111,11 @@ class Accounts(NamedTuple):
     """What dead letters account for: digests of documents' ids, and files of which not every record could be told."""
 
     ids: set[bytes]
-    blind: set[str]
+    incomplete: set[str]
 
     def add(self, document_id: str | None, reason: str, path: str) -> None:
         if document_id is None:
-            self.blind.add(path)
+            self.incomplete.add(path)
         elif reason != "duplicate_id":  # another document has the id, and counts
             self.ids.add(digest_id(document_id).rstrip(b"\0"))  # as NumPy gives it
 
@@ -153,8 +153,8 @@ class Verification:
         there = self.check_files()
         self.check_dead_letters(there)
         with tempfile.TemporaryDirectory(prefix="embeam-verify-") as scratch:
-            build_known(scratch, self.check_rows(there), [], True)
-            known = KnownVectors(scratch)
+            build_index(scratch, self.check_rows(there), [], True)
+            known = VectorIndex(scratch)
             self.check_ids(known)
             wanted = _spread(np.flatnonzero(known.entries["n_chunks"] == 1), sample)
             texts = self.check_input(known, *plan, scratch, wanted) if plan else None
@@ -333,7 +333,7 @@ class Verification:
         ).all():
             self._find("not_finite", name, f"the vector of {row['id']!r} holds NaN or infinity")
 
-    def check_ids(self, known: KnownVectors) -> None:
+    def check_ids(self, known: VectorIndex) -> None:
         """Finds rows that are there twice, and documents of which chunks are missing."""
         ids = known.live_ids()
         is_first = np.ones(len(ids), bool)
@@ -363,7 +363,7 @@ class Verification:
             self._find("missing_chunk", row["id"], f"{n:,} of its {n_chunks:,} chunks are there")
 
     def check_input(
-        self, known: KnownVectors, found: InputPlan, config: ReadConfig, scratch: str, wanted: np.ndarray
+        self, known: VectorIndex, found: InputPlan, config: ReadConfig, scratch: str, wanted: np.ndarray
     ) -> dict[int, tuple[str, str | None]]:
         """Compares the rows with the documents of an input.
 
@@ -425,9 +425,9 @@ class Verification:
             self._find("stale_row", document.id, f"{place} has {what} now; embeam embed mends it")
         return same_text
 
-    def _check_surplus(self, known: KnownVectors, seen: np.ndarray, unread: Accounts) -> None:
-        blind = self._letters.blind | unread.blind
-        is_blind = np.array([source in blind for source in known.sources] or [False])
+    def _check_surplus(self, known: VectorIndex, seen: np.ndarray, unread: Accounts) -> None:
+        incomplete = self._letters.incomplete | unread.incomplete
+        is_incomplete = np.array([source in incomplete for source in known.sources] or [False])
         keeps = self.manifest.settings.get("deletes") == "keep"
         surplus = [np.empty(0, np.int64)]
         for start in range(0, known.n_live, BLOCK):
@@ -435,7 +435,7 @@ class Verification:
             gone = np.flatnonzero(~seen[start : start + BLOCK] & (entries["id"] != b""))
             some = entries[gone]
             is_dead = [digest in self._letters.ids or digest in unread.ids for digest in some["id"]]
-            unproven = np.array(is_dead, bool) | is_blind[some["source"]]
+            unproven = np.array(is_dead, bool) | is_incomplete[some["source"]]
             self.counts["unproven_rows"] += int(unproven.sum())
             self.counts["kept_rows"] += int((~unproven).sum()) if keeps else 0
             surplus.append(start + gone[~unproven] if not keeps else surplus[0])
@@ -444,7 +444,7 @@ class Verification:
 
     def check_sample(
         self,
-        known: KnownVectors,
+        known: VectorIndex,
         embedder: Embedder,
         wanted: np.ndarray,
         texts: dict[int, tuple[str, str | None]] | None,
@@ -471,7 +471,7 @@ class Verification:
                 except (ValidationError, ValueError) as error:
                     self._find("wrong_vector", row["id"], str(error))
 
-    def read_rows(self, known: KnownVectors, numbers: np.ndarray) -> Iterator[tuple[int, str, dict[str, Any]]]:
+    def read_rows(self, known: VectorIndex, numbers: np.ndarray) -> Iterator[tuple[int, str, dict[str, Any]]]:
         """Yields number, place and columns of some rows; of one that cannot be read only its id's digest as the id.
 
         Args:

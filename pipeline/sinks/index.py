@@ -48,9 +48,22 @@ class SourceNumbers:
         return self.paths.setdefault(path, len(self.paths))
 
 
+def drop_unused_sources(index: Index) -> Index:
+    """The same index with those input files alone that its entries name."""
+    used, which = np.unique(index.entries["source"], return_inverse=True)
+    entries = index.entries.copy()
+    entries["source"] = which
+    return Index(entries, [index.sources[i] for i in used.tolist()])
+
+
 def digest_kept(kept: bytes) -> int:
     """64 bits that change with the kept fields' values."""
     return int.from_bytes(hashlib.blake2b(kept, digest_size=8).digest(), "little") if kept else 0
+
+
+def digest_source(path: str) -> int:
+    """64 bits that change with the path of an input file."""
+    return int.from_bytes(hashlib.blake2b(path.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "little")
 
 
 def parse_hashes(names: Sequence[str]) -> np.ndarray:

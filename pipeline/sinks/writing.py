@@ -24,7 +24,7 @@ from pipeline.progress import Progress
 from pipeline.records import BundleCounts, DeadLetter, Row
 from pipeline.sinks import SINKS
 from pipeline.sinks.index import SUFFIX as INDEX_SUFFIX
-from pipeline.sinks.index import Index, SourceNumbers, index_rows, pack_records
+from pipeline.sinks.index import Index, SourceNumbers, drop_unused_sources, index_rows, pack_records
 from pipeline.sinks.layout import TableLayout
 from pipeline.sinks.table_format import ByteWriter, RowWriter, StoredRows
 
@@ -172,16 +172,16 @@ class ShardWriter:
     """Writes records of one kind to files in a folder and begins a new one when the last is large enough."""
 
     def __init__(self, folder: str, form: RowFormat | DeadLetterFormat, shard_bytes: int) -> None:
-        self._folder = folder
-        self._form = form
+        self.folder = folder
+        self.form = form
         self._shard_bytes = shard_bytes
         self._stream: Optional[HashingStream] = None
         self._shards: list[Shard] = []
 
     def write(self, records: list[Any]) -> None:
-        self._begin(self._form.order(records[0]))
+        self._begin(self.form.order(records[0]))
         self._writer.write(records)
-        if self._form.kind == ROWS:
+        if self.form.kind == ROWS:
             self._entries.append(index_rows(records, self._sources))
         self._end(len(records))
 
@@ -193,8 +193,8 @@ class ShardWriter:
         assert not isinstance(self._writer, DeadLetterWriter)
         self._writer.write_stored(stored)
         entries = index.entries.copy()
-        numbers = np.array([self._sources.number(path) for path in index.sources], "<u4")
-        entries["source"] = numbers[entries["source"]]
+        used, which = np.unique(entries["source"], return_inverse=True)
+        entries["source"] = np.array([self._sources.number(index.sources[i]) for i in used.tolist()], "<u4")[which]
         self._entries.append(entries)
         self._end(len(entries))
 
@@ -207,13 +207,13 @@ class ShardWriter:
     def _begin(self, first: str) -> None:
         if self._stream is not None:
             return
-        self._path = FileSystems.join(self._folder, f"{self._form.kind}-{uuid.uuid4().hex}{self._form.suffix}")
+        self._path = FileSystems.join(self.folder, f"{self.form.kind}-{uuid.uuid4().hex}{self.form.suffix}")
         self._first, self._rows = first, 0
         self._entries: list[np.ndarray] = []
         self._sources = SourceNumbers()
         self._stream = HashingStream(FileSystems.create(self._path, compression_type="uncompressed"))
-        self._gzip = gzip.GzipFile("", "wb", 6, self._stream, mtime=0) if self._form.compression == "gzip" else None
-        self._writer: RowWriter | DeadLetterWriter = self._form.open(self._gzip or self._stream)
+        self._gzip = gzip.GzipFile("", "wb", 6, self._stream, mtime=0) if self.form.compression == "gzip" else None
+        self._writer: RowWriter | DeadLetterWriter = self.form.open(self._gzip or self._stream)
 
     def _end(self, n_rows: int) -> None:
         assert self._stream is not None
@@ -228,10 +228,10 @@ class ShardWriter:
             self._gzip.close()
         sha256 = self._stream.finish()
         n_bytes, self._stream = self._stream.n_bytes, None
-        form = self._form
+        form = self.form
         index: tuple[str, tuple[int, str]] = "", (0, "")
         if self._entries:
-            index = write_index(self._folder, Index(np.concatenate(self._entries), list(self._sources.paths)))
+            index = write_index(self.folder, Index(np.concatenate(self._entries), list(self._sources.paths)))
         self._shards.append(Shard(self._path, form.kind, form.suffix, self._rows, n_bytes, sha256, self._first, *index))
 
 
@@ -239,7 +239,7 @@ def write_index(folder: str, index: Index) -> tuple[str, tuple[int, str]]:
     """Writes the index of one file; returns its path, and its size in bytes and sha256."""
     path = FileSystems.join(folder, f"index-{uuid.uuid4().hex}{INDEX_SUFFIX}")
     stream = HashingStream(FileSystems.create(path, compression_type="uncompressed"))
-    stream.write(pack_records(*index))
+    stream.write(pack_records(*drop_unused_sources(index)))
     sha256 = stream.finish()
     return path, (stream.n_bytes, sha256)
 

@@ -11,7 +11,7 @@ import functools
 import hashlib
 import struct
 import uuid
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, BinaryIO, Optional
 
 import apache_beam as beam
@@ -19,7 +19,7 @@ import numpy as np
 from apache_beam.io.filesystem import CompressionTypes
 from apache_beam.io.filesystems import FileSystems
 
-from pipeline.records import digest_id
+from pipeline.records import DeadLetter, Document, digest_id
 from pipeline.sources.source import FileRange
 
 # One id: 16 bytes of digest, file index, position.
@@ -97,17 +97,6 @@ class ScanToFile(beam.DoFn):
         yield path
 
 
-class ScanToPairs(beam.DoFn):
-    """Yields (digest, (file index, position, start of the range)) for the ids of a split."""
-
-    def __init__(self, list_ids: ListIds) -> None:
-        self._list_ids = list_ids
-
-    def process(self, split: tuple[FileRange, ...]) -> Iterator[tuple[bytes, tuple[int, int, int]]]:
-        for file_range, document_id, position in self._list_ids(split):
-            yield digest_id(document_id), (file_range.file.index, position, file_range.start)
-
-
 def merge_scans(_: Any, paths: Iterable[str], work_dir: str) -> str:
     """Writes the losers among the ids of all scans to one file and returns its path."""
     paths = sorted(paths)
@@ -117,12 +106,6 @@ def merge_scans(_: Any, paths: Iterable[str], work_dir: str) -> str:
     with create_scratch(path) as stream:
         stream.write(data)
     return path
-
-
-def pick_losers(group: tuple[bytes, Iterable[tuple[int, int, int]]]) -> Iterator[tuple[tuple[int, int], int]]:
-    """Yields ((file index, start of the range), position) for all places of an id but the first."""
-    for file_index, position, start in sorted(group[1])[1:]:
-        yield (file_index, start), position
 
 
 def scan_through_files(splits: beam.PCollection, list_ids: ListIds, work_dir: str) -> beam.pvalue.AsSingleton:
@@ -136,26 +119,13 @@ def scan_through_files(splits: beam.PCollection, list_ids: ListIds, work_dir: st
     return beam.pvalue.AsSingleton(merged)
 
 
-def scan_through_shuffle(splits: beam.PCollection, list_ids: ListIds) -> beam.pvalue.AsMultiMap:
-    """The distributed back end: a side input from (file index, start of the range) to the losing positions."""
-    losers = (
-        splits
-        | "ScanIds" >> beam.ParDo(ScanToPairs(list_ids)).with_output_types(tuple[bytes, tuple[int, int, int]])
-        | "GroupIds" >> beam.GroupByKey()
-        | "FindDuplicates" >> beam.FlatMap(pick_losers).with_output_types(tuple[tuple[int, int], int])
-    )
-    return beam.pvalue.AsMultiMap(losers)
-
-
-def select_losers(losers: Any, file_range: FileRange) -> Optional[LoserCursor]:
-    """The losers of a range, from the side input of either back end; None if there are no losers at all."""
+def select_losers(losers: Optional[str], file_range: FileRange) -> Optional[LoserCursor]:
+    """The losers of a range, from the side input; None if nobody has looked for them."""
     if losers is None:
         return None
-    if isinstance(losers, str):
-        table = load_losers(losers)
-        low, high = np.searchsorted(table["file"], [file_range.file.index, file_range.file.index + 1])
-        return LoserCursor(table["position"][low:high])
-    return LoserCursor(_sort_positions(losers, file_range))
+    table = load_losers(losers)
+    low, high = np.searchsorted(table["file"], [file_range.file.index, file_range.file.index + 1])
+    return LoserCursor(table["position"][low:high])
 
 
 @functools.lru_cache(maxsize=1)
@@ -163,6 +133,12 @@ def load_losers(path: str) -> np.ndarray:
     """Reads a losers' file, once per process."""
     blocks = list(_read_file(path, LOSER))
     return np.concatenate(blocks) if blocks else np.empty(0, LOSER)
+
+
+def reject_duplicate(document: Document) -> DeadLetter:
+    """The dead letter of a document whose id another one has, earlier in the input."""
+    message = f"the id {document.id!r} occurs earlier in the input; the first document with it is the one that counts"
+    return DeadLetter("read", "duplicate_id", message, document.origin, document.id, document.text)
 
 
 def create_scratch(path: str) -> BinaryIO:
@@ -183,10 +159,6 @@ def _read_file(path: str, dtype: np.dtype) -> Iterator[np.ndarray]:
             n = len(data) // dtype.itemsize
             yield np.frombuffer(data, dtype, n)
             rest = data[n * dtype.itemsize :]
-
-
-def _sort_positions(losers: Mapping[tuple[int, int], Iterable[int]], file_range: FileRange) -> np.ndarray:
-    return np.sort(np.fromiter(losers[file_range.file.index, file_range.start], "<u8"))
 
 
 def _is_in(values: np.ndarray, ascending: np.ndarray) -> np.ndarray:

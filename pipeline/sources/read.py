@@ -17,7 +17,7 @@ from pipeline.errors import ConfigError
 from pipeline.records import BundleCounts, DeadLetter, Document
 from pipeline.sources import SOURCES
 from pipeline.sources.compression import FileError
-from pipeline.sources.duplicates import scan_through_files, scan_through_shuffle, select_losers
+from pipeline.sources.duplicates import reject_duplicate, scan_through_files, select_losers
 from pipeline.sources.fields import build_document
 from pipeline.sources.planning import InputPlan
 from pipeline.sources.source import FileRange, Record
@@ -121,12 +121,6 @@ class ReadSplit(beam.DoFn):
             self._progress(more["documents"], more["bytes"])
 
 
-def reject_duplicate(document: Document) -> DeadLetter:
-    """The dead letter of a document whose id another one has, earlier in the input."""
-    message = f"the id {document.id!r} occurs earlier in the input; the first document with it is the one that counts"
-    return DeadLetter("read", "duplicate_id", message, document.origin, document.id, document.text)
-
-
 def _count_name(outcome: Union[Document, DeadLetter, None]) -> str:
     if outcome is None:
         return "skipped_empty"
@@ -143,7 +137,7 @@ class ReadDocuments(beam.PTransform):
       kept_fields: from `infer_kept_fields`.
       work_dir: existing folder on any file system that all workers see, for scratch files of the search for duplicate
         ids; needed with an id field unless `distributed`. Whoever gives it removes it after the run.
-      distributed: whether the search may shuffle, as on Dataflow or Flink.
+      distributed: whether a later step finds duplicate ids by a shuffle.
       progress: called every few hundred documents with how many more documents and stored bytes were read.
 
     Raises:
@@ -165,9 +159,7 @@ class ReadDocuments(beam.PTransform):
         splits = begin | "Splits" >> beam.Create(self.plan.splits).with_output_types(Any)
         read = ReadSplit(self.config, self.kept_fields, self.progress)
         losers = None
-        if self.config.id_field and self.distributed:
-            losers = scan_through_shuffle(splits, read.list_ids)
-        elif self.config.id_field:
+        if self.config.id_field and not self.distributed:
             losers = scan_through_files(splits, read.list_ids, self.work_dir)
         typed = beam.ParDo(read, losers).with_output_types(
             Document, dead_letters=DeadLetter, bundle_counts=BundleCounts

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,17 +11,17 @@ import numpy as np
 
 from pipeline.errors import RunError, ValidationError
 from pipeline.progress import check_dead_fraction
-from pipeline.records import BundleCounts, Row, digest_id
-from pipeline.reuse.actions import CARRIED, GONE, Fates, check_deletes, decide_fates, read_dead_letters
-from pipeline.reuse.distributed import JoinRule
-from pipeline.reuse.index import SEGMENT, KnownVectors
+from pipeline.records import BundleCounts, Row
+from pipeline.reuse.complete import FRESH, LiveDecisions, decide_live, list_shared, number_files, plan_requests
+from pipeline.reuse.dead_letters import DeadLetterFacts
+from pipeline.reuse.distributed import DistributedReuse
+from pipeline.reuse.index import SEGMENT, VectorIndex
 from pipeline.reuse.journal import SegmentReader
-from pipeline.reuse.look_up import RecallRule
-from pipeline.reuse.merge import Carrier
-from pipeline.reuse.requests import FRESH, Letters, Wishes, number_files, plan_wishes
-from pipeline.sinks.index import read_index
-from pipeline.sinks.readers import ROWS, FileReader, VectorReader
-from pipeline.sinks.writing import Shard, ShardWriter
+from pipeline.reuse.local import LocalReuse
+from pipeline.reuse.merge import Merger
+from pipeline.sinks.readers import ROWS as LIVE
+from pipeline.sinks.readers import FileReader, VectorReader
+from pipeline.sinks.writing import DEAD_LETTERS, ROWS, Shard, ShardWriter
 from pipeline.tables.lock import Lease
 from pipeline.tables.manifest import attempts_folder
 from pipeline.tables.publish import build_manifest, count_dead, reject_snapshot, sum_counts
@@ -56,60 +55,51 @@ def check_any_rows(shards: Sequence[Shard], counts: dict[str, dict[str, float]])
 
 
 @dataclass(frozen=True)
-class Completion:
-    """A run's rows with everything that was taken over, and what validation needs.
+class LocalCompletion:
+    """The rows of a run on the local engine with everything that it reuses, and what validation needs.
 
     Attributes:
       plan: of the commit.
-      known: the index of known vectors.
+      index: of known vectors.
       readers: how its files are read.
       fresh: files with rows that were encoded.
       shards: all files that the run has written, and those that it links.
       counts: by stage.
-      fates: of the live rows.
+      decisions: about the live rows.
       expected: how many documents there should be.
       spot_checks: rows that were encoded once more.
       whole: whether the files hold the whole table, or only what changes in a database.
     """
 
     plan: CommitPlan
-    known: KnownVectors
+    index: VectorIndex
     readers: dict[str, VectorReader]
     fresh: list[Shard]
     shards: list[Shard]
     counts: dict[str, dict[str, float]]
-    fates: Fates
+    decisions: LiveDecisions
     expected: Expected
     spot_checks: Sequence[Row]
     whole: bool
 
     def validate(self) -> None:
-        """Raises ValidationError if the new state must not go live."""
-        if self.plan.publication.reindex.validate == "off":
-            return
-        rows = [shard for shard in self.shards if shard.kind == "embeddings"]
-        staying = np.zeros(0, int) if self.whole else np.flatnonzero(np.isin(self.fates.fate, CARRIED))
-        check_rows(rows, self.known.entries[staying], self.expected)
+        """Raises ValidationError if the new state must not be published."""
+        rows = [shard for shard in self.shards if shard.kind == ROWS]
+        staying = np.zeros(0, int) if self.whole else np.flatnonzero(self.decisions.kept)
+        check_rows(rows, self.index.entries[staying], self.expected)
         own = [shard for shard in rows if not shard.linked]
         check_vectors(number_files(own[:: max(1, len(own) // SAMPLED_FILES)], 0), self.readers[FRESH])
-        files = zip(number_files(self.fresh, len(self.known.entries)), self.fresh, strict=True)
-        compare_spot_checks(self.spot_checks, self.known, list(files), self.readers, self.plan.form.layout)
+        files = zip(number_files(self.fresh, len(self.index.entries)), self.fresh, strict=True)
+        compare_spot_checks(self.spot_checks, self.index, list(files), self.readers, self.plan.form.layout)
 
     def removed_rows(self) -> np.ndarray:
-        """Numbers of the live rows that go, or are replaced."""
-        return np.flatnonzero(~np.isin(self.fates.fate, CARRIED))
-
-
-def complete(plan: CommitPlan, results: Results, whole: bool) -> Completion | JoinedCompletion:
-    """Brings a run's rows to their end, by the back end that it ran with; see `complete_rows`."""
-    if isinstance(plan.takeover.rule, JoinRule):
-        return complete_joined(plan, results)
-    return complete_rows(plan, results, whole)
+        """Numbers of the live rows that are deleted or replaced."""
+        return np.flatnonzero(~self.decisions.kept)
 
 
 @dataclass(frozen=True)
-class JoinedCompletion:
-    """As `Completion`, where joins have brought everything together already."""
+class DistributedCompletion:
+    """As `LocalCompletion`, where workers have written everything already."""
 
     plan: CommitPlan
     results: Results
@@ -118,63 +108,88 @@ class JoinedCompletion:
     expected: Expected
 
     def validate(self) -> None:
-        """Raises ValidationError if the new state must not go live."""
-        if self.plan.publication.reindex.validate == "off":
-            return
-        carry = self.counts.get("merge", {})
-        if twice := int(carry.get("duplicate_rows", 0)):
+        """Raises ValidationError if the new state must not be published."""
+        merge = self.counts.get("merge", {})
+        if twice := int(merge.get("duplicate_rows", 0)):
             raise ValidationError(f"{twice:,} rows have an id and chunk that another row has too")
-        check_count(int(carry.get("documents", 0)), self.expected)
+        check_count(int(merge.get("documents", 0)), self.expected)
+        rows = [shard for shard in self.shards if shard.kind == ROWS]
+        n_rows = sum(shard.rows for shard in rows)
+        if n_rows != (wanted := int(merge.get("kept_rows", 0) + merge.get("new_rows", 0))):
+            raise ValidationError(f"{n_rows:,} rows were written instead of {wanted:,}")
         form = self.plan.form
-        rows = [shard for shard in self.shards if shard.kind == "embeddings"]
         reader = FileReader(form.name, form.layout, form.compression)
         check_vectors(number_files(rows[:: max(1, len(rows) // SAMPLED_FILES)], 0), reader)
         compare_samples(self.results.spot_checks, self.results.samples, form.layout)
 
 
-def validate_snapshot(completion: Completion | JoinedCompletion, failed: str, it: str) -> None:
-    """Lets a new state pass that may go live; what may not is kept aside.
+Completion = LocalCompletion | DistributedCompletion
+
+
+def complete(plan: CommitPlan, results: Results, whole: bool) -> Completion:
+    """Brings a run's rows to their end, by the back end that it ran with; see `complete_local`."""
+    if isinstance(plan.reuse.back_end, DistributedReuse):
+        return complete_distributed(plan, results)
+    return complete_local(plan, results, whole)
+
+
+def validate_snapshot(completion: Completion, failed: str, it: str) -> None:
+    """Raises if a new state must not be published, and keeps it aside.
 
     Args:
       completion: the new state.
-      failed: what is said of one that may not: what failed and "lies".
-      it: what is said to be looked into.
+      failed: what the message says of it: what failed validation and "lies".
+      it: what the message tells to look into.
 
     Raises:
       ValidationError: saying why, and where it lies.
     """
+    if completion.plan.publication.reindex.validate == "off":
+        return
     try:
         completion.validate()
     except ValidationError as error:
-        plan, shards = completion.plan.publication, completion.shards
-        folder = reject_snapshot(plan, build_manifest(plan, shards, completion.counts), shards)
+        publication = completion.plan.publication
+        manifest = build_manifest(publication, completion.shards, completion.counts)
+        folder = reject_snapshot(publication, manifest, completion.shards)
         raise ValidationError(
             f"{failed} in {folder}: {error}; the table is what it was; look into {it}, or "
             "publish all the same with --validate=off"
         ) from error
 
 
-def complete_joined(plan: CommitPlan, results: Results) -> JoinedCompletion:
-    """Checks what the distributed back end has counted.
+def check_deletes(counts: Mapping[str, float], max_fraction: float) -> None:
+    """Raises RunError if so many documents are gone, those that moved not counted, that the input must be wrong.
+
+    Args:
+      counts: of `decide_rows`.
+      max_fraction: of the live documents that may be gone.
+    """
+    n_deleted, n_live = int(counts.get("deleted", 0) - counts.get("moved", 0)), int(counts.get("live", 0))
+    if n_live and n_deleted / n_live > max_fraction:
+        raise RunError(
+            f"{n_deleted:,} of the table's {n_live:,} documents are gone from the input, more than "
+            f"--max_delete_fraction={max_fraction:g} allows; check --input, or raise it, or use --deletes=keep (what "
+            "was encoded is kept for the next run)"
+        )
+
+
+def complete_distributed(plan: CommitPlan, results: Results) -> DistributedCompletion:
+    """Checks what the workers have counted.
 
     Raises:
       RunError: if more of the table's documents are gone than is allowed, or too much cannot be embedded.
     """
     counts = sum_counts(results.bundle_counts)
     check_counts(counts, plan.publication.max_dead_fraction)
-    carry = counts.get("merge", {})
-    reindex = plan.publication.reindex
-    gone = int(carry.get("deleted", 0) - carry.get("moved", 0))
-    check_deletes(gone, int(carry.get("live", 0)), reindex.max_delete_fraction)
-    dead_letters = read_dead_letters(shard for shard in results.shards if shard.kind == "dead_letters")
-    dead = {dead_letter["id"] for found in dead_letters.by_content.values() for dead_letter in found}
-    read = int(counts.get("reuse", {}).get("documents", 0))
-    expected = Expected(read - len(dead), read if plan.form.layout.chunked else read - len(dead))
-    return JoinedCompletion(plan, results, list(results.shards), counts, expected)
+    merge = counts.get("merge", {})
+    check_deletes(merge, plan.publication.reindex.max_delete_fraction)
+    expected = expect_documents(plan, counts, int(merge.get("dead", 0)))
+    return DistributedCompletion(plan, results, list(results.shards), counts, expected)
 
 
-def complete_rows(plan: CommitPlan, results: Results, whole: bool) -> Completion:
-    """Turns a run's notes into rows: the local back end's second pass.
+def complete_local(plan: CommitPlan, results: Results, whole: bool) -> LocalCompletion:
+    """Turns the notes of a run on the local engine into rows.
 
     Args:
       plan: of the commit.
@@ -184,65 +199,54 @@ def complete_rows(plan: CommitPlan, results: Results, whole: bool) -> Completion
     Raises:
       RunError: if more of the table's documents are gone than is allowed, or too much cannot be embedded.
     """
-    publication, takeover, rule = plan.publication, plan.takeover, plan.takeover.rule
-    assert isinstance(rule, RecallRule)
+    publication, reuse = plan.publication, plan.reuse.back_end
+    assert isinstance(reuse, LocalReuse)
     check_counts(sum_counts(results.bundle_counts), publication.max_dead_fraction)
-    known = KnownVectors(rule.folder)
-    fresh = [shard for shard in results.shards if shard.kind == "embeddings"]
-    dead_letters = read_dead_letters(shard for shard in results.shards if shard.kind == "dead_letters")
-    reindex = publication.reindex
-    wishes = plan_wishes(results.notes, dead_letters, fresh, len(known.entries))
-    new_ids = np.concatenate([wishes.ids, *(read_index(shard.index_path).entries["id"] for shard in fresh)])
-    dead_ids = np.array([digest_id(dead_letter.id or "") for dead_letter in wishes.dead], "S16")
-    dead_letters = dead_letters._replace(ids=np.unique(np.concatenate([dead_letters.ids, dead_ids])))
-    recalled = wishes.wants["row"].astype(np.int64)
-    fates = decide_fates(known, results.notes, dead_letters, recalled, new_ids, reindex.keeps_deleted)
-    gone = fates.counts["deleted"] - fates.counts["moved"]
-    check_deletes(gone, known.count_live_ids(), reindex.max_delete_fraction)
-    if not takeover.reusable:
-        fates = _drop_all(fates)
+    folder, policy = attempts_folder(publication.table, publication.name), reuse.policy
+    index = VectorIndex(reuse.folder)
+    fresh = [shard for shard in results.shards if shard.kind == ROWS]
+    fresh_files = number_files(fresh, len(index.entries))
+    shared = list_shared(results.notes)
+    dead = DeadLetterFacts((shard for shard in results.shards if shard.kind == DEAD_LETTERS), shared)
+    dead_writer = ShardWriter(folder, plan.dead_letter_format, plan.shard_bytes)
+    pairs = list(zip(fresh_files, fresh, strict=True))
+    requests = plan_requests(results.notes, index, pairs, shared, dead, dead_writer)
+    decisions = decide_live(index, results.notes, requests.dead_ids, dead.incomplete, requests.moved, policy)
+    check_deletes(decisions.counts, publication.reindex.max_delete_fraction)
     fresh_reader = FileReader(plan.form.name, plan.form.layout, plan.form.compression)
     readers: dict[str, VectorReader] = {
         FRESH: fresh_reader,
         SEGMENT: SegmentReader(plan.form.layout),
-        ROWS: takeover.reader or fresh_reader,
+        LIVE: plan.reuse.reader or fresh_reader,
     }
-    folder = attempts_folder(publication.table, publication.name)
-    carrier = Carrier(known, readers, plan.form, folder, plan.shard_bytes)
-    carried = np.isin(fates.fate, CARRIED) if whole else np.zeros(known.n_live, bool)
-    shards = carrier.carry(carried, fates, wishes, takeover.live, whole and rule.rows_stay)
-    dead_letter_writer = ShardWriter(folder, plan.dead_letter_format, plan.shard_bytes)
-    if wishes.dead:
-        dead_letter_writer.write(wishes.dead)
-    counts = sum_counts(
-        [
-            *results.bundle_counts,
-            BundleCounts.of("merge", {**carrier.counts, **fates.counts}),
-            BundleCounts.of("write_dead_letters", Counter(dead_letter.reason for dead_letter in wishes.dead)),
-        ]
-    )
+    merger = Merger(index, readers, plan.form, folder, plan.shard_bytes, whole and policy.rows_stay)
+    kept = decisions.kept if whole else np.zeros(index.n_live, bool)
+    shards = merger.merge(kept, decisions, requests, fresh_files, plan.reuse.live)
+    own = [
+        BundleCounts.of("merge", {**merger.counts, **decisions.counts}),
+        BundleCounts.of("write_dead_letters", requests.dead_counts),
+    ]
+    counts = sum_counts([*results.bundle_counts, *own])
     check_counts(counts, publication.max_dead_fraction)
-    expected = expect_documents(plan, counts, fates, dead_letters, wishes)
-    everything = [*results.shards, *shards, *dead_letter_writer.finish()]
-    return Completion(plan, known, readers, fresh, everything, counts, fates, expected, results.spot_checks, whole)
+    expected = expect_documents(plan, counts, dead.n_documents + requests.n_dead)
+    everything = [*results.shards, *shards, *requests.dead_shards]
+    return LocalCompletion(
+        plan, index, readers, fresh, everything, counts, decisions, expected, results.spot_checks, whole
+    )
 
 
-def _drop_all(fates: Fates) -> Fates:
-    """No row of another fingerprint is carried: a stale document is lost until it can be embedded."""
-    lost = {"lost": fates.counts["stale"] + fates.counts["kept"], "stale": 0, "kept": 0}
-    return fates._replace(fate=np.full_like(fates.fate, GONE), counts=fates.counts | lost)
+def expect_documents(plan: CommitPlan, counts: dict[str, dict[str, float]], n_dead: int) -> Expected:
+    """How many documents should have rows: from what was counted on the way, not from what was written.
 
-
-def expect_documents(
-    plan: CommitPlan, counts: dict[str, dict[str, float]], fates: Fates, dead_letters: Letters, wishes: Wishes
-) -> Expected:
-    """How many documents should have rows: from what was counted on the way, not from what was written."""
-    read = int(counts.get("reuse", {}).get("documents", 0))
-    carried = fates.counts["stale"] + fates.counts["kept"]
-    dead = {dead_letter["id"] for found in dead_letters.by_content.values() for dead_letter in found}
-    dead |= {dead_letter.id for dead_letter in wishes.dead}
-    least = read - len(dead) + carried
-    return Expected(least, read + carried if plan.form.layout.chunked else least)
+    Args:
+      plan: of the commit.
+      counts: of the run, by stage.
+      n_dead: documents that were read and have a dead letter.
+    """
+    read, merge = int(counts.get("reuse", {}).get("documents", 0)), counts.get("merge", {})
+    stays = int(merge.get("stale", 0) + merge.get("kept", 0))
+    least = read - n_dead + stays
+    return Expected(least, read + stays if plan.form.layout.chunked else least)
 
 
 class CommitResults(beam.DoFn):

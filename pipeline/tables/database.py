@@ -20,13 +20,13 @@ from pipeline.config import EmbedConfig, VectorChoice
 from pipeline.errors import ConfigError
 from pipeline.files import delete_folder, join, make_folder
 from pipeline.records import digest_id, pack_kept
-from pipeline.reuse.index import open_known
+from pipeline.reuse.index import open_index
 from pipeline.sinks.index import ENTRY, Index, SourceNumbers, digest_kept, whole_digest
 from pipeline.sinks.layout import Columns, TableLayout
 from pipeline.sinks.readers import Stored, VectorFile, damaged
 from pipeline.sinks.table_format import StoredRows
 from pipeline.sinks.writing import DEAD_LETTERS, ROWS, RowFormat, Shard
-from pipeline.tables.commit import Completion, check_any_rows, complete_rows, validate_snapshot
+from pipeline.tables.commit import LocalCompletion, check_any_rows, complete_local, validate_snapshot
 from pipeline.tables.manifest import Manifest
 from pipeline.tables.publish import build_manifest
 from pipeline.tables.store import CommitPlan, Results
@@ -111,16 +111,16 @@ def build_indexes(rows: Iterable[dict[str, Any]], layout: TableLayout, folder: s
             yield "", Index(np.array(entries, ENTRY), list(sources.paths))
 
 
-def list_removed(completion: Completion) -> Iterator[str]:
+def list_removed(completion: LocalCompletion) -> Iterator[str]:
     """The ids of documents whose rows go, or are replaced; each once, in any order."""
     rows = completion.removed_rows()
     # Of a document's rows one is enough.
-    _, first = np.unique(completion.known.entries["id"][rows], return_index=True)
+    _, first = np.unique(completion.index.entries["id"][rows], return_index=True)
     wanted = iter(np.sort(rows[first]).tolist())
     number = next(wanted, None)
     if number is None:
         return
-    with open(os.path.join(completion.known.folder, _IDS), encoding="utf-8") as ids:
+    with open(os.path.join(completion.index.folder, _IDS), encoding="utf-8") as ids:
         for i, line in enumerate(ids):
             if i == number:
                 yield json.loads(line)
@@ -165,7 +165,7 @@ class DatabaseReader:
         raise NotImplementedError
 
     def read(self, file: VectorFile, wanted: np.ndarray) -> Iterator[Stored]:
-        entries = open_known(self.folder).entries
+        entries = open_index(self.folder).entries
         for start in range(0, len(wanted), _FETCHED_ROWS):
             numbers = wanted[start : start + _FETCHED_ROWS].astype(np.int64)
             keys = [(whole_digest(entry["content"]).hex(), int(entry["chunk"])) for entry in entries[numbers]]
@@ -182,25 +182,25 @@ class DatabaseReader:
         return {name: [row[name] for row in rows] for name in rows[0]}
 
 
-def complete_changes(plan: CommitPlan, results: Results) -> Completion:
+def complete_changes(plan: CommitPlan, results: Results) -> LocalCompletion:
     """What a run adds to a database's table, after validation.
 
     Raises:
       RunError: if it must not be published; the new rows are kept aside if they failed validation.
     """
-    completion = complete_rows(plan, results, whole=False)
+    completion = complete_local(plan, results, whole=False)
     if not plan.publication.previous:
         check_any_rows(completion.shards, completion.counts)
     validate_snapshot(completion, "the new rows failed validation and lie", "them")
     return completion
 
 
-def describe_run(completion: Completion) -> tuple[Manifest, list[Shard]]:
+def describe_run(completion: LocalCompletion) -> tuple[Manifest, list[Shard]]:
     """The manifest of a run on a database, and the files of its dead letters."""
     dead_letters = [shard for shard in completion.shards if shard.kind == DEAD_LETTERS]
     manifest = build_manifest(completion.plan.publication, dead_letters, completion.counts)
     n_new = sum(shard.rows for shard in completion.shards if shard.kind == ROWS)
-    return replace(manifest, rows=completion.known.n_live - len(completion.removed_rows()) + n_new), dead_letters
+    return replace(manifest, rows=completion.index.n_live - len(completion.removed_rows()) + n_new), dead_letters
 
 
 def keep_dead_letters(work: str, manifest: Manifest, dead_letters: Sequence[Shard]) -> None:

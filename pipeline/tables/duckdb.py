@@ -169,7 +169,11 @@ class DuckdbCommit(Committer):
                 "run the same command again"
             )
         layout = manifest.layout
-        if live.manifest is not None and live.manifest.layout != layout and not self.plan.takeover.reusable:
+        if (
+            live.manifest is not None
+            and live.manifest.layout != layout
+            and not self.plan.reuse.back_end.policy.same_fingerprint
+        ):
             connection.execute(f"DROP TABLE IF EXISTS {table}")  # vectors of another size
         columns = {name: _TYPES[kind] for name, kind in database_columns(layout).items()}
         columns["embedding"] = f"FLOAT[{layout.dimension}]"

@@ -9,12 +9,12 @@ from dataclasses import dataclass
 
 from pipeline.config import EmbedConfig
 from pipeline.files import create_file, delete_folder, exists, join, measure_files, read_checksum, read_text
-from pipeline.reuse.distributed import KnownFile
+from pipeline.reuse.copy import LiveFile
 from pipeline.reuse.journal import delete_journals
 from pipeline.signals import PUBLISHING
 from pipeline.sinks.index import Index, read_index
 from pipeline.sinks.layout import TableLayout
-from pipeline.sinks.readers import ROWS, FileReader, VectorFile, VectorReader, damaged
+from pipeline.sinks.readers import FileReader, VectorReader, damaged
 from pipeline.sinks.writing import RowFormat, Shard
 from pipeline.tables.commit import check_any_rows, complete, validate_snapshot
 from pipeline.tables.folder_table import FolderTable
@@ -74,11 +74,11 @@ class FolderStore(FolderTable):
     def committer(self, plan: CommitPlan) -> FolderCommit:
         return FolderCommit(plan)
 
-    def known_files(self, live: Manifest, lost: set[str]) -> list[KnownFile]:
-        """The live table's files for the distributed back end, but for the lost ones."""
+    def list_live_files(self, live: Manifest, lost: set[str]) -> list[LiveFile]:
+        """The live table's files with their indexes, except the lost ones."""
         root = snapshot_folder(self.work, live.snapshot)
         return [
-            KnownFile(VectorFile(join(root, file.name), ROWS, 0, file.rows), join(root, index.name))
+            LiveFile(join(root, file.name), file.rows, file.n_bytes, file.sha256, join(root, index.name))
             for file, index in zip(live.files, live.index_files, strict=True)
             if join(root, file.name) not in lost
         ]

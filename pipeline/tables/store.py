@@ -14,8 +14,8 @@ from pipeline.tables.manifest import Manifest
 if TYPE_CHECKING:  # what only a run needs
     import apache_beam as beam
 
-    from pipeline.reuse.distributed import JoinRule
-    from pipeline.reuse.look_up import Note, RecallRule
+    from pipeline.reuse.distributed import DistributedReuse
+    from pipeline.reuse.local import LocalReuse
     from pipeline.sinks.index import Index
     from pipeline.sinks.readers import VectorReader
     from pipeline.sinks.writing import DeadLetterFormat, RowFormat, Shard
@@ -23,19 +23,17 @@ if TYPE_CHECKING:  # what only a run needs
 
 
 @dataclass(frozen=True)
-class Takeover:
-    """What a run may take over from the live table.
+class ReusePlan:
+    """What a run may reuse of the live table and the journal.
 
     Attributes:
-      rule: of the back end that looks up what is known: the local one's index, or the distributed one's joins.
+      back_end: where known vectors are looked up, by the kind of engine; its `policy` says which may be reused.
       reader: how the live table's vectors are read; None if there is no live table.
-      reusable: whether they have the wanted fingerprint.
       live: size and checksum of the live table's files, by path; empty for databases.
     """
 
-    rule: RecallRule | JoinRule
+    back_end: LocalReuse | DistributedReuse
     reader: Optional[VectorReader] = None
-    reusable: bool = True
     live: dict[str, tuple[int, str]] = field(default_factory=dict)
 
 
@@ -45,14 +43,14 @@ class CommitPlan:
 
     Attributes:
       publication: the new state of the table.
-      takeover: what may be taken over.
+      reuse: what may be reused.
       form: how rows are written to files.
       shard_bytes: size at which a new file is begun.
       dead_letter_format: how dead letters are written.
     """
 
     publication: Publication
-    takeover: Takeover
+    reuse: ReusePlan
     form: RowFormat
     shard_bytes: int
     dead_letter_format: DeadLetterFormat
@@ -65,14 +63,14 @@ class Results(NamedTuple):
       shards: files of rows and dead letters.
       bundle_counts: what its stages have counted.
       spot_checks: rows that were encoded once more.
-      notes: what was recalled, from the local back end.
-      samples: rows that were taken over, for comparison with spot checks, from the distributed back end.
+      notes: paths of what the local back end has noted about documents that are not encoded.
+      samples: rows to compare spot checks with, from the distributed back end.
     """
 
     shards: Sequence[Shard]
     bundle_counts: Sequence[BundleCounts]
     spot_checks: Sequence[Row]
-    notes: Sequence[Note] = ()
+    notes: Sequence[str] = ()
     samples: Sequence[Row] = ()
 
 

@@ -9,7 +9,7 @@ import numpy as np
 
 from pipeline.errors import ValidationError
 from pipeline.records import Row
-from pipeline.reuse.index import KnownVectors
+from pipeline.reuse.index import VectorIndex
 from pipeline.sinks.index import read_index, whole_digest
 from pipeline.sinks.layout import Columns, TableLayout
 from pipeline.sinks.readers import VectorFile, VectorReader
@@ -113,7 +113,7 @@ def restore_row(columns: Columns, i: int, layout: TableLayout) -> np.ndarray:
 
 def compare_spot_checks(
     spot_checks: Sequence[Row],
-    known: KnownVectors,
+    known: VectorIndex,
     fresh: Sequence[tuple[VectorFile, Shard]],
     readers: dict[str, VectorReader],
     layout: TableLayout,

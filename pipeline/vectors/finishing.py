@@ -13,7 +13,7 @@ import numpy as np
 from pipeline import metrics
 from pipeline.bundles import end_bundle
 from pipeline.config import VectorConfig
-from pipeline.records import BundleCounts, Chunk, DeadLetter, Encoded, Encoding, Origin, Row, list_followers
+from pipeline.records import BundleCounts, Chunk, DeadLetter, Encoded, Encoding, Origin, Row
 from pipeline.vectors.storing import quantize_vectors, shape_vectors
 
 BATCHES_AHEAD = 2  # in the encoder, or waiting for it: batches come in bursts, as documents are tokenised many at once
@@ -92,7 +92,7 @@ def finish_chunks(results: list[Result], rule: VectorRule) -> Iterator[Row | Dea
     encoded = []
     for chunk, vector, error in results:
         if vector is None:
-            yield from _reject(chunk, "encoder_error", error)
+            yield _reject(chunk, "encoder_error", error)
         else:
             encoded.append((chunk, vector))
     good = []
@@ -100,9 +100,7 @@ def finish_chunks(results: list[Result], rule: VectorRule) -> Iterator[Row | Dea
         if is_finite:
             good.append((chunk, vector))
         else:
-            yield from _reject(
-                chunk, "not_finite", f"the vector holds {'NaN' if np.isnan(vector).any() else 'infinity'}"
-            )
+            yield _reject(chunk, "not_finite", f"the vector holds {'NaN' if np.isnan(vector).any() else 'infinity'}")
     if not good:
         return
     if rule.tokens:  # one row holds a matrix, and one scale serves all of it
@@ -112,25 +110,23 @@ def finish_chunks(results: list[Result], rule: VectorRule) -> Iterator[Row | Dea
     stored = (vector for matrix in matrices for vector in _store_vectors(matrix, rule.vectors.dtype))
     for (chunk, _), (data, scale, fits) in zip(good, stored, strict=True):
         if not fits:
-            yield from _reject(
-                chunk, "not_finite", "a number exceeds float16's 65504; use --dtype=float32 or --normalize"
-            )
+            yield _reject(chunk, "not_finite", "a number exceeds float16's 65504; use --dtype=float32 or --normalize")
             continue
-        n_tokens, n_chunks = _count_tokens(chunk, rule), chunk.n_chunks if rule.chunked else 1
-        for document in (chunk.document, *list_followers(chunk.document)):
-            yield Row(  # names would cost as much again
-                document.id,
-                chunk.number,
-                data,
-                scale,
-                n_tokens,
-                chunk.n_truncated,
-                chunk.content_hash,
-                document.kept,
-                document.text if rule.keep_text else None,
-                n_chunks,
-                document.origin.path,
-            )
+        document = chunk.document
+        yield Row(  # names would cost as much again
+            document.id,
+            chunk.number,
+            data,
+            scale,
+            _count_tokens(chunk, rule),
+            chunk.n_truncated,
+            chunk.content_hash,
+            document.kept,
+            document.text if rule.keep_text else None,
+            chunk.n_chunks if rule.chunked else 1,
+            document.origin.path,
+            document.shared,
+        )
 
 
 def _store_vectors(vectors: np.ndarray, dtype: str) -> Iterator[tuple[bytes, float, bool]]:
@@ -159,10 +155,9 @@ def _count_tokens(chunk: Chunk, rule: VectorRule) -> int | None:
     return chunk.n_content + 2 * chunk.n_chunks if rule.average else chunk.n_tokens
 
 
-def _reject(chunk: Chunk, reason: str, message: str) -> Iterator[DeadLetter]:
+def _reject(chunk: Chunk, reason: str, message: str) -> DeadLetter:
     where = f"chunk {chunk.number} of {chunk.n_chunks}: " if chunk.n_chunks > 1 else ""
-    for document in (chunk.document, *list_followers(chunk.document)):
-        yield DeadLetter.of("encode", reason, where + message, document, chunk.content_hash)
+    return DeadLetter.of("encode", reason, where + message, chunk.document, chunk.content_hash)
 
 
 class FinishVectors(beam.DoFn):

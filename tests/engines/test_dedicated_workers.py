@@ -131,12 +131,12 @@ def test_nothing_comes_together_as_a_whole_but_counts_and_names_of_files(tmp_pat
         if kind == "side input"
     }
     assert whole == {
-        "Read/FindDuplicates",  # them alone
-        "Carry/Distinct",  # files that were cut off
+        "Reuse/DecideById",  # incomplete files
+        "Reuse/CopyLiveRows",  # for a file of the live table: which of its rows go, and which have moved
         "Embed/Workers",  # spot checks, log N of N documents
-        "Recall/MeetByContent",  # as many samples
+        "Reuse/AnswerByContent",  # as many samples
         "Shards",
-        "Tallies",
+        "Counts",
     }
 
 
@@ -192,7 +192,6 @@ def test_no_shuffle_gathers_its_elements_under_one_key(tmp_path, monkeypatch):
         "ToDedicatedWorkers",
         "FromDedicatedWorkers",
         "GroupById",
-        "GroupIds",
     ):
         assert step in names
     assert max(shares.values()) < 0.3, shares

@@ -12,12 +12,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline.records import Document, Origin, Row, digest_id
-from pipeline.reuse import journal_writer, look_up
-from pipeline.reuse.distributed import read_journal, select_whole_rows
-from pipeline.reuse.index import SEGMENT, KnownVectors, build_known
+from pipeline.reuse import journal_writer, local
+from pipeline.reuse.by_content import unpack_known
+from pipeline.reuse.digests import DigestSet
+from pipeline.reuse.distributed import list_segment
+from pipeline.reuse.index import SEGMENT, VectorIndex, build_index
 from pipeline.reuse.journal import list_folder, read_segment, write_segment
 from pipeline.reuse.journal_writer import JournalWriter, flush_journals
-from pipeline.reuse.look_up import DigestSet, SpotCheckPicker, Wish
+from pipeline.reuse.merge import bare_rows
+from pipeline.reuse.requests import ReuseRequest
+from pipeline.reuse.spot_checks import SpotCheckPicker
 from pipeline.sinks.index import Index, SourceNumbers, index_rows
 from pipeline.sinks.readers import ROWS
 from tests.support.steps import SteppedTable, make_document
@@ -28,7 +32,7 @@ def make_row(name: str, text: int, chunk: int = 0, n_chunks: int = 1, source: st
     return Row(name, chunk, vector, 0.5, 3, None, f"{text:032x}", b"[1]", None, n_chunks, source)
 
 
-# Recalling
+# Looking up
 
 
 @given(st.lists(st.lists(st.integers(0, 40), max_size=12), max_size=12))
@@ -47,11 +51,11 @@ def test_a_set_of_digests_is_a_set(batches):
 
 
 def test_equal_texts_are_found_however_far_apart(tmp_path, monkeypatch):
-    monkeypatch.setattr(look_up, "BUFFERED_DOCUMENTS", 2)
+    monkeypatch.setattr(local, "BUFFERED_DOCUMENTS", 2)
     table = SteppedTable(str(tmp_path / "table"))
     outcome = table.run([make_document(str(i), f"text {i % 3}") for i in range(11)])
     assert outcome.encoded == ["text 0", "text 1", "text 2"] and len(outcome.rows) == 11
-    monkeypatch.setattr(look_up, "BUFFERED_CHARACTERS", 1)
+    monkeypatch.setattr(local, "BUFFERED_CHARACTERS", 1)
     again = table.run([make_document(str(i), f"text {i % 4}") for i in range(11)])
     assert again.encoded == ["text 3"] and len(again.rows) == 11
 
@@ -62,18 +66,18 @@ def test_probes_become_ever_fewer():
     assert picker.picks("encoded"), "every kind is counted by itself"
 
 
-@given(st.text(), st.none() | st.text(), st.none() | st.lists(st.integers(0, 2**60)))
-def test_a_wish_is_one_line(text, pair, rows):
+@given(st.text(st.characters()), st.none() | st.text(st.characters()))
+def test_a_request_is_one_line(text, pair):
     document = Document("an id", text, pair, '["é\n"]'.encode(), Origin("a\nfile", 7, "byte"))
-    line = Wish(document, "00" * 16, rows).to_line()
-    assert line.count(b"\n") == 1 and Wish.from_line(line) == (document, "00" * 16, rows)
+    line = ReuseRequest(document, "00" * 16).to_line()
+    assert line.count(b"\n") == 1 and ReuseRequest.from_line(line) == (document, "00" * 16)
 
 
 # The index
 
 
 @pytest.fixture
-def known(tmp_path) -> KnownVectors:
+def known(tmp_path) -> VectorIndex:
     """Rows of two files, segments that hold more, and a torn one."""
     files = {
         "first": [make_row("a", 1), make_row("b", 2, 0, 2, "b"), make_row("b", 2, 1, 2, "b")],
@@ -91,11 +95,11 @@ def known(tmp_path) -> KnownVectors:
         entries = index_rows(rows, sources)
         indexes.append((path, Index(entries, list(sources.paths))))
     (tmp_path / "index").mkdir()
-    build_known(str(tmp_path / "index"), indexes, [*segments, str(torn)], True)
-    return KnownVectors(str(tmp_path / "index"))
+    build_index(str(tmp_path / "index"), indexes, [*segments, str(torn)], True)
+    return VectorIndex(str(tmp_path / "index"))
 
 
-def find(known: KnownVectors, *texts: int) -> list[list[int]]:
+def find(known: VectorIndex, *texts: int) -> list[list[int]]:
     return [
         rows.tolist() for rows in known.find_contents(np.array([text.to_bytes(16, "big") for text in texts], "S16"))
     ]
@@ -124,21 +128,15 @@ def test_the_index_says_which_file_a_row_lies_in(known):
 
 def test_vectors_of_another_fingerprint_are_found_by_id_alone(tmp_path):
     entries = index_rows([make_row("a", 1)], SourceNumbers())
-    build_known(str(tmp_path), [("first", Index(entries, ["a"]))], [], False)
-    known = KnownVectors(str(tmp_path))
+    build_index(str(tmp_path), [("first", Index(entries, ["a"]))], [], False)
+    known = VectorIndex(str(tmp_path))
     assert find(known, 1) == [[]] and len(known.find_ids(np.array([digest_id("a")], "S16"))[0]) == 1
 
 
 def test_nothing_is_known_of_a_new_table(tmp_path):
-    build_known(str(tmp_path), [], [], False)
-    known = KnownVectors(str(tmp_path))
+    build_index(str(tmp_path), [], [], False)
+    known = VectorIndex(str(tmp_path))
     assert find(known, 1) == [[]] and known.count_live_ids() == 0
-
-
-def test_rows_of_one_text_are_whole_or_none():
-    rows = [make_row("a", 1, 2, 3), make_row("a", 1, 0, 3), make_row("b", 1, 0, 3), make_row("a", 1, 1, 3)]
-    assert [(row.id, row.chunk) for row in select_whole_rows(rows)] == [("a", 0), ("a", 1), ("a", 2)]
-    assert select_whole_rows(rows[:3]) == select_whole_rows([]) == []
 
 
 # The journal
@@ -161,7 +159,8 @@ def test_a_segment_gives_back_its_rows(tmp_path):
         "scale": [0.5, 0.5],
         "embedding": [b"longer than the first", rows[0].vector],
     }
-    assert list(read_journal(path)) == [row._replace(kept=b"", source="") for row in rows]
+    assert bare_rows(segment, np.arange(2)) == [row._replace(kept=b"", source="") for row in rows]
+    assert [unpack_known(place)[1:] for _, place in list_segment(path)] == [(0, 0, 1), (1, 1, 3)]
 
 
 def test_a_segment_that_is_torn_or_damaged_is_none(tmp_path):
@@ -172,7 +171,7 @@ def test_a_segment_that_is_torn_or_damaged_is_none(tmp_path):
         assert read_segment(str(path)) is None
     for place in range(0, len(data), 7):
         path.write_bytes(bytes([*data[:place], data[place] ^ 1, *data[place + 1 :]]))
-        assert read_segment(str(path)) is None and list(read_journal(str(path))) == []
+        assert read_segment(str(path)) is None and list(list_segment(str(path))) == []
     path.write_bytes(data)
     assert read_segment(str(path)) is not None
     path.unlink()
@@ -187,7 +186,8 @@ def test_a_journal_is_written_once_there_is_enough(tmp_path, monkeypatch):
     assert list_folder(str(tmp_path)) == []
     writer.add(make_row("c", 3))
     (path,) = list_folder(str(tmp_path))
-    assert [row.content_hash[-1] for row in read_journal(path)] == ["1", "2", "3"]
+    segment = read_segment(path)
+    assert segment is not None and [content[-1] for content in segment.records["content"].tolist()] == [1, 2, 3]
     writer.add(make_row("d", 4))
     flush_journals()  # as before the process ends
     assert len(list_folder(str(tmp_path))) == 2

@@ -94,10 +94,10 @@ def test_new_changed_moved_and_deleted_documents(folder):
     rows, manifest, encoded = embed(folder)
     assert encoded == ["a new document", "another text"]
     assert_official(rows, records)
-    recall, carry = manifest.counts["reuse"], manifest.counts["merge"]
-    assert (recall["documents"], recall["new"], recall["changed"], recall["unchanged"]) == (N + 2, 3, 1, N - 2)
-    assert (recall["reused"], recall["same_text"]) == (1, 1)
-    assert (carry["deleted"], carry["unchanged"], carry["stale"], carry["kept"]) == (1, N - 2, 0, 0)
+    reuse, merge = manifest.counts["reuse"], manifest.counts["merge"]
+    assert (reuse["documents"], reuse["new"], reuse["changed"], reuse["unchanged"]) == (N + 2, 3, 1, N - 2)
+    assert (reuse["reused"], reuse["same_text"]) == (1, 1)
+    assert (merge["deleted"], merge["stale"], merge["kept"]) == (1, 0, 0)
     assert manifest.counts["encode"]["rows"] == 2
     for key in set(rows) & set(old) - {("3", 0)}:
         assert np.array_equal(rows[key]["embedding"], old[key]["embedding"])  # copied, not computed
@@ -374,8 +374,8 @@ def test_other_engines_give_the_same_table(tmp_path, beam_flags):
     manifest = run_pipeline(tmp_path, beam_flags, **settings)
     rows = read_rows(str(tmp_path / "table"))
     assert_official(rows, records)
-    carry = manifest.counts["merge"]
-    assert (carry["deleted"], carry["unchanged"], carry["stale"]) == (2, N - 4, 0)
+    merge = manifest.counts["merge"]
+    assert (merge["deleted"], merge["stale"], manifest.counts["reuse"]["unchanged"]) == (2, 0, N - 4)
     assert 3 <= manifest.counts["encode"]["rows"] <= 7  # equal texts once in each process, or each bundle
     assert list_snapshots(tmp_path / "table")[-1] == manifest.snapshot
     assert not list((tmp_path / "table" / "attempts").iterdir())

@@ -78,7 +78,7 @@ def test_nothing_that_grows_with_the_corpus_crosses_between_stages(settings, tmp
     assert growing == {
         "ReadSplit).None",
         "ReadSplit).dead_letters",
-        "RecallDocuments).None",
+        "LookUpDocuments).None",
         "SplitDocuments).None",
         "SplitDocuments).dead_letters",
         "CollectBatches).None",
@@ -102,15 +102,15 @@ def test_only_splits_paths_finished_files_and_counts_cross(id_field, tmp_path):
         *scans,
         *(("Flatten", f"{writer}/WriteRecords") for writer in writers),  # files and counts
         ("Flatten", "Read/Read"),
-        ("Flatten", "Recall/RecallDocuments"),
-        ("side input", "Recall/RecallDocuments"),  # the notes' paths
+        ("Flatten", "LookUp/LookUpDocuments"),
+        ("side input", "LookUp/LookUpDocuments"),  # the notes' paths
         ("side input", "Embed/Finish"),  # the spot checks
         ("Flatten", "Preprocess/SplitDocuments"),
         ("Flatten", "Embed/Batch"),
         ("Flatten", "Embed/Finish"),
-        ("Flatten", "Embed/Tallies"),
+        ("Flatten", "Embed/Counts"),
         ("side input", "Shards"),
-        ("side input", "Tallies"),
+        ("side input", "Counts"),
     }
 
 
@@ -119,7 +119,7 @@ def test_everything_from_reading_to_writing_is_one_fused_stage(tmp_path):
     (reading,) = (stage for stage in stages if any("ParDo(ReadSplit)" in t.unique_name for t in stage.transforms))
     names = "\n".join(transform.unique_name for transform in reading.transforms)
     for step in (
-        "RecallDocuments",
+        "LookUpDocuments",
         "WriteJournal",
         "SplitDocuments",
         "CollectBatches",
@@ -152,7 +152,7 @@ def test_the_search_finds_what_must_not_be(kind, tmp_path, monkeypatch):
     monkeypatch.setattr(CrossingPreprocess, "kind", kind)
     monkeypatch.setattr(pipeline.embed, "Preprocess", CrossingPreprocess)
     found = find_large_crossings(build_proto(tmp_path))
-    assert ("Recall/RecallDocuments/ParDo(RecallDocuments).None", kind) in found
+    assert ("LookUp/LookUpDocuments/ParDo(LookUpDocuments).None", kind) in found
 
 
 # --- what is imported when -------------------------------------------------------------------------------------------

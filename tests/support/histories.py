@@ -10,7 +10,7 @@ from apache_beam.options.pipeline_options import PipelineOptions
 
 from pipeline.engines.runner import make_runner
 from pipeline.files import make_folder
-from pipeline.reuse.distributed import JoinRule
+from pipeline.reuse.distributed import DistributedReuse
 from pipeline.run.job import prepare_job, run_job, scratch_folder
 from pipeline.run.resolve import resolve
 from pipeline.tables.manifest import Manifest, open_table
@@ -45,6 +45,6 @@ def run_joined(folder: Path, **settings: Any) -> Manifest:
     make_folder(resolved.store.work)
     with scratch_folder(resolved.store.work, name) as scratch:
         job = prepare_job(resolved, name, time.time(), True, scratch)
-        assert isinstance(job.commit_plan.takeover.rule, JoinRule)
+        assert isinstance(job.commit_plan.reuse.back_end, DistributedReuse)
         run_job(job, make_runner(options), options)
     return open_table(config.write.output)[0]

@@ -24,15 +24,15 @@ from apache_beam.options.pipeline_options import PipelineOptions
 from apache_beam.pvalue import TaggedOutput
 from apache_beam.utils.windowed_value import WindowedValue
 
-from pipeline.config import EmbedConfig, ReindexConfig, VectorConfig
+from pipeline.config import EmbedConfig, ReindexConfig, VectorConfig, WriteConfig
 from pipeline.engines.runner import make_runner
 from pipeline.files import make_folder
 from pipeline.preprocess.chunking import hash_content
 from pipeline.records import BundleCounts, Chunk, DeadLetter, Document, Origin, Row
-from pipeline.reuse import distributed
+from pipeline.reuse import by_content, by_id, copy, distributed, wire
 from pipeline.reuse.journal import journal_folder, list_folder, write_segment
-from pipeline.reuse.look_up import RecallDocuments
-from pipeline.run.resolve import prepare_joins, prepare_takeover
+from pipeline.reuse.local import LookUpDocuments
+from pipeline.run.resolve import prepare_distributed_reuse, prepare_local_reuse
 from pipeline.sinks.layout import TableLayout
 from pipeline.sinks.writing import DeadLetterFormat, RowFormat, Shard, ShardWriter
 from pipeline.tables.attempts import abandon_attempt, sweep_dead_attempts
@@ -41,7 +41,7 @@ from pipeline.tables.commit import Commit
 from pipeline.tables.folder import FolderStore
 from pipeline.tables.manifest import Manifest, attempts_folder, snapshot_folder
 from pipeline.tables.publish import Publication, build_manifest, make_live, name_snapshot, place_files
-from pipeline.tables.store import CommitPlan, Committer, Results, Store, Takeover, open_store
+from pipeline.tables.store import CommitPlan, Committer, Results, ReusePlan, Store, open_store
 from pipeline.vectors.finishing import VectorRule, finish_chunks
 from tests.support.tables import Rows, read_rows
 
@@ -75,7 +75,7 @@ class Outcome(NamedTuple):
     spot_checks: list[str]
 
     def count(self, *names: str) -> dict[str, int]:
-        """Counts of the recalling and the carrying by name; what was not counted is 0."""
+        """Counts of documents and rows by name; what was not counted is 0."""
         counts = self.manifest.counts["merge"] | self.manifest.counts["reuse"]
         return {name: int(counts.get(name, 0)) for name in names}
 
@@ -126,28 +126,32 @@ class SteppedTable:
           documents: those that could be read.
           dead_letters: of those that could not.
           fails: texts on which the encoder fails.
-          bundles: in which documents are recalled.
+          bundles: in which documents are looked up.
           dies: whether the run leaves everything as it is when it fails, as a process does that is killed.
           max_dead_fraction: as the flag.
           reindex: fields of `ReindexConfig`; deletions stop nothing by default.
         """
         documents = list(documents)
         store, name = open_store(self.output, self.work_dir), name_snapshot()
-        config = EmbedConfig(reindex=ReindexConfig(**{"max_delete_fraction": 1.0, **reindex}))
+        config = EmbedConfig(
+            reindex=ReindexConfig(**{"max_delete_fraction": 1.0, **reindex}),
+            write=WriteConfig(shard_bytes=self.shard_bytes),
+        )
         # The disk needs no time to make sure of what a test throws away.
         with tempfile.TemporaryDirectory() as scratch, mock.patch("os.fsync"):
             make_folder(store.work)
             sweep_dead_attempts(store.work)
             live, version = store.read_live()
-            plan = self._plan(store, live, version, name, config, scratch, max_dead_fraction)
+            inputs = sorted({document.origin.path for document in documents})
+            plan = self._plan(store, live, version, name, config, scratch, max_dead_fraction, inputs)
             attempt = Attempt(self, plan, fails)
             self.encoded = attempt.encoded
             read = BundleCounts.of("read", {"records": len(documents) + len(dead_letters)})
             try:
                 found = (
-                    attempt.join(documents, dead_letters)
+                    attempt.run_distributed(documents, dead_letters)
                     if self.joins
-                    else attempt.recall(documents, dead_letters, bundles)
+                    else attempt.run_local(documents, dead_letters, bundles)
                 )
                 commit(store.committer(plan), found._replace(bundle_counts=[read, *found.bundle_counts]))
             except BaseException:
@@ -167,23 +171,25 @@ class SteppedTable:
         config: EmbedConfig,
         scratch: str,
         max_dead_fraction: float,
+        inputs: Sequence[str],
     ) -> CommitPlan:
         files = SimpleNamespace(output_format=self.output_format, compression=self.compression)
         form = store.choose_form(SimpleNamespace(write=files), self.layout)
         fingerprint = hashlib.sha256(self.model.encode()).hexdigest()
         wanted: Any = SimpleNamespace(fingerprint=fingerprint, split=SimpleNamespace(prefix=self.prefix))
-        takeover: Takeover
+        reuse: ReusePlan
         if self.joins:
-            takeover = prepare_joins(store, live, wanted, form, config)
+            folder = attempts_folder(store.work, name)
+            reuse = prepare_distributed_reuse(store, live, wanted, form, folder, inputs, config)
         else:
-            takeover = prepare_takeover(store, live, wanted, form, scratch, config.reindex.verify_live)
+            reuse = prepare_local_reuse(store, live, wanted, form, scratch, config)
         facts = {"file_format": form.name, "compression": form.compression, "layout": form.layout}
         facts |= {"embeam": "0", "fingerprint": fingerprint, "identity": {"model": self.model}, "settings": {}}
         previous = live.snapshot if live else ""
         publication = Publication(
             store.work, name, previous, version, time.time(), facts, max_dead_fraction, config.reindex
         )
-        return CommitPlan(publication, takeover, form, self.shard_bytes, DeadLetterFormat("full"))
+        return CommitPlan(publication, reuse, form, self.shard_bytes, DeadLetterFormat("full"))
 
 
 class Attempt:
@@ -204,42 +210,75 @@ class Attempt:
         for folder in (self._folder, self._journal):
             make_folder(folder)
 
-    def recall(self, documents: list[Document], dead_letters: Sequence[DeadLetter], n_bundles: int) -> Results:
-        """The local back end: what is known leaves the stream as notes."""
+    def run_local(self, documents: list[Document], dead_letters: Sequence[DeadLetter], n_bundles: int) -> Results:
+        """The local back end: documents that are not encoded leave the stream as notes."""
         found = Outputs()
         for numbers in np.array_split(np.arange(len(documents)), n_bundles):
-            step = RecallDocuments(self._plan.takeover.rule)
-            step.setup()
-            found.add_bundle(step, [documents[i] for i in numbers])
+            found.add_bundle(LookUpDocuments(self._plan.reuse.back_end), [documents[i] for i in numbers])
         rows, spot_checks, dead = self._encode(found["main"])
         dead_letters = [*dead_letters, *dead]
         bundle_counts = [*found["bundle_counts"], count_letters(dead_letters)]
         return Results(self._write(rows, dead_letters), bundle_counts, spot_checks, notes=found["notes"])
 
-    def join(self, documents: list[Document], dead_letters: Sequence[DeadLetter]) -> Results:
-        """The back end of distributed engines: documents and rows meet by content, then by id."""
-        rule = self._plan.takeover.rule
-        by_content, by_id = Outputs(), Outputs()
-        groups = group(
-            known=flatten(distributed.read_known_by_content(file, rule) for file in rule.files if rule.reusable),
-            journal=flatten(map(distributed.read_journal_by_content, list_folder(rule.journal))),
-            documents=(distributed._key_by_content(one, rule.prefix) for one in documents),
+    def run_distributed(self, documents: list[Document], dead_letters: Sequence[DeadLetter]) -> Results:
+        """The back end of distributed engines: what has one id or one text meets, in the order of the graph."""
+        reuse = self._plan.reuse.back_end
+        numbers = range(len(reuse.files))
+        packer = wire.DocumentPacker(reuse.inputs)
+        compared = Outputs()
+        live = flatten(distributed.list_live(i, reuse) for i in numbers)
+        step = by_id.CompareDocuments(reuse.policy, reuse.inputs, reuse.prefix)
+        compared.add_bundle(step, group(map(packer.pack, documents), live))
+        decided = Outputs()
+        known = flatten(distributed.list_known(i, reuse) for i in numbers if reuse.policy.same_fingerprint)
+        decided.add_bundle(
+            by_content.DecideTexts(reuse.inputs, reuse.keep_text),
+            group(
+                (by_content.key_document(document, reuse.prefix, packer) for document in compared["main"]),
+                known,
+                flatten(map(distributed.list_segment, list_folder(reuse.journal))),
+                (distributed.mark_unseen(*one) for one in compared["unseen"]),
+            ),
         )
-        by_content.add_bundle(distributed.MeetByContent(rule), groups)
-        fresh, spot_checks, dead = self._encode(by_content["main"])
-        rows, dead_letters = [*fresh, *by_content["rows"]], [*dead_letters, *dead]
-        groups = group(
-            live=flatten(map(distributed.ListLive(rule).process, range(len(rule.files)))),
-            fresh=map(distributed._key_row, rows),
-            dead=flatten(map(distributed._key_dead_letter, dead_letters)),
-            moved=by_content["moved"],
+        encoded, spot_checks, dead = self._encode([*decided["main"], *compared["spot_checks"]])
+        answered = Outputs()
+        wanted = combine([*compared["wanted"], *decided["wanted"]], copy.CollectRows())
+        reused = flatten(copy.read_wanted(one, reuse.files, reuse.reader, reuse.form.layout) for one in wanted.items())
+        answered.add_bundle(
+            by_content.AnswerRequests(reuse.keep_text),
+            group(
+                map(by_content.key_vector, [*reused, *(row for row in encoded if row.shared)]),
+                (by_content.key_letter(letter) for letter in dead if letter.shared),
+                compared["requests"],
+                decided["requests"],
+            ),
         )
-        blind = list(dict.fromkeys(flatten(map(distributed._blind_file, dead_letters))))
-        by_id.add_bundle(distributed.MeetById(rule.keeps_deleted, rule.reusable), groups, blind)
-        for file, numbers in group(rows=by_id["main"]):
-            rows += distributed.ReadCarried(rule).process((file, numbers["rows"]))
-        bundle_counts = [*by_content["bundle_counts"], *by_id["bundle_counts"], count_letters(dead_letters)]
-        return Results(self._write(rows, dead_letters), bundle_counts, spot_checks, samples=by_content["samples"])
+        rows = [*encoded, *answered["main"]]
+        dead_letters = [*dead_letters, *dead, *compared["dead_letters"], *answered["dead_letters"]]
+        dropped = Outputs()
+        incomplete = list(dict.fromkeys(flatten(map(by_id.find_incomplete, dead_letters))))
+        marks = (map(by_id.mark_new, rows), flatten(map(by_id.mark_dead, dead_letters)))
+        groups = group(compared["open_rows"], decided["moved"], *marks)
+        dropped.add_bundle(by_id.DecideRows(reuse.policy), groups, incomplete)
+        copied = Outputs()
+        sides = [
+            {i: [values[i]] if i in values else [] for i in numbers}
+            for values in (
+                combine(dropped["main"], copy.CollectRows()),
+                combine(compared["sources"], copy.CollectMoves()),
+            )
+        ]
+        own = (reuse.form, reuse.folder, reuse.shard_bytes)
+        step = copy.CopyRows(reuse.files, reuse.reader, *own, reuse.inputs, reuse.policy.rows_stay)
+        if reuse.policy.same_fingerprint:
+            copied.add_bundle(step, copy.group_files(reuse.files, reuse.shard_bytes), *sides)
+        counts = flatten(outputs["bundle_counts"] for outputs in (compared, decided, dropped, copied))
+        return Results(
+            [*self._write(rows, dead_letters), *copied["main"]],
+            [*counts, count_letters(dead_letters)],
+            spot_checks,
+            samples=answered["samples"],
+        )
 
     def _encode(self, documents: Iterable[Document]) -> tuple[list[Row], list[Row], list[DeadLetter]]:
         """Rows, those of spot checks, and dead letters; every row goes into the journal at once."""
@@ -301,6 +340,7 @@ class Outputs:
         self._outputs: dict[str, list[Any]] = {}
 
     def add_bundle(self, step: Any, elements: Iterable[Any], *sides: Any) -> None:
+        step.setup()
         step.start_bundle()
         for element in elements:
             self._take(step.process(element, *sides))
@@ -330,13 +370,23 @@ def commit(committer: Committer, results: Results) -> None:
         _ = pipeline | Commit(committer, collections)
 
 
-def group(**collections: Iterable[tuple[Any, Any]]) -> list[tuple[Any, dict[str, list[Any]]]]:
-    """What Beam's CoGroupByKey gives."""
-    groups: dict[Any, dict[str, list[Any]]] = {}
-    for name, pairs in collections.items():
-        for key, value in pairs:
-            groups.setdefault(key, {other: [] for other in collections})[name].append(value)
+def group(*collections: Iterable[tuple[Any, Any]]) -> list[tuple[Any, list[Any]]]:
+    """What Beam's GroupByKey gives for some collections together."""
+    groups: dict[Any, list[Any]] = {}
+    for key, value in flatten(collections):
+        groups.setdefault(key, []).append(value)
     return list(groups.items())
+
+
+def combine(pairs: Iterable[tuple[Any, Any]], combiner: beam.CombineFn) -> dict[Any, Any]:
+    """What Beam's CombinePerKey gives, with an accumulator for every two values."""
+    combined = {}
+    for key, values in group(pairs):
+        accumulators = [
+            combiner.add_inputs(combiner.create_accumulator(), values[i : i + 2]) for i in range(0, len(values), 2)
+        ]
+        combined[key] = combiner.extract_output(combiner.merge_accumulators(accumulators))
+    return combined
 
 
 def write_shards(

@@ -163,7 +163,7 @@ def test_a_history_gives_the_rows_that_a_folder_has(database, tmp_path):
         assert_same_rows(rows, expected)
         assert manifest.rows == folder_manifest.rows == len(rows)
         assert manifest.counts["reuse"] == folder_manifest.counts["reuse"]
-        for name in ("deleted", "stale", "unchanged"):
+        for name in ("deleted", "stale"):
             assert manifest.counts["merge"][name] == folder_manifest.counts["merge"][name], name
     assert manifest.counts["encode"]["rows"] == 2  # changed and new; the long one is a dead letter
     assert manifest.counts["merge"] | {"deleted": 7, "stale": 1} == manifest.counts["merge"]

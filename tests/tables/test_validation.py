@@ -10,7 +10,7 @@ import pytest
 
 from pipeline.errors import ValidationError
 from pipeline.records import Row
-from pipeline.reuse.requests import number_files
+from pipeline.reuse.complete import number_files
 from pipeline.sinks.index import SourceNumbers, index_rows
 from pipeline.sinks.layout import TableLayout
 from pipeline.sinks.readers import FileReader

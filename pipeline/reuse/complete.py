@@ -1,0 +1,228 @@
+"""From notes to rows: how a run on the local engine ends.
+
+Everything that grows with the corpus is read from files block by block. What stays in memory is, for each live row, a
+mark and the number of its source, and 16 bytes for each text that documents share.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from pipeline.errors import RunError
+from pipeline.records import DeadLetter
+from pipeline.reuse.dead_letters import DeadLetterFacts
+from pipeline.reuse.decide import KEPT_ACTIONS, ROW_COUNTS, ReusePolicy, RowFacts, decide_rows
+from pipeline.reuse.digests import DigestSet, is_in
+from pipeline.reuse.index import VectorIndex
+from pipeline.reuse.local import MARK, marks_file
+from pipeline.reuse.requests import REUSED, WAITING, WANTED, RequestFiles, ReuseRequest, WantedRows, read_blocks
+from pipeline.sinks.index import read_bytes, read_index, unpack_records
+from pipeline.sinks.readers import VectorFile
+from pipeline.sinks.writing import Shard, ShardWriter
+
+FRESH = "fresh"  # the kind of this run's own files
+_PLACE = np.dtype([("content", "S16"), ("chunk", "<u4"), ("row", "<u8")])
+_BLOCK = 1 << 15
+_WRITTEN_LETTERS = 256
+
+
+@dataclass(frozen=True)
+class LiveDecisions:
+    """What happens to the live rows.
+
+    Attributes:
+      actions: `[n_live]` uint8 of `RowAction`.
+      source: `[n_live]` number of the file that each row's document comes from now.
+      sources: those files.
+      counts: documents by action.
+    """
+
+    actions: np.ndarray
+    source: np.ndarray
+    sources: list[str]
+    counts: Counter[str]
+
+    @property
+    def kept(self) -> np.ndarray:
+        """Which rows `[n_live]` stay in the table."""
+        return np.isin(self.actions, KEPT_ACTIONS)
+
+
+@dataclass(frozen=True)
+class RequestPlan:
+    """Where the vectors for a run's requests are.
+
+    Attributes:
+      lines: the files of the requests.
+      wanted: the rows that are wanted, known and fresh ones.
+      moved: ascending content hashes of known rows that are wanted.
+      dead_ids: ascending digests of the ids of documents with a dead letter and without a new row.
+      dead_shards: files with the dead letters of documents whose text is that of one that could not be embedded.
+      dead_counts: those dead letters by reason.
+      n_dead: those documents.
+    """
+
+    lines: list[str]
+    wanted: WantedRows
+    moved: np.ndarray
+    dead_ids: np.ndarray
+    dead_shards: list[Shard]
+    dead_counts: Counter[str]
+    n_dead: int
+
+
+def list_shared(notes: Iterable[str]) -> np.ndarray:
+    """Ascending content hashes `[n]` of the texts that documents wait for."""
+    shared = DigestSet()
+    for note in notes:
+        for block in read_blocks(RequestFiles.of(note).waiting, WAITING):
+            shared.add(block["content"])
+    return shared.sorted()
+
+
+def plan_requests(
+    notes: Sequence[str],
+    index: VectorIndex,
+    fresh: Sequence[tuple[VectorFile, Shard]],
+    shared: np.ndarray,
+    dead: DeadLetterFacts,
+    dead_writer: ShardWriter,
+) -> RequestPlan:
+    """Finds the rows for all requests of a run, and writes dead letters for those that get none.
+
+    Args:
+      notes: paths of the bundles' notes.
+      index: of known vectors.
+      fresh: this run's files of new rows, numbered on from the known ones.
+      shared: from `list_shared`.
+      dead: what the run's dead letters say.
+      dead_writer: where more dead letters are written.
+
+    Raises:
+      RunError: if a text was neither encoded nor rejected.
+    """
+    places = _find_shared(fresh, shared, dead)
+    wanted = WantedRows(index.folder, len(index.entries) + sum(file.rows for file, _ in fresh))
+    moved, dead_ids, dead_counts = DigestSet(), [np.empty(0, "S16")], Counter[str]()
+    n_dead = 0
+    for number, note in enumerate(notes):
+        files = RequestFiles.of(note)
+        for block in read_blocks(files.reused, REUSED):
+            wanted.add(_want(block["row"], number, block["offset"]))
+            dead.mark_embedded(block["id"])
+            moved.add(index.entries["content"][block["row"].astype(np.int64)])
+        with open(files.lines, "rb") as lines:
+            for block in read_blocks(files.waiting, WAITING):
+                low, high = (np.searchsorted(places["content"], block["content"], side) for side in ("left", "right"))
+                which = np.repeat(np.arange(len(block)), high - low)
+                begins = np.repeat(low - np.concatenate([[0], np.cumsum(high - low)[:-1]]), high - low)
+                rows = places["row"][np.arange(len(which)) + begins]
+                wanted.add(_want(rows, number, block["offset"][which]))
+                dead.mark_embedded(block["id"][high > low])
+                has_letters = dead.has(block["content"])
+                n_dead += int(has_letters.sum())
+                dead_ids.append(block["id"][has_letters & (high == low)])
+                for letters in _repeat_letters(block["offset"][has_letters], lines, dead):
+                    dead_counts.update(letter.reason for letter in letters)
+                    dead_writer.write(letters)
+    wanted.finish()
+    ids = np.unique(np.concatenate([*dead_ids, dead.dead_ids()]))
+    lines_paths = [RequestFiles.of(note).lines for note in notes]
+    return RequestPlan(lines_paths, wanted, moved.sorted(), ids, dead_writer.finish(), dead_counts, n_dead)
+
+
+def _find_shared(fresh: Sequence[tuple[VectorFile, Shard]], shared: np.ndarray, dead: DeadLetterFacts) -> np.ndarray:
+    """The new rows with shared texts: `[n]` of _PLACE, one for each content and chunk, sorted by them."""
+    found = [np.empty(0, _PLACE)]
+    for file, shard in fresh:
+        entries = read_index(shard.index_path).entries
+        dead.mark_embedded(entries["id"])
+        hits = np.flatnonzero(is_in(entries["content"], shared))
+        block = np.empty(len(hits), _PLACE)
+        block["content"], block["chunk"] = entries["content"][hits], entries["chunk"][hits]
+        block["row"] = hits + file.first
+        found.append(block)
+    places = np.concatenate(found)
+    _, first = np.unique(places[["content", "chunk"]], return_index=True)
+    places = places[first]
+    lost = shared[~is_in(shared, places["content"])]
+    if not dead.has(lost).all():
+        raise RunError("a vector was lost between encoding and publishing; run the same command again")
+    return places
+
+
+def _want(rows: np.ndarray, file: int, offsets: np.ndarray) -> np.ndarray:
+    wanted = np.empty(len(rows), WANTED)
+    wanted["row"], wanted["file"], wanted["offset"] = rows, file, offsets
+    return wanted
+
+
+def _repeat_letters(offsets: np.ndarray, lines: object, dead: DeadLetterFacts) -> Iterator[list[DeadLetter]]:
+    """Dead letters for the requests at some places, some hundreds at a time."""
+    letters: list[DeadLetter] = []
+    for offset in offsets.tolist():
+        lines.seek(offset)  # type: ignore[attr-defined]
+        letters += dead.repeat(*ReuseRequest.from_line(lines.readline()))  # type: ignore[attr-defined]
+        if len(letters) >= _WRITTEN_LETTERS:
+            yield letters
+            letters = []
+    if letters:
+        yield letters
+
+
+def decide_live(
+    index: VectorIndex,
+    notes: Iterable[str],
+    dead_ids: np.ndarray,
+    incomplete: set[str],
+    moved: np.ndarray,
+    policy: ReusePolicy,
+) -> LiveDecisions:
+    """Decides what happens to every live row.
+
+    Args:
+      index: of known vectors.
+      notes: paths of the bundles' notes.
+      dead_ids: ascending digests of the ids of documents with a dead letter and without a new row.
+      incomplete: input files that have records which could not be told.
+      moved: ascending content hashes of known rows whose vectors other rows take.
+      policy: what may be reused.
+    """
+    n = index.n_live
+    seen, unchanged, actions = np.zeros(n, bool), np.zeros(n, bool), np.zeros(n, np.uint8)
+    source, sources = index.entries["source"][:n].copy(), list(index.sources)
+    for note in notes:
+        marks, names = unpack_records(read_bytes(marks_file(note)), MARK)
+        seen[marks["row"]] = True
+        unchanged[marks["row"]] = marks["unchanged"]
+        source[marks["row"]] = marks["source"] + len(sources)
+        sources += names
+    is_incomplete = np.array([path in incomplete for path in sources] or [False])
+    counts = Counter[str](dict.fromkeys(ROW_COUNTS, 0))
+    for rows in index.blocks_by_id(_BLOCK):
+        ids, content = index.entries["id"][rows], index.entries["content"][rows]
+        facts = RowFacts(
+            id=ids,
+            unchanged=unchanged[rows],
+            seen=seen[rows],
+            dead=is_in(ids, dead_ids),
+            incomplete=is_incomplete[source[rows]],
+            moved=is_in(content, moved),
+        )
+        decisions = decide_rows(facts, policy)
+        actions[rows] = decisions.actions
+        counts.update(decisions.counts)
+    return LiveDecisions(actions, source, sources, counts)
+
+
+def number_files(fresh: Sequence[Shard], first: int) -> list[VectorFile]:
+    """The files of new rows, numbered on from the known ones."""
+    files = []
+    for shard in fresh:
+        files.append(VectorFile(shard.path, FRESH, first, shard.rows))
+        first += shard.rows
+    return files

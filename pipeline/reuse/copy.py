@@ -1,0 +1,190 @@
+"""Live rows that stay, file by file on the workers of a distributed engine: no vector of theirs crosses a shuffle."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import apache_beam as beam
+import numpy as np
+from apache_beam.pvalue import TaggedOutput
+
+from pipeline.records import BundleCounts, Row
+from pipeline.reuse.journal import read_segment
+from pipeline.reuse.merge import MAX_SMALL_FILES, KeptRows, bare_rows, convert_rows
+from pipeline.reuse.wire import unpack_rows
+from pipeline.sinks.index import Index, read_index
+from pipeline.sinks.layout import TableLayout
+from pipeline.sinks.readers import ROWS, VectorFile, VectorReader
+from pipeline.sinks.writing import RowFormat, ShardWriter
+
+MOVE = np.dtype([("row", "<u4"), ("source", "<u4")])
+
+
+class LiveFile(NamedTuple):
+    """A file of the live table.
+
+    Attributes:
+      path: of the file.
+      rows: how many it has.
+      n_bytes: its size.
+      sha256: its checksum.
+      index_path: of the file with the index of its rows.
+    """
+
+    path: str
+    rows: int
+    n_bytes: int
+    sha256: str
+    index_path: str
+
+    @property
+    def vectors(self) -> VectorFile:
+        return VectorFile(self.path, ROWS, 0, self.rows)
+
+
+class CollectRows(beam.CombineFn):
+    """Numbers of rows -> their bitmap: an eighth of a byte for each row of a file."""
+
+    def create_accumulator(self) -> bytearray:
+        return bytearray()
+
+    def add_input(self, bitmap: bytearray, row: int) -> bytearray:
+        if len(bitmap) <= row >> 3:
+            bitmap.extend(bytes((row >> 3) + 1 - len(bitmap)))
+        bitmap[row >> 3] |= 1 << (row & 7)
+        return bitmap
+
+    def merge_accumulators(self, bitmaps: Iterable[bytearray]) -> bytearray:
+        merged = np.zeros(0, np.uint8)
+        for bitmap in bitmaps:
+            other = np.frombuffer(bytes(bitmap), np.uint8)
+            short, long = sorted((merged, other), key=len)
+            merged = long.copy()
+            merged[: len(short)] |= short
+        return bytearray(merged.tobytes())
+
+    def extract_output(self, bitmap: bytearray) -> bytes:
+        return bytes(bitmap)
+
+
+class CollectMoves(beam.CombineFn):
+    """(row, number of an input file) -> records of MOVE as bytes."""
+
+    def create_accumulator(self) -> bytearray:
+        return bytearray()
+
+    def add_input(self, moves: bytearray, move: tuple[int, int]) -> bytearray:
+        moves += np.array([move], MOVE).tobytes()
+        return moves
+
+    def merge_accumulators(self, moves: Iterable[bytearray]) -> bytearray:
+        return bytearray(b"".join(moves))
+
+    def extract_output(self, moves: bytearray) -> bytes:
+        return bytes(moves)
+
+
+def group_files(files: Sequence[LiveFile], shard_bytes: int) -> list[tuple[int, ...]]:
+    """What one worker copies in one go: numbers of files. Small files go together if there are too many of them."""
+    small = [i for i, file in enumerate(files) if file.n_bytes < shard_bytes // 4]
+    if len(small) <= MAX_SMALL_FILES:
+        return [(i,) for i in range(len(files))]
+    groups: list[tuple[int, ...]] = [(i,) for i in range(len(files)) if i not in set(small)]
+    together: list[int] = []
+    n_bytes = 0
+    for i in small:
+        if together and n_bytes + files[i].n_bytes > shard_bytes:
+            groups.append(tuple(together))
+            together, n_bytes = [], 0
+        together.append(i)
+        n_bytes += files[i].n_bytes
+    return [*groups, tuple(together)]
+
+
+class CopyRows(beam.DoFn):
+    """Numbers of files of the live table -> files with the rows that stay; a whole file that stays is linked.
+
+    Args:
+      files: of the live table.
+      reader: of these files; None if there are none.
+      form: how rows are written.
+      folder: where to.
+      shard_bytes: size at which a new file is begun.
+      inputs: paths of the input files.
+      copies: whether rows can be copied as they are stored.
+    """
+
+    def __init__(
+        self,
+        files: Sequence[LiveFile],
+        reader: VectorReader | None,
+        form: RowFormat,
+        folder: str,
+        shard_bytes: int,
+        inputs: Sequence[str],
+        copies: bool,
+    ) -> None:
+        self._files = files
+        self._reader = reader
+        self._form = form
+        self._folder = folder
+        self._shard_bytes = shard_bytes
+        self._inputs = inputs
+        self._copies = copies
+
+    def process(
+        self,
+        numbers: tuple[int, ...],
+        dropped: Mapping[int, Iterable[bytes]],
+        moves: Mapping[int, Iterable[bytes]],
+    ) -> Iterator[Any]:
+        """Takes some files, for each file the bitmap of the rows that do not stay, and records of MOVE."""
+        assert self._reader is not None
+        counts: Counter[str] = Counter()
+        writer = ShardWriter(self._folder, self._form, self._shard_bytes)
+        kept = KeptRows(self._reader, writer, self._form.layout, counts, self._copies)
+        for number in numbers:
+            file = self._files[number]
+            keeps = np.ones(file.rows, bool)
+            for bitmap in dropped[number]:
+                keeps[unpack_rows(bitmap)] = False
+            counts["kept_rows"] += int(keeps.sum())
+            index = self._read_index(file, moves[number])
+            if self._copies and keeps.all() and len(numbers) == 1:
+                yield kept.link(file.vectors, index, file.n_bytes, file.sha256)
+            elif keeps.any():
+                for stored in self._reader.read(file.vectors, np.flatnonzero(keeps)):
+                    positions = np.flatnonzero(keeps[stored.numbers])
+                    kept.write(stored, positions, Index(index.entries[stored.numbers[positions]], index.sources))
+        yield from writer.finish()
+        yield TaggedOutput("bundle_counts", BundleCounts.of("merge", dict(counts)))
+
+    def _read_index(self, file: LiveFile, moves: Iterable[bytes]) -> Index:
+        index = read_index(file.index_path)
+        entries, sources = index.entries.copy(), list(index.sources)
+        for data in moves:
+            some = np.frombuffer(data, MOVE)
+            entries["source"][some["row"]] = some["source"] + len(sources)
+        return Index(entries, [*sources, *self._inputs])
+
+
+def read_wanted(
+    wanted: tuple[int | str, bytes], files: Sequence[LiveFile], reader: VectorReader | None, layout: TableLayout
+) -> Iterator[Row]:
+    """The rows of a file whose vectors are wanted: (number of a file or path of a segment, bitmap of its rows)."""
+    where, numbers = wanted[0], unpack_rows(wanted[1])
+    if isinstance(where, str):
+        segment = read_segment(where)
+        if segment is not None:  # else the requests for it fail, and the run with them
+            yield from bare_rows(segment, numbers)
+        return
+    assert reader is not None
+    file = files[where]
+    index = read_index(file.index_path)
+    for stored in reader.read(file.vectors, numbers):
+        positions = np.flatnonzero(np.isin(stored.numbers, numbers))
+        entries = index.entries[stored.numbers[positions]]
+        columns = reader.columns(stored, positions) | {"n_chunks": entries["n_chunks"].tolist()}
+        yield from convert_rows(columns, [index.sources[i] for i in entries["source"]], reader.layout, layout)

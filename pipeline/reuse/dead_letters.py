@@ -1,0 +1,86 @@
+"""What the dead letters of a run say about documents. They are read one by one and not held."""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from collections.abc import Iterable
+
+import numpy as np
+
+from pipeline.files import open_file
+from pipeline.records import DeadLetter, Document, digest_id
+from pipeline.reuse.digests import is_in
+from pipeline.sinks.index import parse_hashes
+from pipeline.sinks.writing import Shard
+
+_BLOCK = 1 << 14
+
+
+class DeadLetterFacts:
+    """Whose the dead letters of a run are. Takes 17 bytes for a dead letter.
+
+    Args:
+      shards: the run's files of dead letters.
+      shared: ascending content hashes `[n]` of S16, whose reasons are needed for documents with the same text.
+
+    Attributes:
+      incomplete: input files that have records which could not be told: such a file does not prove that any document
+        is gone.
+      n_documents: documents that were read and have a dead letter.
+    """
+
+    def __init__(self, shards: Iterable[Shard], shared: np.ndarray) -> None:
+        self.incomplete: set[str] = set()
+        self._reasons: defaultdict[bytes, dict[tuple[str, str, str], None]] = defaultdict(dict)
+        ids, read_ids = [np.empty(0, "S16")], [np.empty(0, "S16")]
+        for shard in shards:
+            for block in _read_blocks(shard.path):
+                self.incomplete.update(letter["file"] for letter in block if letter["id"] is None)
+                # A duplicate says nothing about the document that has the id.
+                named = [letter for letter in block if letter["id"] is not None and letter["reason"] != "duplicate_id"]
+                ids.append(_digest_ids(named))
+                was_read = [letter for letter in block if "content_hash" in letter]
+                read_ids.append(_digest_ids(was_read))
+                content = parse_hashes([letter["content_hash"] for letter in was_read])
+                for i in np.flatnonzero(is_in(content, shared)).tolist():
+                    letter = was_read[i]
+                    self._reasons[content[i]][letter["stage"], letter["reason"], letter["message"]] = None
+        self._ids = np.unique(np.concatenate(ids))
+        self._embedded = np.zeros(len(self._ids), bool)
+        self.n_documents = len(np.unique(np.concatenate(read_ids)))
+
+    def has(self, content: np.ndarray) -> np.ndarray:
+        """Which of some shared content hashes `[n]` have dead letters."""
+        return np.array([one in self._reasons for one in content.tolist()], bool)
+
+    def repeat(self, document: Document, content_hash: str) -> list[DeadLetter]:
+        """The dead letters of a document whose text is that of another one that could not be embedded."""
+        reasons = self._reasons.get(parse_hashes([content_hash])[0], {})
+        return [DeadLetter.of(*reason, document, content_hash) for reason in reasons]
+
+    def mark_embedded(self, ids: np.ndarray) -> None:
+        """Notes documents that have new rows, by digests `[n]` of their ids: they are not dead."""
+        if len(self._ids):
+            self._embedded |= np.isin(self._ids, ids)
+
+    def dead_ids(self) -> np.ndarray:
+        """Ascending digests of the ids of documents with a dead letter and without a new row."""
+        return self._ids[~self._embedded]
+
+
+def _read_blocks(path: str) -> Iterable[list[dict[str, str]]]:
+    with open_file(path) as stream:
+        block = []
+        for line in stream:
+            letter = json.loads(line)
+            names = ("id", "file", "stage", "reason", "message", "content_hash")
+            block.append({name: letter[name] for name in names if name in letter})
+            if len(block) == _BLOCK:
+                yield block
+                block = []
+    yield block
+
+
+def _digest_ids(letters: list[dict[str, str]]) -> np.ndarray:
+    return np.array([digest_id(letter["id"]) for letter in letters], "S16")
