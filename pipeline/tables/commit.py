@@ -14,6 +14,7 @@ from pipeline.progress import check_dead_fraction
 from pipeline.records import BundleCounts, Row
 from pipeline.reuse.complete import FRESH, LiveDecisions, decide_live, list_shared, number_files, plan_requests
 from pipeline.reuse.dead_letters import DeadLetterFacts
+from pipeline.reuse.decide import ROW_COUNTS
 from pipeline.reuse.distributed import DistributedReuse
 from pipeline.reuse.index import SEGMENT, VectorIndex
 from pipeline.reuse.journal import SegmentReader
@@ -182,7 +183,7 @@ def complete_distributed(plan: CommitPlan, results: Results) -> DistributedCompl
     """
     counts = sum_counts(results.bundle_counts)
     check_counts(counts, plan.publication.max_dead_fraction)
-    merge = counts.get("merge", {})
+    merge = counts["merge"] = dict.fromkeys(ROW_COUNTS, 0.0) | counts.get("merge", {})
     check_deletes(merge, plan.publication.reindex.max_delete_fraction)
     expected = expect_documents(plan, counts, int(merge.get("dead", 0)))
     return DistributedCompletion(plan, results, list(results.shards), counts, expected)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +26,7 @@ from tests.support.corpora import as_records, some_texts, write_jsonl
 from tests.support.crossings import find_crossings
 from tests.support.histories import run_joined
 from tests.support.runs import make_config
+from tests.support.shuffles import KeyCounter
 from tests.support.staged_job import StagedJob
 
 
@@ -138,39 +138,6 @@ def test_nothing_comes_together_as_a_whole_but_counts_and_names_of_files(tmp_pat
         "Shards",
         "Counts",
     }
-
-
-class KeyCounter:
-    """Watches the local engine's shuffles: how many elements each had under each key."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.groups: dict[str, Counter] = {}
-        get_buffer = fn_runner.execution.BundleContextManager.get_buffer
-
-        def watch(manager: Any, buffer_id: bytes, transform_id: str) -> Any:
-            buffer = get_buffer(manager, buffer_id, transform_id)
-            kind, name = fn_runner.execution.split_buffer_id(buffer_id)
-            if kind == "group":
-                transform = manager.execution_context.pipeline_components.transforms[name]
-                buffer.watched_as = transform.unique_name
-            return buffer
-
-        append = fn_runner.execution.GroupingBuffer.append
-
-        def count(buffer: Any, data: bytes) -> None:
-            append(buffer, data)
-            self.groups[buffer.watched_as] = Counter({key: len(values) for key, values in buffer._table.items()})
-
-        monkeypatch.setattr(fn_runner.execution.BundleContextManager, "get_buffer", watch)
-        monkeypatch.setattr(fn_runner.execution.GroupingBuffer, "append", count)
-
-    def shares(self, least: int) -> dict[str, float]:
-        """The largest key's share of each shuffle with at least so many elements."""
-        return {
-            name: max(counts.values()) / counts.total()
-            for name, counts in self.groups.items()
-            if counts.total() >= least
-        }
 
 
 def test_no_shuffle_gathers_its_elements_under_one_key(tmp_path, monkeypatch):

@@ -44,12 +44,12 @@ def save_hashing_preprocessor(folder: Path, n_ids: int, can_pack: bool) -> str:
     return save_module(folder, call=call, tokenize=tokenizing, bert_pack_inputs=pack_any)
 
 
-def save_text_encoder(folder: Path, named: bool) -> str:
-    """Strings to `[B, 5]`: lengths and hashes of each text by itself."""
+def save_text_encoder(folder: Path, named: bool, n_hashes: int = 4) -> str:
+    """Strings to `[B, 1 + n_hashes]`: the length of each text and hashes of it."""
 
     def encode(texts: tf.Tensor) -> Any:
         sizes = tf.cast(tf.strings.length(texts), tf.float32)
-        hashes = [tf.cast(tf.strings.to_hash_bucket_strong(texts, 97, [1, i]), tf.float32) for i in range(4)]
+        hashes = [tf.cast(tf.strings.to_hash_bucket_strong(texts, 97, [1, i]), tf.float32) for i in range(n_hashes)]
         vectors = tf.stack([sizes, *hashes], 1)
         return {"default": vectors, "other": vectors + 1} if named else vectors
 
