@@ -21,8 +21,7 @@ import pyarrow as pa
 
 from pipeline.config import EmbedConfig
 from pipeline.errors import ConfigError, TableError, ValidationError, first_line
-from pipeline.files import create_file, delete_folder, exists, is_local, join, open_file, read_text
-from pipeline.reuse.journal import delete_journals
+from pipeline.files import create_file, exists, is_local, join, open_file, read_text
 from pipeline.signals import PUBLISHING
 from pipeline.sinks.index import Index
 from pipeline.sinks.layout import Columns, TableLayout
@@ -31,6 +30,7 @@ from pipeline.sinks.readers import VectorReader
 from pipeline.sinks.writing import ROWS, Shard
 from pipeline.sources.bigquery import open_table_session, read_stream
 from pipeline.sources.bigquery_client import BigQueryName, LoadParameters, client, make_merge
+from pipeline.tables.attempts import clean_up
 from pipeline.tables.database import (
     DESCRIPTIONS,
     KEPT_DESCRIPTION,
@@ -253,8 +253,7 @@ class BigqueryCommit(Committer):
                 connection.query(make_index_statement(self.name)).result()
             connection.delete_table(self.staging.plain, not_found_ok=True)
         keep_dead_letters(work, manifest, [Shard(*dead_letter) for dead_letter in changes.dead_letters])
-        delete_folder(attempts_folder(work, publication.name))
-        delete_journals(work)
+        clean_up(work, publication.name, manifest.fingerprint)
         return publication.name
 
     def _make_staging(self) -> None:

@@ -16,12 +16,12 @@ import numpy as np
 
 from pipeline.config import EmbedConfig
 from pipeline.errors import ConfigError, TableError, ValidationError, first_line
-from pipeline.files import absolute_path, delete_folder, join, write_atomically
-from pipeline.reuse.journal import delete_journals
+from pipeline.files import absolute_path, join, write_atomically
 from pipeline.signals import PUBLISHING
 from pipeline.sinks.index import Index
 from pipeline.sinks.layout import Columns
 from pipeline.sinks.readers import VectorReader
+from pipeline.tables.attempts import clean_up
 from pipeline.tables.database import (
     DESCRIPTIONS,
     KEPT_DESCRIPTION,
@@ -154,8 +154,7 @@ class DuckdbCommit(Committer):
             build_indexes_again(connection, self.table, indexes)
             connection.execute("CHECKPOINT")
             keep_dead_letters(work, manifest, dead_letters)
-            delete_folder(attempts_folder(work, publication.name))
-            delete_journals(work)
+            clean_up(work, publication.name, manifest.fingerprint)
         if os.path.exists(join(work, INDEXES)):
             os.remove(join(work, INDEXES))
         return publication.name

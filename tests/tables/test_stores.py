@@ -147,6 +147,17 @@ def test_what_a_database_cannot_hold_is_said_first(output, settings, message):
         open_store(output, "gs://bucket/work").check(EmbedConfig.from_flat({"output": output, **settings}))
 
 
+def test_publishing_leaves_the_journal_of_another_model(table):
+    table.run(documents(*"ab"))
+    table.model = "two"
+    with pytest.raises(RunError, match="max_dead_fraction"):
+        table.run(documents("a", "b", "x"), fails=["text x"], max_dead_fraction=0.1)
+    table.model = "one"
+    assert table.run(documents(*"abc")).encoded == ["text c"]
+    table.model = "two"
+    assert table.run(documents(*"abc")).encoded == ["text c"], "a and b are in the journal"
+
+
 # Whole runs
 
 
