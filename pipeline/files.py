@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import shutil
 import uuid
 from contextlib import suppress
 from typing import Any, BinaryIO
 
 _READ_BYTES = 1 << 20
+_PARTIAL = re.compile(r"(.+)\.[0-9a-f]{8}\.new")  # as `create_file` names a file before it is whole
 
 
 def is_local(path: str) -> bool:
@@ -48,6 +50,12 @@ def absolute_path(path: str) -> str:
 def read_text(path: str) -> str:
     with open_file(path) as f:
         return f.read().decode()
+
+
+def strip_partial(name: str) -> str:
+    """The name of the file that `create_file` was about to write, for what it leaves when its process is killed."""
+    partial = _PARTIAL.fullmatch(name)
+    return partial[1] if partial else name
 
 
 def create_file(path: str, data: bytes) -> None:
