@@ -144,7 +144,7 @@ def count_rows(name: str) -> int:
 
 @emulator
 @pytest.mark.parametrize("point", ["before the merge", "after the merge"])
-def test_a_run_that_fails_around_its_merge_is_mended_by_the_next(cloud, tmp_path, monkeypatch, point):
+def test_a_run_that_fails_around_its_merge_is_completed_by_the_next(cloud, tmp_path, monkeypatch, point):
     name = f"failed_{point.split()[0]}"
     settings = {"output": f"bq://{cloud.project}.tables.{name}", "work_dir": cloud.gcs.path(name)}
     run(tmp_path, first_records(), **settings)

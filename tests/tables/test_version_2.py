@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import gzip
 import json
 import shutil
@@ -16,6 +17,7 @@ import pytest
 import pipeline
 from pipeline.config import EmbedConfig
 from pipeline.files import create_file, join, make_folder
+from pipeline.report.summary import format_summary
 from pipeline.run.dry_run import make_dry_run
 from pipeline.run.verify import verify_table
 from pipeline.tables.manifest import FORMAT_VERSION, Manifest
@@ -147,6 +149,19 @@ def test_it_is_shown_and_searched(table, call: Callable[..., Any]):
     assert shown.code == 0 and "64 x float32" in shown.out and "encoder_error" in shown.out
     found = call("query", table.output, "a cat sleeps", "--top=1")
     assert found.code == 0 and "b2" in found.out
+
+
+def test_a_summary_says_where_the_dead_letters_are(tmp_path):
+    """Not only of an old table; but this one needs no BigQuery."""
+    output = copy_duckdb(tmp_path)
+    manifest = open_store(output).read_live().manifest
+    assert manifest is not None
+    where = f"{tmp_path}/v.duckdb.embeam/notes/dead_letters/dead_letters-*"
+    assert f"dead letters 3, in {where}\n" in format_summary(manifest, output) and len(glob.glob(where)) == 3
+    (_, last) = (STORED / "bigquery" / "notes_runs.jsonl").read_text().splitlines()
+    manifest = Manifest.from_json(json.loads(last)["manifest"])
+    where = f"{manifest.settings['work_dir']}/embeam-test.tables.notes/dead_letters/dead_letters-*"
+    assert f"dead letters 3, in {where}\n" in format_summary(manifest, "bq://embeam-test.tables.notes")
 
 
 def test_its_manifest_has_the_names_of_this_version(tmp_path):
