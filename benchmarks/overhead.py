@@ -34,7 +34,7 @@ def capture_batches(texts: str, encoder: str, preprocessor: str, packed: str) ->
 
     from pipeline.config import EmbedConfig
     from pipeline.embedding_spec import make_embedding_spec
-    from pipeline.preprocess.packing import pack_batch
+    from pipeline.encoders.inputs import pack_batch
 
     plan = make_embedding_spec(EmbedConfig.from_flat({"encoder": encoder, "preprocessor": preprocessor}))
     with open(texts, encoding="utf-8") as file:
@@ -95,9 +95,9 @@ def encode_in_loop(encoder: str, packed: str) -> dict[str, float]:
 
 def _skip_packing() -> None:
     """Gives the encoders the arrays that a batch carries, wherever they imported the packer."""
-    from pipeline.preprocess import packing
+    from pipeline.encoders import inputs
 
-    pack_batch = packing.pack_batch
+    pack_batch = inputs.pack_batch
     for name, module in list(sys.modules.items()):
         if name.startswith("pipeline.") and vars(module).get("pack_batch") is pack_batch:
             vars(module)["pack_batch"] = lambda batch: batch.packed

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import shutil
 import uuid
 from contextlib import suppress
 from typing import Any, BinaryIO
 
 _READ_BYTES = 1 << 20
+_PARTIAL = re.compile(r"(.+)\.[0-9a-f]{8}\.new")  # as `create_file` names a file before it is whole
 
 
 def is_local(path: str) -> bool:
@@ -48,6 +50,12 @@ def absolute_path(path: str) -> str:
 def read_text(path: str) -> str:
     with open_file(path) as f:
         return f.read().decode()
+
+
+def strip_partial(name: str) -> str:
+    """The name of the file that `create_file` was about to write, for what it leaves when its process is killed."""
+    partial = _PARTIAL.fullmatch(name)
+    return partial[1] if partial else name
 
 
 def create_file(path: str, data: bytes) -> None:
@@ -102,6 +110,14 @@ def measure_files(folder: str) -> dict[str, int]:
     return {path: os.path.getsize(path) for path in list_files(folder)}
 
 
+def last_written(folder: str) -> float:
+    """When the newest file in a folder was written, in seconds since the epoch; 0 if there is none or nobody knows."""
+    if is_local(folder):
+        return max((os.path.getmtime(path) for path in list_files(folder)), default=0.0)
+    found = file_systems().match([folder + "/*"])[0].metadata_list
+    return max((file.last_updated_in_seconds or 0.0 for file in found), default=0.0)
+
+
 def read_checksum(path: str) -> tuple[str, int]:
     """Reads a file: its sha256 as hexadecimal digits, and its size in bytes."""
     digest, size = hashlib.sha256(), 0
@@ -134,6 +150,13 @@ def delete_folder(path: str) -> None:
         shutil.rmtree(path, ignore_errors=True)
     elif file_systems().match([path + "/**"])[0].metadata_list:
         file_systems().delete([path + "/"])
+
+
+def delete_empty_folder(path: str) -> None:
+    """Removes a folder with nothing in it; only a local disk has such."""
+    if is_local(path):
+        with suppress(OSError):  # it is not there, or not empty
+            os.rmdir(path)
 
 
 def copy_file(source: str, target: str) -> None:

@@ -75,7 +75,7 @@ def tokenizer_of(vocabulary: Sequence[str]) -> Callable[[list[str]], list[list[i
     import tensorflow as tf
     import tensorflow_text as text
 
-    from pipeline.preprocess.export import vocabulary_file
+    from pipeline.encoders.saving import vocabulary_file
 
     with vocabulary_file(vocabulary) as path:
         tokenizer = text.BertTokenizer(path, lower_case=True, token_out_type=tf.int32)

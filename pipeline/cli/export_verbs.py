@@ -209,7 +209,7 @@ def read_vocabulary(path: str, shown: str) -> list[str]:
     Raises:
       ConfigError: if they cannot be read, or are no vocabulary of BERT's.
     """
-    from pipeline.preprocess.export import check_vocabulary
+    from pipeline.encoders.saving import check_vocabulary
 
     try:
         with open(absolute_path(path), "rb") as file:

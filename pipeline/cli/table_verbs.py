@@ -78,7 +78,7 @@ def add_table_verbs(verbs: Verbs) -> None:
 
 def run_sql(known: argparse.Namespace) -> None:
     from pipeline.sources.bigquery_client import BigQueryName
-    from pipeline.tables.bigquery import make_index_statement, make_search_query
+    from pipeline.tables.bigquery_sql import make_index_statement, make_search_query
     from pipeline.tables.read import open_live
 
     name = BigQueryName.parse(known.table)

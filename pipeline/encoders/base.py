@@ -8,10 +8,10 @@ from typing import Any, Protocol
 import numpy as np
 
 from pipeline.config import VectorChoice
+from pipeline.encoders.inputs import pack_batch, pack_texts
 from pipeline.encoders.runtime import load_tensorflow
 from pipeline.encoders.saved_model import TOKEN_INPUTS
 from pipeline.encoders.streams import Streams
-from pipeline.preprocess.packing import pack_batch, pack_texts
 from pipeline.records import Batch, Chunk, Document
 
 

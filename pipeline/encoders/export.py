@@ -27,8 +27,8 @@ from pipeline.encoders.architecture import (
     weight_shapes,
 )
 from pipeline.encoders.saved_model import TOKEN_INPUTS
+from pipeline.encoders.saving import check_vocabulary, new_folder, saveable, vocabulary_file
 from pipeline.errors import EncoderError
-from pipeline.preprocess.export import check_vocabulary, new_folder, saveable, vocabulary_file
 
 if TYPE_CHECKING:
     import tensorflow as tf

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from pipeline.encoders.parity import Parity
+from pipeline.files import absolute_path
 from pipeline.records import REASONS
 from pipeline.report.progress_bar import format_seconds
 from pipeline.tables.manifest import Manifest, snapshot_folder
@@ -37,8 +38,9 @@ def format_summary(manifest: Manifest, table: str) -> str:
         used = batch.get("used_tokens", 0) / padded
         lines.append(f"  batches      {int(batch.get('batches', 0)):,}, {used:.1%} of their {unit} are not padding")
     lines += describe_changes(manifest)
-    found = find_table(table)
-    where = f", in {found.locate_dead_letters(manifest, 'dead_letters-*').replace(found.work, table, 1)}"
+    found = find_table(table, manifest.settings.get("work_dir", ""))
+    path = found.locate_dead_letters(manifest, "dead_letters-*")
+    where = f", in {path.replace(absolute_path(table), table, 1)}"  # of a folder as it was given
     n_dead = sum(manifest.dead_letters.values())
     lines.append(f"  dead letters {n_dead:,}" + (where if n_dead else ""))
     for reason, n in _by_count(manifest):

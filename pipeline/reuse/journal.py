@@ -115,8 +115,8 @@ def list_folder(folder: str) -> list[str]:
     return sorted(path for path in list_files(folder) if path.endswith(SUFFIX))
 
 
-def delete_journals(work: str) -> None:
-    delete_folder(journal_folder(work))
+def delete_journal(work: str, fingerprint: str) -> None:
+    delete_folder(journal_folder(work, fingerprint))
 
 
 @dataclass(frozen=True)

@@ -30,7 +30,14 @@ from pipeline.report.progress_bar import ProgressReporter
 from pipeline.reuse.journal import journal_folder
 from pipeline.reuse.journal_writer import flush_journals
 from pipeline.run.failures import explain_failure, watch_threads
-from pipeline.run.resolve import ResolvedRun, check_model, prepare_distributed_reuse, prepare_local_reuse, resolve
+from pipeline.run.resolve import (
+    MODEL_PATHS,
+    ResolvedRun,
+    check_model,
+    prepare_distributed_reuse,
+    prepare_local_reuse,
+    resolve,
+)
 from pipeline.signals import on_stop
 from pipeline.sinks.writing import DeadLetterFormat
 from pipeline.tables.attempts import abandon_attempt, sweep_dead_attempts
@@ -73,7 +80,7 @@ def build_table(
         validate_options(options, runner)
     resolved = resolve(config)
     store, name = resolved.store, name_snapshot()
-    store.check(config)
+    store.check(resolved.config)
     make_folder(store.work)
     expiry_seconds = LEASE_SECONDS if distributed else EXPIRY_SECONDS
     with (
@@ -215,7 +222,7 @@ def prepare_job(resolved: ResolvedRun, name: str, started: float, distributed: b
         reuse = prepare_local_reuse(store, live, plan, form, scratch, config)
     settings = config.flat() | {
         flag: absolute_path(path)  # a later query may run in another folder
-        for flag in ("encoder", "preprocessor")
+        for flag in MODEL_PATHS
         if (path := config.flat()[flag])
     }
     if config.reindex.retry_dead_letters and live:

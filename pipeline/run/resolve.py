@@ -5,10 +5,10 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 from typing import Any, NamedTuple
 
-from pipeline.config import EmbedConfig, KeptField
+from pipeline.config import EmbedConfig, EncoderConfig, KeptField, PreprocessConfig, VectorConfig
 from pipeline.embedding_spec import EmbeddingSpec, make_embedding_spec
 from pipeline.engines.presets import find_device
 from pipeline.errors import ConfigError, InputError, RunError, TableError
@@ -24,6 +24,12 @@ from pipeline.tables.folder import FolderStore
 from pipeline.tables.manifest import Manifest
 from pipeline.tables.store import ReusePlan, Store, open_store
 
+# What defines a table: its vectors, and the form that its rows and dead letters are stored in.
+MODEL_PATHS = ("encoder", "preprocessor")
+DEFINING = (
+    *(field.name for kind in (PreprocessConfig, EncoderConfig, VectorConfig) for field in fields(kind)),
+    *("pair_field", "keep_fields", "output_format", "compression", "keep_text", "dead_letter_text"),
+)
 _LOGGER = logging.getLogger(__name__)
 
 
@@ -65,10 +71,10 @@ def resolve(config: EmbedConfig) -> ResolvedRun:
 
 
 def resolve_retry(config: EmbedConfig, store: Store) -> ResolvedRun:
-    """As `resolve`, for a run whose input are the live table's dead letters.
+    """As `resolve`, for a run whose input is the live table's dead letters, and which leaves the table what it is.
 
     Raises:
-      EmbeamError: if there are none that hold their texts.
+      EmbeamError: if there are none that hold their texts, or a setting is not as the table's.
     """
     live = store.read_live().manifest
     if live is None:
@@ -80,6 +86,7 @@ def resolve_retry(config: EmbedConfig, store: Store) -> ResolvedRun:
             f"--retry_dead_letters: the dead letters of {store.shown} hold no texts, as it was made with "
             f"--dead_letter_text={live.settings['dead_letter_text']}; run on the whole --input instead"
         )
+    config = take_settings(config, live, store.shown)
     files = [(store.locate_dead_letters(live, file.name), file.n_bytes) for file in live.dead_letter_files]
     read = replace(config.read, input=(), id_field="", max_document_bytes=1 << 40)  # they have been read once
     write = replace(config.write, max_dead_fraction=1.0)
@@ -87,6 +94,30 @@ def resolve_retry(config: EmbedConfig, store: Store) -> ResolvedRun:
     plan = make_embedding_spec(config, find_device(config.workers))
     n_documents = sum(live.dead_letters.values())
     return ResolvedRun(replace(config, read=read, write=write), store, found, n_documents, live.layout.kept, plan)
+
+
+def take_settings(config: EmbedConfig, live: Manifest, shown: str) -> EmbedConfig:
+    """A configuration with the settings that define the live table, whose rows and new rows have to fit together.
+
+    A setting that has its default value may not have been given, and is the table's. An encoder or a preprocessor may
+    have moved since: where one is named, `check_model` compares what is there with the table's.
+
+    Raises:
+      ConfigError: if a setting was given that is not as the table's.
+    """
+    given, default, own = config.flat(), EmbedConfig().flat(), {}
+    for name in DEFINING:
+        value, stored = given[name], live.settings.get(name, default[name])
+        stored = tuple(stored) if isinstance(stored, list) else stored
+        is_given = value not in (default[name], "auto")
+        if is_given and name not in MODEL_PATHS and value != stored:
+            value, stored = (",".join(one) if isinstance(one, tuple) else one for one in (value, stored))
+            raise ConfigError(
+                f"--retry_dead_letters: --{name}={value} contradicts {shown}, which was made with --{name}={stored}; "
+                "leave it out, or leave --retry_dead_letters out to run on the whole --input"
+            )
+        own[name] = value if is_given and name in MODEL_PATHS else stored
+    return EmbedConfig.from_flat(given | own)
 
 
 def check_model(live: Manifest | None, plan: EmbeddingSpec, config: EmbedConfig) -> None:

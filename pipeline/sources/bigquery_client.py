@@ -12,7 +12,6 @@ from __future__ import annotations
 import functools
 import os
 import re
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -168,31 +167,6 @@ class LoadParameters:
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         use_emulator()
-
-
-def make_merge(target: BigQueryName, staging: BigQueryName, columns: Sequence[str]) -> str:
-    """One statement that gives every id of the staging table exactly the rows it has there, and so none if it is gone.
-
-    The source has one row more for each id, with the id in `replaced`. It alone matches what the target has of that
-    id, so that no row of the target meets two rows of the source, which BigQuery refuses. Repeated it changes nothing.
-
-    Args:
-      target: table with the columns; `id` is one of them.
-      staging: table with the columns, and `is_marker`, true for rows that stand for an id alone: one that is gone.
-      columns: their names.
-    """
-    names = ", ".join(f"`{name}`" for name in columns)
-    values = ", ".join(f"S.`{name}`" for name in columns)
-    return f"""MERGE {target.sql} AS T
-USING (
-  SELECT id AS replaced, {names} FROM {staging.sql}
-  WHERE TRUE QUALIFY ROW_NUMBER() OVER (PARTITION BY id ORDER BY id) = 1
-  UNION ALL
-  SELECT CAST(NULL AS STRING), {names} FROM {staging.sql} WHERE NOT is_marker
-) AS S
-ON T.id = S.replaced
-WHEN MATCHED THEN DELETE
-WHEN NOT MATCHED BY TARGET AND S.replaced IS NULL THEN INSERT ({names}) VALUES ({values})"""
 
 
 use_emulator()  # so that naming this module as a Beam plugin is enough

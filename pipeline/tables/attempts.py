@@ -1,4 +1,8 @@
-"""What runs leave behind: an attempt is abandoned when its run fails, and swept by the next run if it died.
+"""What runs leave behind: attempts and journals.
+
+An attempt is abandoned when its run fails, and swept by the next run if it died. A journal stays until a run with its
+fingerprint publishes: its vectors are of no use to any other, and another run must not take them away. If none ever
+does, it is removed a month after its last segment was written.
 
 Whoever holds the table's lock may remove all attempts: no other run is alive. Where there are no locks nothing tells
 the dead from the living, and nothing is swept.
@@ -6,11 +10,30 @@ the dead from the living, and nothing is swept.
 
 from __future__ import annotations
 
+import logging
 import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 
-from pipeline.files import delete_file, delete_folder, exists, join, list_files, list_folders
+from pipeline.errors import first_line
+from pipeline.files import (
+    delete_empty_folder,
+    delete_file,
+    delete_folder,
+    exists,
+    join,
+    last_written,
+    list_files,
+    list_folders,
+)
+from pipeline.reuse.journal import delete_journal, journal_folder
 from pipeline.tables.lock import can_lock
 from pipeline.tables.manifest import ATTEMPTS, MANIFEST, REJECTED, attempts_folder, read_pointer, snapshot_folder
+
+JOURNAL_DAYS = 30
+_DAY_SECONDS = 86400
+_LOGGER = logging.getLogger(__name__)
 
 
 def sweep_dead_attempts(table: str) -> None:
@@ -50,3 +73,39 @@ def abandon_attempt(table: str, name: str, previous: str) -> str:
         delete_file(path)
     delete_folder(join(folder, "scratch"))
     return folder
+
+
+@contextmanager
+def cleaning_up(work: str) -> Iterator[None]:
+    """Makes a warning of what fails: once a run has published it has succeeded, and the next one cleans up as well."""
+    try:
+        yield
+    except Exception as error:  # every file system has exceptions of its own
+        _LOGGER.warning(
+            "the run is published; what it no longer needs in %s could not be removed: %s", work, first_line(error)
+        )
+
+
+def clean_up(work: str, name: str, fingerprint: str) -> None:
+    """Removes what a published run no longer needs: its attempt and its journal; also journals that are too old."""
+    with cleaning_up(work):
+        delete_folder(attempts_folder(work, name))
+    with cleaning_up(work):
+        delete_journal(work, fingerprint)
+        expire_journals(work)
+
+
+def expire_journals(work: str) -> None:
+    """Removes the journals whose last segment is older than JOURNAL_DAYS, as far as the file system tells times."""
+    for name in list_folders(journal_folder(work)):
+        folder = journal_folder(work, name)
+        written = last_written(folder)
+        days = (time.time() - written) / _DAY_SECONDS
+        if written and days > JOURNAL_DAYS:
+            _LOGGER.warning(
+                "%s is removed: it holds vectors of a run that never published, the last of them %d days old",
+                folder,
+                days,
+            )
+            delete_folder(folder)
+    delete_empty_folder(journal_folder(work))

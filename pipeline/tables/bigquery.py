@@ -21,23 +21,36 @@ import pyarrow as pa
 
 from pipeline.config import EmbedConfig
 from pipeline.errors import ConfigError, TableError, ValidationError, first_line
-from pipeline.files import create_file, delete_folder, exists, is_local, join, open_file, read_text
-from pipeline.reuse.journal import delete_journals
+from pipeline.files import create_file, exists, is_local, join, open_file, read_text
 from pipeline.signals import PUBLISHING
 from pipeline.sinks.index import Index
-from pipeline.sinks.layout import Columns, TableLayout
+from pipeline.sinks.layout import Columns
 from pipeline.sinks.parquet import decode_stored, read_stored
 from pipeline.sinks.readers import VectorReader
 from pipeline.sinks.writing import ROWS, Shard
 from pipeline.sources.bigquery import open_table_session, read_stream
-from pipeline.sources.bigquery_client import BigQueryName, LoadParameters, client, make_merge
+from pipeline.sources.bigquery_client import BigQueryName, LoadParameters, client
+from pipeline.tables.attempts import clean_up
+from pipeline.tables.bigquery_sql import (
+    MARKER,
+    RUN_COLUMNS,
+    SQL_TYPES,
+    TOO_LATE,
+    TYPES,
+    make_column_statement,
+    make_index_statement,
+    make_merge,
+    make_script,
+    runs_of,
+    schema_fields,
+    staging_fields,
+)
 from pipeline.tables.database import (
-    DESCRIPTIONS,
-    KEPT_DESCRIPTION,
     RUNS_SUFFIX,
     DatabaseReader,
     DatabaseStore,
     build_indexes,
+    check_column,
     check_database_config,
     complete_changes,
     database_columns,
@@ -52,9 +65,6 @@ from pipeline.tables.store import CommitPlan, Committer, Live, Results
 if TYPE_CHECKING:
     from google.cloud.bigquery import Client
 
-_TYPES = {"string": "STRING", "int": "INTEGER", "float": "FLOAT", "bool": "BOOLEAN", "timestamp": "TIMESTAMP"}
-_SQL_TYPES = {"string": "STRING", "int": "INT64", "float": "FLOAT64", "bool": "BOOL", "timestamp": "TIMESTAMP"}
-_MARKER = "is_marker"
 _STAGING_HOURS = 24
 
 
@@ -200,7 +210,7 @@ class BigqueryCommit(Committer):
         # Rows and markers come from one step: the local engine would hold what crosses a Flatten in memory.
         written = rows | "LoadStaging" >> beam.io.WriteToBigQuery(
             self.staging.beam,
-            schema={"fields": [*schema_fields(layout), {"name": _MARKER, "type": "BOOLEAN", "mode": "NULLABLE"}]},
+            schema={"fields": staging_fields(layout)},
             method=beam.io.WriteToBigQuery.Method.FILE_LOADS,
             temp_file_format="AVRO",
             custom_gcs_temp_location=join(folder, "load"),
@@ -244,7 +254,7 @@ class BigqueryCommit(Committer):
                 )
             columns = [*database_columns(layout), "embedding"]
             merge = make_merge(self.name, self.staging, columns) if changes.n_staged else "SELECT 1"
-            run_script(connection, self._make_script(merge, manifest))
+            run_script(connection, make_script(self.name, merge, manifest, publication.version))
             if not self._is_published(connection):
                 raise TableError(
                     f"another run has changed {self.name} since this one started; run the same command again"
@@ -253,8 +263,7 @@ class BigqueryCommit(Committer):
                 connection.query(make_index_statement(self.name)).result()
             connection.delete_table(self.staging.plain, not_found_ok=True)
         keep_dead_letters(work, manifest, [Shard(*dead_letter) for dead_letter in changes.dead_letters])
-        delete_folder(attempts_folder(work, publication.name))
-        delete_journals(work)
+        clean_up(work, publication.name, manifest.fingerprint)
         return publication.name
 
     def _make_staging(self) -> None:
@@ -262,28 +271,28 @@ class BigqueryCommit(Committer):
 
         connection = client(self.name.project)
         connection.delete_table(self.staging.plain, not_found_ok=True)
-        fields = [*schema_fields(self.plan.form.layout), {"name": _MARKER, "type": "BOOLEAN", "mode": "NULLABLE"}]
-        table = bigquery.Table(self.staging.plain, [bigquery.SchemaField.from_api_repr(field) for field in fields])
+        schema = [bigquery.SchemaField.from_api_repr(field) for field in staging_fields(self.plan.form.layout)]
+        table = bigquery.Table(self.staging.plain, schema)
         table.expires = datetime.datetime.now(datetime.UTC) + datetime.timedelta(hours=_STAGING_HOURS)
         connection.create_table(table)
 
     def _make_tables(self, connection: Client) -> None:
         from google.cloud import bigquery
 
-        fields = schema_fields(self.plan.form.layout)
-        table = bigquery.Table(self.name.plain, [bigquery.SchemaField.from_api_repr(field) for field in fields])
+        layout = self.plan.form.layout
+        table = bigquery.Table(self.name.plain, list(map(bigquery.SchemaField.from_api_repr, schema_fields(layout))))
         table.clustering_fields = ["id"]
         table.description = f"Embeddings, written by embeam; {self.name.table}{RUNS_SUFFIX} says how"
-        there = find_table(connection, self.name)
         connection.create_table(table, exists_ok=True)
-        runs = [("run_id", "STRING"), ("created_at", "TIMESTAMP"), ("manifest", "STRING")]
-        schema = [bigquery.SchemaField(name, kind) for name, kind in runs]
+        there = {field.name: field.field_type for field in connection.get_table(self.name.plain).schema}
+        schema = [bigquery.SchemaField(name, kind) for name, kind in RUN_COLUMNS]
         connection.create_table(bigquery.Table(runs_of(self.name).plain, schema), exists_ok=True)
-        if there:  # with columns of an earlier run
-            for name, kind in database_columns(self.plan.form.layout).items():
-                connection.query(
-                    f"ALTER TABLE {self.name.sql} ADD COLUMN IF NOT EXISTS `{name}` {_SQL_TYPES[kind]}"
-                ).result()
+        columns = database_columns(layout)
+        for name in columns.keys() & there.keys():
+            if there[name] != SQL_TYPES[columns[name]]:  # the service tells types by their older names
+                check_column(self.name, name, there[name], TYPES[columns[name]])
+        for name in columns.keys() - there.keys():
+            connection.query(make_column_statement(self.name, name, columns[name])).result()
 
     def _is_published(self, connection: Client) -> bool:
         from google.cloud import bigquery
@@ -292,19 +301,6 @@ class BigqueryCommit(Committer):
         parameters = [bigquery.ScalarQueryParameter("run", "STRING", self.plan.publication.name)]
         (row,) = connection.query(query, bigquery.QueryJobConfig(query_parameters=parameters)).result()
         return bool(row["n"])
-
-    def _make_script(self, merge: str, manifest: Manifest) -> str:
-        """The transaction: it does nothing if the last run is another than when this one began."""
-        runs, publication = runs_of(self.name).sql, self.plan.publication
-        previous = json.dumps(publication.version)
-        rest = json.dumps(manifest.to_json(), ensure_ascii=False)
-        return f"""BEGIN TRANSACTION;
-{merge};
-INSERT INTO {runs} (run_id, created_at, manifest)
-SELECT {json.dumps(publication.name)}, TIMESTAMP {json.dumps(manifest.created_at)}, {rest};
-SELECT IF((SELECT COALESCE(MAX(run_id), '') FROM {runs} WHERE run_id != {json.dumps(publication.name)}) = {previous},
-  1, ERROR('embeam: another run was faster'));
-COMMIT TRANSACTION;"""
 
 
 def list_parts(path: str) -> Iterator[tuple[str, str]]:
@@ -328,7 +324,7 @@ class ReadPart(beam.DoFn):
         if kind == "markers":
             nothing = dict.fromkeys(database_columns(layout))
             for name in json.loads(read_text(path)):
-                yield {**nothing, "id": name, "embedding": [], _MARKER: True}
+                yield {**nothing, "id": name, "embedding": [], MARKER: True}
             return
         with open_file(path) as stream:
             for batch in read_stored(stream, layout):
@@ -336,7 +332,7 @@ class ReadPart(beam.DoFn):
                 vectors = columns.pop("embedding")
                 for i, vector in enumerate(vectors):
                     values = {name: column[i] for name, column in columns.items()}
-                    yield {**values, **own, "embedding": np.frombuffer(vector, "<f4").tolist(), _MARKER: False}
+                    yield {**values, **own, "embedding": np.frombuffer(vector, "<f4").tolist(), MARKER: False}
 
 
 class MergeStaging(beam.DoFn):
@@ -363,11 +359,6 @@ def explained(name: BigQueryName) -> Iterator[None]:
         raise TableError(f"{name} cannot be used: {first_line(error)}") from error
 
 
-def runs_of(name: BigQueryName) -> BigQueryName:
-    """The table of manifests beside a table."""
-    return name._replace(table=name.table + RUNS_SUFFIX)
-
-
 def find_table(connection: Client, name: BigQueryName) -> bool:
     from google.api_core.exceptions import NotFound
 
@@ -386,42 +377,9 @@ def run_script(connection: Client, script: str) -> None:
         job = connection.query(script, retry=None, job_retry=None)  # type: ignore[arg-type]  # None is allowed
         job.result(retry=None, job_retry=None)
     except GoogleAPIError as error:
-        if "another run was faster" not in str(error):
+        if TOO_LATE not in str(error):
             raise
-
-
-def schema_fields(layout: TableLayout) -> list[dict[str, Any]]:
-    """The columns as BigQuery's API takes them."""
-    fields = [
-        {
-            "name": name,
-            "type": _TYPES[kind],
-            "mode": "NULLABLE",
-            "description": DESCRIPTIONS.get(name, KEPT_DESCRIPTION),
-        }
-        for name, kind in database_columns(layout).items()
-    ]
-    vector = {"name": "embedding", "type": "FLOAT", "mode": "REPEATED", "description": DESCRIPTIONS["embedding"]}
-    return [*fields, vector]
 
 
 def pack_vector(numbers: Sequence[float]) -> bytes:
     return np.array(numbers, "<f4").tobytes()
-
-
-def make_index_statement(name: BigQueryName) -> str:
-    """The DDL of a vector index by cosine distance. BigQuery builds none on tables under 10 MB."""
-    return (
-        f"CREATE VECTOR INDEX IF NOT EXISTS `{name.table}_embedding` ON {name.sql} (embedding)\n"
-        "OPTIONS (index_type = 'IVF', distance_type = 'COSINE')"
-    )
-
-
-def make_search_query(name: BigQueryName, dimension: int) -> str:
-    """A query for the rows nearest to a vector."""
-    return f"""DECLARE query_vector ARRAY<FLOAT64> DEFAULT [/* {dimension} numbers: the vector of a query */];
-SELECT base.id, base.chunk, distance
-FROM VECTOR_SEARCH(
-  TABLE {name.sql}, 'embedding', (SELECT query_vector AS embedding), 'embedding',
-  top_k => 10, distance_type => 'COSINE')
-ORDER BY distance"""

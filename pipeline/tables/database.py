@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from pipeline.config import EmbedConfig, VectorChoice
-from pipeline.errors import ConfigError
+from pipeline.errors import ConfigError, TableError
 from pipeline.files import delete_folder, join, make_folder
 from pipeline.records import digest_id, pack_kept
 from pipeline.reuse.index import open_index
@@ -64,6 +64,15 @@ def check_database_config(config: EmbedConfig) -> None:
             raise ConfigError(
                 f"--keep_fields={field.name} would collide with the table's own column {field.name!r}; rename it"
             )
+
+
+def check_column(table: object, name: str, there: str, wanted: str) -> None:
+    """Raises TableError if a column that is there has another type than is wanted."""
+    if there != wanted:
+        raise TableError(
+            f"{table} has a column {name!r} of type {there}, which is to hold {wanted}; rename the field, or give it "
+            "the column's type, as in --keep_fields=year:int"
+        )
 
 
 def check_identifier(name: str, output: str) -> str:

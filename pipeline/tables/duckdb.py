@@ -16,12 +16,12 @@ import numpy as np
 
 from pipeline.config import EmbedConfig
 from pipeline.errors import ConfigError, TableError, ValidationError, first_line
-from pipeline.files import absolute_path, delete_folder, join, write_atomically
-from pipeline.reuse.journal import delete_journals
+from pipeline.files import absolute_path, join, write_atomically
 from pipeline.signals import PUBLISHING
 from pipeline.sinks.index import Index
 from pipeline.sinks.layout import Columns
 from pipeline.sinks.readers import VectorReader
+from pipeline.tables.attempts import clean_up
 from pipeline.tables.database import (
     DESCRIPTIONS,
     KEPT_DESCRIPTION,
@@ -29,6 +29,7 @@ from pipeline.tables.database import (
     DatabaseReader,
     DatabaseStore,
     build_indexes,
+    check_column,
     check_database_config,
     check_identifier,
     complete_changes,
@@ -46,7 +47,13 @@ if TYPE_CHECKING:
 
 SCHEME = "duckdb://"
 INDEXES = "indexes.json"  # in the work folder: vector indexes that are dropped for the length of a commit
-_TYPES = {"string": "VARCHAR", "int": "BIGINT", "float": "DOUBLE", "bool": "BOOLEAN", "timestamp": "TIMESTAMPTZ"}
+_TYPES = {
+    "string": "VARCHAR",
+    "int": "BIGINT",
+    "float": "DOUBLE",
+    "bool": "BOOLEAN",
+    "timestamp": "TIMESTAMP WITH TIME ZONE",
+}
 
 
 class DuckdbStore(DatabaseStore):
@@ -154,8 +161,7 @@ class DuckdbCommit(Committer):
             build_indexes_again(connection, self.table, indexes)
             connection.execute("CHECKPOINT")
             keep_dead_letters(work, manifest, dead_letters)
-            delete_folder(attempts_folder(work, publication.name))
-            delete_journals(work)
+            clean_up(work, publication.name, manifest.fingerprint)
         if os.path.exists(join(work, INDEXES)):
             os.remove(join(work, INDEXES))
         return publication.name
@@ -169,18 +175,13 @@ class DuckdbCommit(Committer):
                 "run the same command again"
             )
         layout = manifest.layout
-        if (
-            live.manifest is not None
-            and live.manifest.layout != layout
-            and not self.plan.reuse.back_end.policy.same_fingerprint
-        ):
-            connection.execute(f"DROP TABLE IF EXISTS {table}")  # vectors of another size
         columns = {name: _TYPES[kind] for name, kind in database_columns(layout).items()}
         columns["embedding"] = f"FLOAT[{layout.dimension}]"
         defined = ", ".join(f"{quote(name)} {kind}" for name, kind in columns.items())
         connection.execute(f"CREATE TABLE IF NOT EXISTS {table} ({defined})")
         connection.execute(f"CREATE TABLE IF NOT EXISTS {runs} (run_id VARCHAR, created_at TIMESTAMPTZ, manifest JSON)")
-        add_columns(connection, self.table, columns)
+        own = {*database_columns(live.manifest.layout), "embedding"} if live.manifest else set()
+        add_columns(connection, self.table, columns, own)
         if os.path.getsize(removed):
             connection.execute(
                 f"DELETE FROM {table} WHERE id IN (SELECT id FROM read_json(?, columns={{id: 'VARCHAR'}}))", [removed]
@@ -239,8 +240,8 @@ def connect(path: str, read_only: bool = False) -> Iterator[DuckDBPyConnection]:
         finally:
             connection.close()
     except duckdb.Error as error:
-        cure = "close the other program" if "lock" in str(error) else "check the file"
-        raise TableError(f"{path} cannot be used: {first_line(error)}; {cure}") from error
+        fix = "close the other program" if "lock" in str(error) else "check the file"
+        raise TableError(f"{path} cannot be used: {first_line(error)}; {fix}") from error
 
 
 def quote(name: str) -> str:
@@ -268,18 +269,30 @@ def read_last_run(connection: DuckDBPyConnection, table: str) -> Live:
     return Live(Manifest.from_json(row[1]), row[0]) if row else Live(None, "")
 
 
-def add_columns(connection: DuckDBPyConnection, table: str, columns: dict[str, str]) -> None:
-    """Makes a table's columns those that are wanted."""
-    there = [row[0] for row in connection.execute(f"DESCRIBE {quote(table)}").fetchall()]
-    for name in columns:
+def add_columns(connection: DuckDBPyConnection, table: str, columns: dict[str, str], own: set[str]) -> None:
+    """Gives a table the columns that it lacks, and leaves all others, the user's among them.
+
+    Args:
+      connection: to the database, in a transaction.
+      table: the table's name.
+      columns: those that are wanted, by name, with their types.
+      own: those that the last run has written, whose types may change: values that do not fit become NULL.
+
+    Raises:
+      TableError: if a column of the user has another type than is wanted.
+    """
+    there = {row[0]: row[1] for row in connection.execute(f"DESCRIBE {quote(table)}").fetchall()}
+    for name, kind in columns.items():
+        column = f"{quote(table)}.{quote(name)}"
         if name not in there:
-            connection.execute(f"ALTER TABLE {quote(table)} ADD COLUMN {quote(name)} {columns[name]}")
-    for name in there:
-        if name not in columns:
-            connection.execute(f"ALTER TABLE {quote(table)} DROP COLUMN {quote(name)}")
-    for name in columns:
+            connection.execute(f"ALTER TABLE {quote(table)} ADD COLUMN {quote(name)} {kind}")
+        elif name in own and there[name] != kind:
+            change = f"ALTER COLUMN {quote(name)} SET DATA TYPE {kind} USING TRY_CAST({quote(name)} AS {kind})"
+            connection.execute(f"ALTER TABLE {quote(table)} {change}")
+        else:
+            check_column(table, name, there[name], kind)
         description = DESCRIPTIONS.get(name, KEPT_DESCRIPTION).replace("'", "''")
-        connection.execute(f"COMMENT ON COLUMN {quote(table)}.{quote(name)} IS '{description}'")
+        connection.execute(f"COMMENT ON COLUMN {column} IS '{description}'")
 
 
 def iterate_rows(query: DuckDBPyConnection) -> Iterator[dict[str, Any]]:

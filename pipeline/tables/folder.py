@@ -8,14 +8,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from pipeline.config import EmbedConfig
-from pipeline.files import create_file, delete_folder, exists, join, measure_files, read_checksum, read_text
+from pipeline.files import create_file, exists, join, measure_files, read_checksum, read_text
 from pipeline.reuse.copy import LiveFile
-from pipeline.reuse.journal import delete_journals
 from pipeline.signals import PUBLISHING
 from pipeline.sinks.index import Index, read_index
 from pipeline.sinks.layout import TableLayout
 from pipeline.sinks.readers import FileReader, VectorReader, damaged
 from pipeline.sinks.writing import RowFormat, Shard
+from pipeline.tables.attempts import clean_up, cleaning_up
 from pipeline.tables.commit import check_any_rows, complete, validate_snapshot
 from pipeline.tables.folder_table import FolderTable
 from pipeline.tables.manifest import MANIFEST, Manifest, attempts_folder, snapshot_folder
@@ -118,9 +118,9 @@ class FolderCommit(Committer):
                 place_files(manifest, shards, folder)
         with PUBLISHING:
             make_live(plan)
-            delete_folder(attempts_folder(plan.table, plan.name))
-            delete_journals(plan.table)
-        expire_snapshots(plan.table, plan.reindex.keep_snapshots, plan.reindex.grace_seconds)
+            clean_up(plan.table, plan.name, plan.facts["fingerprint"])
+        with cleaning_up(plan.table):
+            expire_snapshots(plan.table, plan.reindex.keep_snapshots, plan.reindex.grace_seconds)
         return plan.name
 
     def _agree(self, results: Results) -> tuple[list[Shard], dict[str, dict[str, float]]]:

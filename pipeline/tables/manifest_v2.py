@@ -7,15 +7,13 @@ from typing import Any
 VERSION = 2
 _SETTINGS = {"gate": "validate"}
 _STAGES = {"recall": "reuse", "carry": "merge"}
-_COUNTS = {"recalled": "reused", "equal_texts": "same_text", "granted_rows": "reused_rows"}
+_COUNTS = {"recalled": "reused", "equal_texts": "same_text", "granted_rows": "reused_rows", "probes": "spot_checks"}
 
 
 def upgrade_manifest(values: dict[str, Any]) -> dict[str, Any]:
     """A manifest of version 2, as JSON values, under the names of version 3."""
-    counts = {
-        _STAGES.get(stage, stage): _rename(numbers, _COUNTS if stage in _STAGES else {})
-        for stage, numbers in values["counts"].items()
-    }
+    counts = {_STAGES.get(stage, stage): _rename(numbers, _COUNTS) for stage, numbers in values["counts"].items()}
+    counts.get("merge", {}).pop("unchanged", None)  # counts["reuse"] has it
     settings = _rename(values["settings"], _SETTINGS)
     return values | {"settings": settings, "counts": counts, "format_version": VERSION + 1}
 

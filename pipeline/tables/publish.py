@@ -17,7 +17,16 @@ from apache_beam.io.filesystems import FileSystems
 
 from pipeline.config import ReindexConfig
 from pipeline.errors import RunError, TableError
-from pipeline.files import copy_file, delete_file, delete_folder, is_local, list_files, make_folder, write_atomically
+from pipeline.files import (
+    copy_file,
+    delete_file,
+    delete_folder,
+    is_local,
+    list_files,
+    make_folder,
+    strip_partial,
+    write_atomically,
+)
 from pipeline.records import REASONS, BundleCounts
 from pipeline.reuse.journal import JOURNAL
 from pipeline.sinks.index import SUFFIX as INDEX_SUFFIX
@@ -38,6 +47,7 @@ from pipeline.tables.manifest import (
 )
 from pipeline.tables.pointer import replace_if
 
+_NAMES = (SNAPSHOTS, ATTEMPTS, REJECTED, JOURNAL, LOCK, POINTER)  # all that a table's folder holds
 RESERVE_BYTES = 64 << 20  # left free on the output's disk
 
 
@@ -81,21 +91,20 @@ def check_folder(table: str) -> None:
     if is_local(table) and os.path.exists(table):
         if not os.path.isdir(table):
             raise TableError(f"--output={table} is a file; give a folder")
-        # a dot: what file managers leave behind
-        ours = (SNAPSHOTS, ATTEMPTS, REJECTED, JOURNAL, LOCK, POINTER, ".")
-        foreign = sorted(name for name in os.listdir(table) if not name.startswith(ours))
+        names = (name for name in os.listdir(table) if not name.startswith("."))  # which file managers leave behind
+        foreign = sorted(name for name in names if strip_partial(name) not in _NAMES)
         if foreign:
             raise TableError(
                 f"--output={table} holds {foreign[0]!r} and is no table; give an empty or new folder, or a table's"
             )
     if not is_local(table) and (set(table) & set("*?[") or "/" not in table.partition("://")[2].rstrip("/")):
         raise TableError(f"--output={table}: give a folder below the bucket, without any of * ? [ in its name")
-    probe = FileSystems.join(attempts_folder(table, uuid.uuid4().hex), "probe")
+    trial = FileSystems.join(attempts_folder(table, uuid.uuid4().hex), "trial")
     try:
-        make_folder(os.path.dirname(probe))
-        with FileSystems.create(probe, compression_type="uncompressed") as f:
-            f.write(b"probe")
-        delete_folder(os.path.dirname(probe))
+        make_folder(os.path.dirname(trial))
+        with FileSystems.create(trial, compression_type="uncompressed") as f:
+            f.write(b"trial")
+        delete_folder(os.path.dirname(trial))
     except Exception as error:
         raise TableError(f"--output={table} cannot be written to: {error}; check its permissions") from error
 

@@ -17,8 +17,8 @@ from pipeline.embedding_spec import make_embedding_spec
 from pipeline.encoders import export
 from pipeline.encoders.default import VOCABULARY_FILE, default_vocabulary, default_weights
 from pipeline.encoders.saved_model import TOKEN_INPUTS, describe_saved_model, read_flag, read_variables
+from pipeline.encoders.saving import saveable
 from pipeline.preprocess import export as preprocess_export
-from pipeline.preprocess.export import saveable
 from pipeline.tables.manifest import open_table
 from pipeline.tables.read import read_table
 from tests.support.exports import SPECIAL

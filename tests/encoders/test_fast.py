@@ -291,7 +291,7 @@ def save_by_hand(
     call.get_concrete_function(inputs)
     path = folder.parent / "vocab.txt"
     path.write_text("\n".join(vocabulary()) + "\n", encoding="utf-8")
-    from pipeline.preprocess.export import saveable
+    from pipeline.encoders.saving import saveable
 
     more = {"mlm": saveable(bias=tf.Variable(np.zeros(5, np.float32), name="predictions/bias"))} if head else {}
     module = saveable(

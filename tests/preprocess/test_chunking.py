@@ -10,9 +10,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from pipeline.encoders.inputs import pack_chunks
 from pipeline.preprocess import chunking
 from pipeline.preprocess.chunking import SplitDocuments, TextRule, WordpieceRule, hash_content, trim_pair, window_starts
-from pipeline.preprocess.packing import pack_chunks
 from pipeline.preprocess.wordpiece import Vocabulary
 from pipeline.records import Chunk, DeadLetter, Document, Origin
 from tests.support.official import vocabulary

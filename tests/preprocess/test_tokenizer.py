@@ -17,11 +17,11 @@ from hypothesis import strategies as st
 
 from pipeline.config import EmbedConfig
 from pipeline.embedding_spec import make_embedding_spec
+from pipeline.encoders.inputs import pack_chunks
 from pipeline.encoders.saved_model import describe_saved_model
 from pipeline.errors import EncoderError
 from pipeline.preprocess import wordpiece
 from pipeline.preprocess.chunking import PreprocessorRule, WordpieceRule, WordpieceSplitter
-from pipeline.preprocess.packing import pack_chunks
 from pipeline.preprocess.wordpiece import Tokenizer, Vocabulary, agrees_with_preprocessor, find_vocabulary
 from pipeline.records import Chunk, Document
 from tests.support.official import (

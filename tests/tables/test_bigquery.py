@@ -21,7 +21,7 @@ from pipeline.cli.main import main
 from pipeline.errors import ConfigError, EmbeamError, TableError
 from pipeline.files import join
 from pipeline.sources.bigquery_client import BigQueryName, client
-from pipeline.tables.bigquery import make_index_statement, make_search_query
+from pipeline.tables.bigquery_sql import make_index_statement, make_search_query
 from pipeline.tables.lock import LOCK, TableLock
 from pipeline.tables.store import open_store
 from tests.support.bigquery import BigQueryEmulator, start_bigquery
@@ -63,6 +63,17 @@ def test_columns_are_described_and_clustered(cloud, tmp_path):
     assert json.loads(row["manifest"])["rows"] == 84
     left = [name for name in cloud.gcs.objects() if name.startswith("described/")]
     assert not left, "the journal, the lock or loaded files were left"
+
+
+@emulator
+def test_a_kept_field_whose_type_changes_is_refused(cloud, tmp_path):
+    """BigQuery would refuse the rows themselves, only later and in other words."""
+    settings = {"output": f"bq://{cloud.project}.tables.typed", "work_dir": cloud.gcs.path("typed")}
+    records = [{"id": "a", "text": "a dog", "year": 1}]
+    rows, _ = run(tmp_path, records, **settings, keep_fields="year:int")
+    with pytest.raises(TableError, match="has a column 'year' of type INTEGER, which is to hold FLOAT; rename"):
+        run(tmp_path, records, **settings, keep_fields="year:float")
+    assert_same_rows(read_rows(settings["output"]), rows)
 
 
 @emulator
@@ -133,7 +144,7 @@ def count_rows(name: str) -> int:
 
 @emulator
 @pytest.mark.parametrize("point", ["before the merge", "after the merge"])
-def test_a_run_that_fails_around_its_merge_is_mended_by_the_next(cloud, tmp_path, monkeypatch, point):
+def test_a_run_that_fails_around_its_merge_is_completed_by_the_next(cloud, tmp_path, monkeypatch, point):
     name = f"failed_{point.split()[0]}"
     settings = {"output": f"bq://{cloud.project}.tables.{name}", "work_dir": cloud.gcs.path(name)}
     run(tmp_path, first_records(), **settings)

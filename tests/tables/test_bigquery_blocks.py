@@ -13,8 +13,9 @@ from pipeline.config import ReadConfig
 from pipeline.engines.runner import make_runner
 from pipeline.errors import ConfigError, InputError
 from pipeline.sources.bigquery import BigQuerySource, materialize_query, measure_table, require_id_field
-from pipeline.sources.bigquery_client import BigQueryName, LoadParameters, client, make_merge
+from pipeline.sources.bigquery_client import BigQueryName, LoadParameters, client
 from pipeline.sources.source import FileRange, InputFile
+from pipeline.tables.bigquery_sql import make_merge
 from tests.support.bigquery import start_bigquery
 from tests.support.emulators import start_gcs
 

@@ -14,6 +14,7 @@ import pytest
 import pipeline.tables.duckdb
 from pipeline.config import EmbedConfig, KeptField
 from pipeline.errors import ConfigError, TableError
+from pipeline.records import pack_kept
 from pipeline.report.summary import format_table
 from pipeline.search.nearest import find_nearest
 from pipeline.tables.manifest import Manifest
@@ -94,18 +95,41 @@ def test_every_run_is_written_down(table, tmp_path):
     assert all(comment for (comment,) in comments)
 
 
-def test_columns_and_dead_letters_of_earlier_runs_are_gone(table, tmp_path):
-    table.layout = replace(LAYOUT, kept=(KeptField("year", "int"),), keep_text=True)
-    table.run(dated(1, "a", "b"), fails=["text b"])
+def test_dead_letters_of_earlier_runs_are_gone(table, tmp_path):
+    table.run(documents("a", "b"), fails=["text b"])
     work = tmp_path / "v.duckdb.embeam" / "notes"
     assert len(list((work / "dead_letters").iterdir())) == 1
-    table.layout = LAYOUT
     table.run(documents("a", "b"))
     assert not list(work.rglob("*.jsonl"))
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [(("int", 1), ("float", 1.5)), (("string", "a"), ("int", 7)), (("float", 0.5), ("string", "b"))],
+)
+def test_a_kept_field_may_change_its_type(table, before, after):
+    """A column for whole numbers must not round 1.5 to 2, and a row that stays keeps what fits."""
+    (first, value), (second, other) = before, after
+    for kind, kept, names in ((first, value, "abc"), (second, other, "ab")):
+        table.layout = replace(LAYOUT, kept=(KeptField("field", kind),))
+        some = [one._replace(kept=pack_kept([kept])) for one in documents(*names)]
+        outcome = table.run(some, deletes="keep")
+    assert outcome.encoded == []
+    stays = {"float": 1.0, "int": None, "string": "0.5"}[second]
+    assert {name: row["field"] for (name, _), row in outcome.rows.items()} == {"a": other, "b": other, "c": stays}
+
+
+def test_a_kept_field_that_is_a_column_of_the_user_with_another_type_is_refused(table, tmp_path):
+    table.run(documents(*"ab"))
     with duckdb.connect(str(tmp_path / "v.duckdb")) as connection:
-        columns = [row[0] for row in connection.execute("DESCRIBE notes").fetchall()]
-    own = {"id", "chunk", "n_tokens", "n_truncated", "content_hash", "source", "embedding"}
-    assert set(columns) == own | {"fingerprint", "run_id", "embedded_at"}
+        connection.execute("ALTER TABLE notes ADD COLUMN year VARCHAR")
+    table.layout = replace(LAYOUT, kept=(KeptField("year", "int"),))
+    with pytest.raises(TableError, match="has a column 'year' of type VARCHAR, which is to hold BIGINT; rename"):
+        table.run(dated(1, *"ab"))
+    assert_rows(read_rows(table.output), documents(*"ab"))
+    with duckdb.connect(str(tmp_path / "v.duckdb")) as connection:
+        connection.execute("ALTER TABLE notes DROP COLUMN year")
+    assert_rows(table.run(dated(1, *"ab")).rows, dated(1, *"ab"))
 
 
 # Vector indexes

@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 
 import numpy as np
 import pytest
@@ -9,11 +10,11 @@ import tensorflow as tf
 
 import pipeline
 from pipeline.config import EmbedConfig, VectorChoice
-from pipeline.errors import ConfigError
+from pipeline.errors import ConfigError, TableError
 from pipeline.files import list_files
 from pipeline.sinks.layout import TableLayout
 from pipeline.sinks.writing import HashingStream, Shard
-from pipeline.tables.publish import Publication, build_manifest, place_files
+from pipeline.tables.publish import Publication, build_manifest, check_folder, place_files
 from pipeline.vectors.pooling import pool_outputs
 from tests.support.paths import ENCODER
 
@@ -27,6 +28,27 @@ def build(tmp_path, lines, **settings):
         **settings,
     }
     return pipeline.build_table(EmbedConfig.from_flat(values))
+
+
+OURS = ("snapshots", "attempts", "rejected", "journal", "lock", "CURRENT", "CURRENT.0a1b2c3d.new", ".DS_Store")
+
+
+@pytest.mark.parametrize("name", OURS)
+def test_a_folder_with_what_a_table_has_may_become_one(tmp_path, name):
+    (tmp_path / name).mkdir()
+    check_folder(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["locksmith.txt", "journal-2024", "lock.txt", "CURRENT.old", "CURRENT.0a1b2c3.new", "snapshots2", "current", "x"],
+)
+def test_a_folder_with_anything_else_is_no_table(tmp_path, name):
+    for folder in (*OURS, name):
+        (tmp_path / folder).mkdir()
+    with pytest.raises(TableError, match=f"holds '{name}' and is no table"):
+        check_folder(str(tmp_path))
+    assert sorted(os.listdir(tmp_path)) == sorted([*OURS, name]), "nothing was written"
 
 
 def test_a_stream_without_a_file_number_is_finished_all_the_same():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import time
 from pathlib import Path
 
 import numpy as np
@@ -225,3 +226,52 @@ def test_a_snapshot_of_a_dead_run_is_swept_and_an_older_one_is_not(table):
     Path(table.output, "snapshots", "29990101T000000.000000Z-abcdef", "manifest.json").write_text("{}")
     sweep_dead_attempts(table.output)
     assert sorted(path.name for path in Path(table.output, "snapshots").iterdir()) == [first, second]
+
+
+# Journals of runs that never published
+
+
+def leave_journal(table: SteppedTable, days: float) -> Path:
+    """The folder of the journal that a failed run of another model has left some days ago."""
+    table.model = "other"
+    with pytest.raises(RunError, match="max_dead_fraction"):
+        table.run(DOCUMENTS, fails=["text 0"], max_dead_fraction=0.1)
+    table.model = "one"
+    (folder,) = Path(table.output, "journal").iterdir()
+    written = time.time() - days * 86400
+    for path in folder.iterdir():
+        os.utime(path, (written, written))
+    return folder
+
+
+@pytest.mark.parametrize(("days", "stays"), [(0, True), (29, True), (31, False)])
+def test_a_journal_stays_for_its_model_for_a_month(table, caplog, days, stays):
+    publish(table)
+    folder = leave_journal(table, days)
+    publish(table)
+    assert folder.exists() == stays == folder.parent.exists()
+    assert ("vectors of a run that never published" in caplog.text) != stays
+
+
+# Once the pointer is replaced the run has succeeded
+
+
+@pytest.mark.parametrize("name", ["delete_journal", "delete_folder", "expire_journals"])
+def test_what_cannot_be_cleaned_up_is_a_warning(table, caplog, monkeypatch, name):
+    def refuse(*_: str) -> None:
+        raise OSError("the disk is tired")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(f"pipeline.tables.attempts.{name}", refuse)
+        first = publish(table)
+    assert live(table) == first and "the disk is tired" in caplog.text
+    publish(table)
+    assert not os.listdir(Path(table.output, "attempts")) and not Path(table.output, "journal").exists()
+
+
+def test_a_damaged_manifest_of_an_old_snapshot_is_a_warning(table, caplog):
+    first = publish(table)
+    publish(table)
+    Path(table.output, "snapshots", first, "manifest.json").write_text("{")
+    third = publish(table)
+    assert live(table) == third and first in caplog.text

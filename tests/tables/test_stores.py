@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
+import duckdb
 import numpy as np
 import pytest
 
@@ -145,6 +146,75 @@ def test_too_many_deletions_change_nothing(table):
 def test_what_a_database_cannot_hold_is_said_first(output, settings, message):
     with pytest.raises(ConfigError, match=message):
         open_store(output, "gs://bucket/work").check(EmbedConfig.from_flat({"output": output, **settings}))
+
+
+def test_publishing_leaves_the_journal_of_another_model(table):
+    table.run(documents(*"ab"))
+    table.model = "two"
+    with pytest.raises(RunError, match="max_dead_fraction"):
+        table.run(documents("a", "b", "x"), fails=["text x"], max_dead_fraction=0.1)
+    table.model = "one"
+    assert table.run(documents(*"abc")).encoded == ["text c"]
+    table.model = "two"
+    assert table.run(documents(*"abc")).encoded == ["text c"], "a and b are in the journal"
+
+
+# Columns that the user has added to a table of a database
+
+
+@pytest.fixture
+def database_table(database) -> SteppedTable:
+    return SteppedTable(**database)
+
+
+def run_sql(table: SteppedTable, statement: str) -> list[tuple[Any, ...]]:
+    """Runs a statement on a database's table, which `{}` stands for."""
+    if table.output.startswith("duckdb://"):
+        path, _, name = table.output.removeprefix("duckdb://").rpartition("/")
+        with duckdb.connect(path) as connection:
+            return connection.execute(statement.format(name)).fetchall()
+    rows = client().query(statement.format(f"`{table.output[5:]}`")).result()
+    return [tuple(row.values()) for row in rows]
+
+
+def add_notes(table: SteppedTable) -> None:
+    run_sql(table, "ALTER TABLE {} ADD COLUMN note STRING")
+    run_sql(table, "UPDATE {} SET note = 'my own' WHERE TRUE")
+
+
+def read_notes(table: SteppedTable) -> dict[str, str | None]:
+    return dict(run_sql(table, "SELECT id, note FROM {}"))
+
+
+def test_columns_of_the_user_stay_and_replaced_rows_lose_their_values(database_table):
+    table = database_table
+    table.layout = replace(LAYOUT, kept=(KeptField("year", "int"),))
+    table.run([*dated(1, *"abcd")])
+    add_notes(table)
+    outcome = table.run([*dated(1, "a", "b=x", "new"), *dated(2, "c")])
+    assert outcome.encoded == ["text new", "text x"]
+    assert read_notes(table) == {"a": "my own", "b": None, "c": None, "new": None}
+
+
+def test_columns_of_the_user_stay_when_every_row_is_replaced(database_table):
+    table = database_table
+    table.run(documents(*"ab"))
+    add_notes(table)
+    table.model, table.layout = "two", replace(LAYOUT, dimension=DIMENSION // 2)
+    outcome = table.run(documents(*"ab"))
+    assert outcome.encoded == ["text a", "text b"] and read_notes(table) == {"a": None, "b": None}
+    assert all(row["embedding"].shape == (DIMENSION // 2,) for row in outcome.rows.values())
+
+
+def test_a_column_that_is_no_longer_kept_stays_and_is_null(database_table):
+    table = database_table
+    table.layout = replace(LAYOUT, kept=(KeptField("year", "int"),))
+    table.run(dated(1, *"ab"))
+    table.layout = LAYOUT
+    assert table.run(documents(*"ab")).encoded == []
+    assert run_sql(table, "SELECT year FROM {}") == [(None,), (None,)]
+    table.layout = replace(LAYOUT, kept=(KeptField("year", "int"),))
+    assert_rows(table.run(dated(3, *"ab")).rows, dated(3, *"ab"))
 
 
 # Whole runs
