@@ -30,6 +30,8 @@ from pipeline.vectors.pooling import pool_tokens
 if TYPE_CHECKING:
     import tensorflow as tf
 
+TOKEN_STEPS = 64  # numbers of tokens between a power of two and the next: at most 1/64 is computed for nothing
+
 
 def build_graph(weights: Weights, a: Architecture, choice: VectorChoice, mode: Mode) -> Callable[..., tf.Tensor]:
     """Makes the graph from the three int32 inputs `[B, L]` to float32 vectors `[B, D]`, or `[B, L, D]` for tokens.
@@ -110,7 +112,8 @@ def lay_out_rows(mask: tf.Tensor, a: Architecture, packed: bool) -> Rows:
     blank = tf.logical_not(tf.reduce_any(mask > 0, 1, keepdims=True))  # [B, 1]
     keep = (mask > 0) | blank | (tf.range(length) == 0)  # [B, L]
     flat = tf.reshape(keep, [-1])  # [B L]
-    kept = tf.cast(tf.where(flat)[:, 0], tf.int32)  # [N]
+    kept = tf.cast(tf.where(flat)[:, 0], tf.int32)  # [number of tokens]
+    kept = tf.pad(kept, [[0, round_up_tokens(tf.size(kept)) - tf.size(kept)]])  # [N]: the first token again and again
     slots = tf.reshape(tf.where(flat, tf.cumsum(tf.cast(flat, tf.int32)) - 1, 0), shape)  # [B, L]
     heads = tf.range(a.heads)  # [A]
     part = tf.range(3)[:, None, None, None] * a.heads + heads[:, None]  # [3, 1, A, 1]
@@ -118,6 +121,19 @@ def lay_out_rows(mask: tf.Tensor, a: Architecture, packed: bool) -> Rows:
     row, place = kept // length, kept % length  # [N] each
     to_tokens = ((row * a.heads)[:, None] + heads) * length + place[:, None]  # [N, A]
     return Rows(shape, slots[:, 0], kept, slots, to_heads, to_tokens)
+
+
+def round_up_tokens(n: tf.Tensor) -> tf.Tensor:
+    """The least of a few numbers, 64 between a power of two and the next, that is not less than n.
+
+    oneDNN compiles its kernels anew for every number of tokens and keeps them, some 60 kB each: 300 kB for a graph. So
+    packed batches, nearly all of which have other numbers of tokens, would fill memory for thousands of batches.
+    """
+    import tensorflow as tf
+
+    steps = tf.constant([1 << i for i in range(24)])
+    step = tf.reduce_max(tf.where(steps * TOKEN_STEPS <= n, steps, 1))
+    return (n + step - 1) // step * step
 
 
 def spread(x: tf.Tensor, rows: Rows) -> tf.Tensor:

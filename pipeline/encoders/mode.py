@@ -7,7 +7,7 @@ from typing import NamedTuple
 from pipeline.encoders.onednn import has_fused_kernels
 from pipeline.encoders.runtime import has_gpu, hear_onednn_out, native_half_precision
 
-VERSION = 2  # of the arithmetic: raise it when numbers may change, so that remembered proofs are made again
+VERSION = 3  # of the arithmetic: raise it when numbers may change, so that remembered proofs are made again
 
 
 class Mode(NamedTuple):

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import struct
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -29,6 +30,7 @@ ENTRY = np.dtype(
     ]
 )
 _LENGTH = struct.Struct("<Q")
+_READ_RECORDS = 1 << 16
 
 
 class Index(NamedTuple):
@@ -46,14 +48,6 @@ class SourceNumbers:
 
     def number(self, path: str) -> int:
         return self.paths.setdefault(path, len(self.paths))
-
-
-def drop_unused_sources(index: Index) -> Index:
-    """The same index with those input files alone that its entries name."""
-    used, which = np.unique(index.entries["source"], return_inverse=True)
-    entries = index.entries.copy()
-    entries["source"] = which
-    return Index(entries, [index.sources[i] for i in used.tolist()])
 
 
 def digest_kept(kept: bytes) -> int:
@@ -100,14 +94,34 @@ def unpack_records(data: bytes, dtype: np.dtype) -> tuple[np.ndarray, list[str]]
     Raises:
       ValueError: if the bytes are none.
     """
-    if len(data) < _LENGTH.size:
+    n = _count_records(len(data), data[-_LENGTH.size :], dtype)
+    sources: list[str] = json.loads(data[n * dtype.itemsize : -_LENGTH.size])
+    return np.frombuffer(data, dtype, n), sources
+
+
+def iterate_records(path: str, dtype: np.dtype = ENTRY) -> Iterator[np.ndarray]:
+    """Yields the records of a file that `pack_records` has filled, `[n]` at a time, without holding the file in memory.
+
+    Raises:
+      ValueError: if it is damaged.
+    """
+    with open_file(path) as stream:
+        n_bytes = stream.seek(0, os.SEEK_END)
+        stream.seek(max(0, n_bytes - _LENGTH.size))
+        n = _count_records(n_bytes, stream.read(), dtype)
+        stream.seek(0)
+        for start in range(0, n, _READ_RECORDS):
+            yield np.frombuffer(stream.read(min(_READ_RECORDS, n - start) * dtype.itemsize), dtype)
+
+
+def _count_records(n_bytes: int, length: bytes, dtype: np.dtype) -> int:
+    """How many records a file of so many bytes holds whose last bytes say how long its JSON is."""
+    if len(length) < _LENGTH.size:
         raise ValueError("it is too short")
-    end = len(data) - _LENGTH.size
-    (size,) = _LENGTH.unpack_from(data, end)
-    if size > end or (end - size) % dtype.itemsize:
+    size = n_bytes - _LENGTH.size - _LENGTH.unpack(length)[0]
+    if size < 0 or size % dtype.itemsize:
         raise ValueError("its length does not fit")
-    sources: list[str] = json.loads(data[end - size : end])
-    return np.frombuffer(data, dtype, (end - size) // dtype.itemsize), sources
+    return int(size // dtype.itemsize)
 
 
 def read_index(path: str) -> Index:

@@ -23,8 +23,8 @@ from pipeline.errors import RunError
 from pipeline.progress import Progress
 from pipeline.records import BundleCounts, DeadLetter, Row
 from pipeline.sinks import SINKS
+from pipeline.sinks.index import ENTRY, Index, SourceNumbers, index_rows, pack_records
 from pipeline.sinks.index import SUFFIX as INDEX_SUFFIX
-from pipeline.sinks.index import Index, SourceNumbers, drop_unused_sources, index_rows, pack_records
 from pipeline.sinks.layout import TableLayout
 from pipeline.sinks.table_format import ByteWriter, RowWriter, StoredRows
 
@@ -181,8 +181,8 @@ class ShardWriter:
     def write(self, records: list[Any]) -> None:
         self._begin(self.form.order(records[0]))
         self._writer.write(records)
-        if self.form.kind == ROWS:
-            self._entries.append(index_rows(records, self._sources))
+        if self._index is not None:
+            self._index.write(index_rows(records, self._index.sources))
         self._end(len(records))
 
     def write_stored(self, stored: StoredRows, index: Index) -> None:
@@ -190,13 +190,10 @@ class ShardWriter:
         if not len(index.entries):
             return
         self._begin(index.entries["id"][0].hex())
-        assert not isinstance(self._writer, DeadLetterWriter)
+        assert self._index is not None and not isinstance(self._writer, DeadLetterWriter)
         self._writer.write_stored(stored)
-        entries = index.entries.copy()
-        used, which = np.unique(entries["source"], return_inverse=True)
-        entries["source"] = np.array([self._sources.number(index.sources[i]) for i in used.tolist()], "<u4")[which]
-        self._entries.append(entries)
-        self._end(len(entries))
+        self._index.write_index(index)
+        self._end(len(index.entries))
 
     def finish(self) -> list[Shard]:
         """Closes the last file and returns all that were written."""
@@ -209,8 +206,7 @@ class ShardWriter:
             return
         self._path = FileSystems.join(self.folder, f"{self.form.kind}-{uuid.uuid4().hex}{self.form.suffix}")
         self._first, self._rows = first, 0
-        self._entries: list[np.ndarray] = []
-        self._sources = SourceNumbers()
+        self._index = IndexWriter(self.folder) if self.form.kind == ROWS else None
         self._stream = HashingStream(FileSystems.create(self._path, compression_type="uncompressed"))
         self._gzip = gzip.GzipFile("", "wb", 6, self._stream, mtime=0) if self.form.compression == "gzip" else None
         self._writer: RowWriter | DeadLetterWriter = self.form.open(self._gzip or self._stream)
@@ -229,19 +225,45 @@ class ShardWriter:
         sha256 = self._stream.finish()
         n_bytes, self._stream = self._stream.n_bytes, None
         form = self.form
-        index: tuple[str, tuple[int, str]] = "", (0, "")
-        if self._entries:
-            index = write_index(self.folder, Index(np.concatenate(self._entries), list(self._sources.paths)))
+        index = self._index.finish() if self._index is not None else ("", (0, ""))
         self._shards.append(Shard(self._path, form.kind, form.suffix, self._rows, n_bytes, sha256, self._first, *index))
+
+
+class IndexWriter:
+    """Writes the index of one file as its rows come.
+
+    Attributes:
+      sources: numbers of the input files.
+    """
+
+    def __init__(self, folder: str) -> None:
+        self.sources = SourceNumbers()
+        self._path = FileSystems.join(folder, f"index-{uuid.uuid4().hex}{INDEX_SUFFIX}")
+        self._stream = HashingStream(FileSystems.create(self._path, compression_type="uncompressed"))
+
+    def write(self, entries: np.ndarray) -> None:
+        """Writes entries `[n]` of ENTRY with this index's own numbers of sources."""
+        self._stream.write(entries.tobytes())
+
+    def write_index(self, index: Index) -> None:
+        """Writes the entries of another index."""
+        entries = index.entries.copy()
+        used, which = np.unique(entries["source"], return_inverse=True)
+        entries["source"] = np.array([self.sources.number(index.sources[i]) for i in used.tolist()], "<u4")[which]
+        self.write(entries)
+
+    def finish(self) -> tuple[str, tuple[int, str]]:
+        """Closes the file; returns its path, and its size in bytes and sha256."""
+        self._stream.write(pack_records(np.empty(0, ENTRY), list(self.sources.paths)))
+        sha256 = self._stream.finish()
+        return self._path, (self._stream.n_bytes, sha256)
 
 
 def write_index(folder: str, index: Index) -> tuple[str, tuple[int, str]]:
     """Writes the index of one file; returns its path, and its size in bytes and sha256."""
-    path = FileSystems.join(folder, f"index-{uuid.uuid4().hex}{INDEX_SUFFIX}")
-    stream = HashingStream(FileSystems.create(path, compression_type="uncompressed"))
-    stream.write(pack_records(*drop_unused_sources(index)))
-    sha256 = stream.finish()
-    return path, (stream.n_bytes, sha256)
+    writer = IndexWriter(folder)
+    writer.write_index(index)
+    return writer.finish()
 
 
 class WriteRecords(beam.DoFn):

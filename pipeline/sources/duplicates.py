@@ -19,6 +19,8 @@ import numpy as np
 from apache_beam.io.filesystem import CompressionTypes
 from apache_beam.io.filesystems import FileSystems
 
+from pipeline.files import is_local
+from pipeline.partitions import Partitions
 from pipeline.records import DeadLetter, Document, digest_id
 from pipeline.sources.source import FileRange
 
@@ -34,32 +36,40 @@ _NEVER = 1 << 63
 ListIds = Callable[[tuple[FileRange, ...]], Iterator[tuple[FileRange, str, int]]]
 
 
-def find_losers(read_entries: Callable[[], Iterator[np.ndarray]]) -> np.ndarray:
+def find_losers(blocks: Iterable[np.ndarray], n_ids: int, scratch: str | None = None) -> np.ndarray:
     """Finds all entries but the lowest (file, position) of each digest.
 
-    Takes 8 bytes of memory for an id, and some 50 for one that occurs more than once.
+    Takes the same memory for any number of ids up to a few hundred million, 28 bytes of disk for each, and some 50
+    bytes of memory for one that occurs more than once.
 
     Args:
-      read_entries: gives an iterator over blocks `[n]` of `ENTRY`; called twice.
+      blocks: `[n]` of `ENTRY`, one after another.
+      n_ids: how many entries there are in all.
+      scratch: a local folder for files without names; None for the system's own.
 
     Returns:
       `[n]` of `LOSER`, sorted by file and position.
     """
-    blocks = [block["high"].copy() for block in read_entries()]
-    highs = np.concatenate(blocks) if blocks else np.empty(0, "<u8")
-    del blocks
-    highs.sort()
+    entries = Partitions(ENTRY, n_ids, scratch)
+    for block in blocks:
+        entries.add(block, block["high"])
+    losers = np.concatenate([_find_losers(part) for part in entries.take()])
+    return losers[np.lexsort((losers["position"], losers["file"]))]
+
+
+def _find_losers(entries: np.ndarray) -> np.ndarray:
+    """The losers among entries that fit into memory, in no order."""
+    highs = np.sort(entries["high"])
     repeated = highs[1:][highs[1:] == highs[:-1]]
-    del highs
     if not len(repeated):
         return np.empty(0, LOSER)
-    entries = np.concatenate([block[_is_in(block["high"], repeated)] for block in read_entries()])
+    entries = entries[_is_in(entries["high"], repeated)]
     entries = entries[np.lexsort((entries["position"], entries["file"], entries["low"], entries["high"]))]
     loses = np.zeros(len(entries), bool)
     loses[1:] = (entries["high"][1:] == entries["high"][:-1]) & (entries["low"][1:] == entries["low"][:-1])
     losers = np.empty(int(loses.sum()), LOSER)
     losers["file"], losers["position"] = entries["file"][loses], entries["position"][loses]
-    return losers[np.lexsort((losers["position"], losers["file"]))]
+    return losers
 
 
 class LoserCursor:
@@ -77,30 +87,33 @@ class LoserCursor:
 
 
 class ScanToFile(beam.DoFn):
-    """Writes the ids of a split to a scratch file and yields its path."""
+    """Writes the ids of a split to a scratch file; yields its path and how many there are."""
 
     def __init__(self, list_ids: ListIds, work_dir: str) -> None:
         self._list_ids = list_ids
         self._work_dir = work_dir
 
-    def process(self, split: tuple[FileRange, ...]) -> Iterator[str]:
+    def process(self, split: tuple[FileRange, ...]) -> Iterator[tuple[str, int]]:
         # A fresh name for every attempt, so that a replayed bundle never touches a file that is being merged.
         path = FileSystems.join(self._work_dir, f"ids-{uuid.uuid4().hex}.bin")
+        n_ids = 0
         with create_scratch(path) as stream:
             buffer = bytearray()
             for file_range, document_id, position in self._list_ids(split):
+                n_ids += 1
                 buffer += _ENTRY.pack(digest_id(document_id), file_range.file.index, position)
                 if len(buffer) >= _WRITE_BYTES:
                     stream.write(bytes(buffer))
                     buffer.clear()
             stream.write(bytes(buffer))
-        yield path
+        yield path, n_ids
 
 
-def merge_scans(_: Any, paths: Iterable[str], work_dir: str) -> str:
-    """Writes the losers among the ids of all scans to one file and returns its path."""
-    paths = sorted(paths)
-    data = find_losers(lambda: read_blocks(paths)).tobytes()
+def merge_scans(_: Any, scans: Iterable[tuple[str, int]], work_dir: str) -> str:
+    """Writes the losers among the ids of all scans, files and their numbers of ids, to one file; returns its path."""
+    blocks = read_blocks(path for path, _ in scans)
+    scratch = work_dir if is_local(work_dir) else None
+    data = find_losers(blocks, sum(n_ids for _, n_ids in scans), scratch).tobytes()
     # Named after its content: readers cache it by path, and a replay gives the same file.
     path = FileSystems.join(work_dir, f"losers-{hashlib.blake2b(data, digest_size=16).hexdigest()}.bin")
     with create_scratch(path) as stream:
@@ -110,11 +123,11 @@ def merge_scans(_: Any, paths: Iterable[str], work_dir: str) -> str:
 
 def scan_through_files(splits: beam.PCollection, list_ids: ListIds, work_dir: str) -> beam.pvalue.AsSingleton:
     """The local back end: a side input with the path of the losers' file."""
-    paths = splits | "ScanIds" >> beam.ParDo(ScanToFile(list_ids, work_dir))
+    scans = splits | "ScanIds" >> beam.ParDo(ScanToFile(list_ids, work_dir))
     merged = (
         splits.pipeline
         | "OneMerge" >> beam.Create([None])
-        | "FindDuplicates" >> beam.Map(merge_scans, beam.pvalue.AsList(paths), work_dir)
+        | "FindDuplicates" >> beam.Map(merge_scans, beam.pvalue.AsList(scans), work_dir)
     )
     return beam.pvalue.AsSingleton(merged)
 

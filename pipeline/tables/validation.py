@@ -8,9 +8,10 @@ from typing import NamedTuple
 import numpy as np
 
 from pipeline.errors import ValidationError
+from pipeline.partitions import Partitions
 from pipeline.records import Row
 from pipeline.reuse.index import VectorIndex
-from pipeline.sinks.index import read_index, whole_digest
+from pipeline.sinks.index import iterate_records, whole_digest
 from pipeline.sinks.layout import Columns, TableLayout
 from pipeline.sinks.readers import VectorFile, VectorReader
 from pipeline.sinks.writing import Shard
@@ -20,6 +21,7 @@ MAX_FLAT_FRACTION = 0.01  # of rows that are zero or one number throughout
 MIN_TEXTS = 20  # that must not all have the same vector
 MIN_COSINE = 0.999
 MAX_OTHER_BITS, MAX_OTHER_SHARE = 2, 0.02  # numbers near zero may round to the other sign
+_KEY = np.dtype([("high", "<u8"), ("low", "<u8"), ("chunk", "<u4")])  # a digest of an id, and a chunk
 
 
 class Expected(NamedTuple):
@@ -34,34 +36,44 @@ class Expected(NamedTuple):
     most: int
 
 
-def check_rows(shards: Sequence[Shard], staying: np.ndarray, expected: Expected) -> None:
+def check_rows(shards: Sequence[Shard], staying: np.ndarray, expected: Expected, scratch: str | None = None) -> None:
     """Checks that no document is missing, none surplus, and none there twice.
 
-    Takes 20 bytes of memory a row.
+    Takes the same memory for any number of rows up to a few hundred million, and 20 bytes of disk for each.
 
     Args:
       shards: files that are written.
       staying: entries `[n]` of rows that stay in a database.
       expected: how many documents there should be.
+      scratch: a local folder for files without names; None for the system's own.
 
     Raises:
       ValidationError: naming what is wrong.
     """
-    keys = np.empty(sum(shard.rows for shard in shards) + len(staying), [("id", "S16"), ("chunk", "<u4")])
-    start = len(staying)
-    keys[:start] = staying[["id", "chunk"]]
+    keys = Partitions(_KEY, sum(shard.rows for shard in shards) + len(staying), scratch)
+    _add_keys(keys, staying)
     for shard in shards:
-        entries = read_index(shard.index_path).entries
-        if len(entries) != shard.rows:
-            raise ValidationError(f"{shard.path} has {shard.rows:,} rows and an index of {len(entries):,}")
-        keys[start : start + shard.rows] = entries[["id", "chunk"]]
-        start += shard.rows
-    keys.sort()
-    same_id = keys["id"][1:] == keys["id"][:-1]
-    if twice := int(np.count_nonzero(same_id & (keys["chunk"][1:] == keys["chunk"][:-1]))):
-        raise ValidationError(f"{twice:,} rows have an id and chunk that another row has too")
-    n = len(keys) - int(np.count_nonzero(same_id))
-    check_count(n, expected)
+        n_entries = sum(_add_keys(keys, entries) for entries in iterate_records(shard.index_path))
+        if n_entries != shard.rows:
+            raise ValidationError(f"{shard.path} has {shard.rows:,} rows and an index of {n_entries:,}")
+    n_documents, n_twice = 0, 0
+    for part in keys.take():
+        part = part[np.lexsort((part["chunk"], part["low"], part["high"]))]
+        same_id = (part["high"][1:] == part["high"][:-1]) & (part["low"][1:] == part["low"][:-1])
+        n_twice += int(np.count_nonzero(same_id & (part["chunk"][1:] == part["chunk"][:-1])))
+        n_documents += len(part) - int(np.count_nonzero(same_id))
+    if n_twice:
+        raise ValidationError(f"{n_twice:,} rows have an id and chunk that another row has too")
+    check_count(n_documents, expected)
+
+
+def _add_keys(keys: Partitions, entries: np.ndarray) -> int:
+    """Adds the ids and chunks of entries `[n]`, and returns n."""
+    digests = np.ascontiguousarray(entries["id"]).view("<u8").reshape(-1, 2)  # [n, 2]
+    some = np.empty(len(entries), _KEY)
+    some["high"], some["low"], some["chunk"] = digests[:, 0], digests[:, 1], entries["chunk"]
+    keys.add(some, digests[:, 0])
+    return len(entries)
 
 
 def check_count(n: int, expected: Expected) -> None:
@@ -170,10 +182,12 @@ def _find_fresh(spot_checks: Sequence[Row], fresh: Sequence[tuple[VectorFile, Sh
         return places
     wanted = np.array([bytes.fromhex(row.content_hash) for row in spot_checks], "S16")
     for file, shard in fresh:
-        entries = read_index(shard.index_path).entries
-        for i in np.flatnonzero(np.isin(entries["content"], wanted)).tolist():
-            key = whole_digest(entries["content"][i]).hex(), int(entries["chunk"][i])
-            places[key] = file.first + i
+        first = file.first
+        for entries in iterate_records(shard.index_path):
+            for i in np.flatnonzero(np.isin(entries["content"], wanted)).tolist():
+                key = whole_digest(entries["content"][i]).hex(), int(entries["chunk"][i])
+                places[key] = first + i
+            first += len(entries)
     return places
 
 

@@ -23,7 +23,7 @@ from pipeline.encoders import architecture, export, load, onednn, parity, runtim
 from pipeline.encoders.architecture import Architecture, canonical_names, infer_architecture, recognise_architecture
 from pipeline.encoders.base import TokenEncoder
 from pipeline.encoders.export import encode, export_encoder, initial_weights
-from pipeline.encoders.fast import build_graph
+from pipeline.encoders.fast import TOKEN_STEPS, build_graph, round_up_tokens
 from pipeline.encoders.load import load_encoder
 from pipeline.encoders.mode import VERSION, Mode, choose_mode, choose_modes
 from pipeline.encoders.onednn import has_fused_kernels
@@ -489,3 +489,10 @@ def test_a_probe_that_cannot_run_is_no_proof_and_is_not_remembered(own_cache, mo
     assert "the probe failed: no room" in caplog.text
     monkeypatch.setattr(ParityCheck, "_measure", lambda *arguments: [0.0, 1.0])
     assert describe(ENCODER).graph == "fast"
+
+
+def test_few_numbers_of_tokens_are_computed_and_little_for_nothing():
+    rounded = [int(round_up_tokens(tf.constant(n))) for n in range(1, 5000)]
+    assert rounded[:128] == list(range(1, 129))
+    assert all(n <= more <= n + n / TOKEN_STEPS for n, more in enumerate(rounded, 1))
+    assert len({more for more in rounded if 2048 < more <= 4096}) == TOKEN_STEPS

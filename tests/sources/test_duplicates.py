@@ -1,6 +1,8 @@
 """Duplicate ids: the lowest place wins, with both back ends, in memory and in worker processes."""
 
 import json
+import tracemalloc
+from collections.abc import Iterator
 
 import apache_beam as beam
 import numpy as np
@@ -11,6 +13,7 @@ from apache_beam.testing.util import assert_that, equal_to
 from hypothesis import given
 from hypothesis import strategies as st
 
+from pipeline import partitions
 from pipeline.config import ReadConfig
 from pipeline.errors import ConfigError
 from pipeline.reuse.decide import ReusePolicy
@@ -124,14 +127,39 @@ PLACES = st.lists(
 )
 
 
+@pytest.mark.parametrize("part_bytes", [partitions.PART_BYTES, 40])
 @given(places=PLACES, cut=st.integers(0, 50))
-def test_losers_are_all_but_the_lowest(places, cut):
+def test_losers_are_all_but_the_lowest(part_bytes, places, cut):
     table = np.array(places, dtype=ENTRY) if places else np.empty(0, ENTRY)
     by_id = {}
     for high, low, file, position in places:
         by_id.setdefault((high, low), []).append((file, position))
     expected = sorted(place for group in by_id.values() for place in sorted(group)[1:])
-    assert find_losers(lambda: iter([table[:cut], table[cut:]])).tolist() == expected
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(partitions, "PART_BYTES", part_bytes)
+        assert find_losers([table[:cut], table[cut:]], len(table)).tolist() == expected
+
+
+def test_memory_does_not_grow_with_the_ids(tmp_path, monkeypatch):
+    monkeypatch.setattr(partitions, "PART_BYTES", 1 << 19)
+
+    def peak(n: int) -> int:
+        def read() -> Iterator[np.ndarray]:
+            random = np.random.default_rng(1)
+            for start in range(0, n, 10_000):
+                block = np.zeros(10_000, ENTRY)
+                block["high"] = random.integers(0, 1 << 63, len(block), np.uint64)
+                block["position"] = np.arange(start, start + len(block))
+                yield block
+
+        tracemalloc.start()
+        assert not len(find_losers(read(), n, str(tmp_path)))
+        measured = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        return measured
+
+    few, many = peak(200_000), peak(800_000)
+    assert many - few < 600_000  # bytes: less than one for each id more
 
 
 @given(positions=st.sets(st.integers(0, 60)), start=st.integers(0, 60))

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import tracemalloc
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from pipeline import partitions
 from pipeline.errors import ValidationError
 from pipeline.records import Row
 from pipeline.reuse.complete import number_files
-from pipeline.sinks.index import SourceNumbers, index_rows
+from pipeline.sinks.index import ENTRY, Index, SourceNumbers, index_rows
 from pipeline.sinks.layout import TableLayout
 from pipeline.sinks.readers import FileReader
-from pipeline.sinks.writing import RowFormat, Shard
+from pipeline.sinks.writing import RowFormat, Shard, write_index
 from pipeline.tables.manifest import open_table
 from pipeline.tables.validation import Expected, check_rows, check_vectors, compare_row, restore_row
 from pipeline.vectors.storing import quantize_vectors
@@ -62,6 +64,33 @@ def test_an_index_that_is_too_short_is_found(tmp_path):
     shards = write_shards(drawn(range(5)), FORM, str(tmp_path))
     with pytest.raises(ValidationError, match="has 6 rows and an index of 5"):
         count([shards[0]._replace(rows=6)], 6, 6)
+
+
+def test_rows_in_many_parts_are_told_apart_too(tmp_path, monkeypatch):
+    monkeypatch.setattr(partitions, "PART_BYTES", 100)
+    shards = write_shards([*drawn(range(300)), *drawn(range(40), chunk=1)], FORM, str(tmp_path), shard_bytes=10_000)
+    count(shards, 300, 300)
+    with pytest.raises(ValidationError, match="7 rows have an id and chunk that another row has too"):
+        count(shards, 300, 300, index_rows(drawn(range(7)), SourceNumbers()))
+
+
+def test_memory_does_not_grow_with_the_rows(tmp_path, monkeypatch):
+    monkeypatch.setattr(partitions, "PART_BYTES", 1 << 19)
+
+    def peak(n: int) -> int:
+        entries = np.zeros(n, ENTRY)
+        entries["id"] = np.frombuffer(np.random.default_rng(1).bytes(16 * n), "S16")
+        path, size = write_index(str(tmp_path), Index(entries, ["a.txt"]))
+        del entries
+        shard = Shard("rows", "embeddings", "", n, 0, "", "", path, size)
+        tracemalloc.start()
+        check_rows([shard], index_rows([], SourceNumbers()), Expected(n, n), str(tmp_path))
+        measured = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        return measured
+
+    few, many = peak(200_000), peak(800_000)
+    assert many - few < 600_000  # bytes: less than one for each row more
 
 
 # Its numbers
