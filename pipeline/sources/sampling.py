@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
@@ -15,6 +16,7 @@ from pipeline.sources.fields import infer_type
 from pipeline.sources.planning import InputPlan
 from pipeline.sources.source import FileRange, InputFile, Record
 
+_LOGGER = logging.getLogger(__name__)
 SAMPLE_FILES = 10  # of each kind
 SAMPLE_ROWS = 200  # whose fields are looked at
 SAMPLE_RECORDS, SAMPLE_BYTES = 20_000, 4 << 20  # of each kind of file: whichever comes first, after `SAMPLE_ROWS`
@@ -84,20 +86,29 @@ def read_readable(file_range: FileRange, config: ReadConfig) -> Iterator[Record]
 def infer_kept_fields(rows: Sequence[dict[str, Any]], config: ReadConfig) -> list[KeptField]:
     """Fills in the types of the kept fields from the first rows, and checks that the columns exist.
 
+    A field whose type is given need not be in the first rows: it may come later.
+
     Args:
       rows: from `sample_input`.
       config: the kept fields, of which some may have a type.
 
     Raises:
-      ConfigError: if a kept or pair field is in none of the rows, or holds something that cannot be kept.
+      ConfigError: if the pair field or a kept field without a type is in none of the rows, or holds something that
+        cannot be kept.
     """
     kept = config.kept_fields()
+    typed = {field.name for field in kept if field.type}
     values = {name: [row[name] for row in rows if name in row] for name in [config.pair_field, *(f.name for f in kept)]}
     for name, found in values.items():
-        if name and rows and not found:
-            flag = "pair_field" if name == config.pair_field else "keep_fields"
-            there = ", ".join(sorted({str(key) for row in rows for key in row})[:20])
-            raise ConfigError(f"--{flag}={name} is in none of the first {len(rows)} rows; they have {there or 'none'}")
+        if not name or not rows or found:
+            continue
+        there = ", ".join(sorted({str(key) for row in rows for key in row})[:20]) or "none"
+        missing = f"={name} is in none of the first {len(rows)} rows; they have {there}"
+        if name == config.pair_field:
+            raise ConfigError(f"--pair_field{missing}")
+        if name not in typed:
+            raise ConfigError(f"--keep_fields{missing}; if it comes later, give its type: --keep_fields={name}:string")
+        _LOGGER.warning("--keep_fields%s; rows without the field hold null", missing)
     return [field if field.type else KeptField(field.name, _infer_field(field.name, values)) for field in kept]
 
 
