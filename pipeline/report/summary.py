@@ -10,6 +10,7 @@ import numpy as np
 from pipeline.encoders.parity import Parity
 from pipeline.records import REASONS
 from pipeline.report.progress_bar import format_seconds
+from pipeline.tables.folder_table import FolderTable
 from pipeline.tables.manifest import Manifest, snapshot_folder
 from pipeline.tables.read import iter_table, open_live
 from pipeline.tables.store import find_table
@@ -37,10 +38,8 @@ def format_summary(manifest: Manifest, table: str) -> str:
         used = batch.get("used_tokens", 0) / padded
         lines.append(f"  batches      {int(batch.get('batches', 0)):,}, {used:.1%} of their {unit} are not padding")
     lines += describe_changes(manifest)
-    found = find_table(table)
-    where = f", in {found.locate_dead_letters(manifest, 'dead_letters-*').replace(found.work, table, 1)}"
     n_dead = sum(manifest.dead_letters.values())
-    lines.append(f"  dead letters {n_dead:,}" + (where if n_dead else ""))
+    lines.append(f"  dead letters {n_dead:,}" + (f", in {locate_dead_letters(manifest, table)}" if n_dead else ""))
     for reason, n in _by_count(manifest):
         lines.append(f"    {n:>9,} {reason}: {REASONS[reason]}")
     seconds = {
@@ -52,6 +51,13 @@ def format_summary(manifest: Manifest, table: str) -> str:
     lines.append("  seconds      " + ", ".join(f"{value:.1f} {name}" for name, value in seconds.items()))
     lines.append(f"  encoder      {describe_graph(manifest)}")
     return "\n".join(lines)
+
+
+def locate_dead_letters(manifest: Manifest, table: str) -> str:
+    """A glob of the files with a run's dead letters: below the folder as the user named it, else in full."""
+    found = find_table(table, manifest.settings.get("work_dir", ""))
+    path = found.locate_dead_letters(manifest, "dead_letters-*")
+    return path.replace(found.work, table, 1) if isinstance(found, FolderTable) else path
 
 
 def summarize(manifest: Manifest | None, table: str) -> dict[str, Any]:

@@ -237,7 +237,7 @@ def open_store(output: str, work_dir: str = "") -> Store:
     return opens(output, work_dir)
 
 
-def find_table(name: str) -> Table:
+def find_table(name: str, work_dir: str = "") -> Table:
     """As `open_store`, for readers: of a folder on a local disk, it loads neither Beam nor TensorFlow."""
     opens = next(opens for scheme, opens in TABLES.items() if name.startswith(scheme))
-    return opens(name, "")
+    return opens(name, work_dir)
