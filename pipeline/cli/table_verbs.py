@@ -6,12 +6,14 @@ import argparse
 import json
 import sys
 from collections import Counter, defaultdict
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from pipeline.cli.flags import add_config_flags, at_least_zero, given_settings, read_config_file
+from pipeline.cli.flags import add_config_flags, at_least_zero, given_settings, read_command_file
 from pipeline.config import EmbedConfig
 from pipeline.errors import ConfigError, EmbeamError
 from pipeline.files import absolute_path
+from pipeline.report.logs import set_up_logging
 
 if TYPE_CHECKING:
     from pipeline.cli.flags import Verbs
@@ -22,8 +24,13 @@ SHOWN_FINDINGS = 20  # of each kind
 EXIT_FOUND = 1
 
 
-def add_table_verbs(verbs: Verbs) -> None:
-    """Adds the verbs to the command's."""
+def add_table_verbs(verbs: Verbs, embed_flags: Sequence[str]) -> None:
+    """Adds the verbs to the command's.
+
+    Args:
+      verbs: of the command.
+      embed_flags: the flags of `embeam embed`, which a file for `embeam plan` may set too.
+    """
     plan = verbs.add_parser(
         "plan",
         help="say what embed would do, without doing it",
@@ -33,7 +40,12 @@ def add_table_verbs(verbs: Verbs) -> None:
     add_config_flags(plan)
     plan.add_argument("--config", metavar="FILE.toml", help="read flags from a file; the command line wins")
     plan.add_argument("--json", action="store_true", help="print one JSON object instead")
-    plan.set_defaults(run=run_plan, parser=plan, stray="every setting is a flag, and a glob needs quotes: --input={}")
+    plan.set_defaults(
+        run=run_plan,
+        embed_flags=embed_flags,
+        parser=plan,
+        stray="every setting is a flag, and a glob needs quotes: --input={}",
+    )
 
     verify = verbs.add_parser(
         "verify",
@@ -87,8 +99,10 @@ def run_sql(known: argparse.Namespace) -> None:
 
 
 def run_plan(known: argparse.Namespace) -> None:
-    settings, _ = read_config_file(known.config) if known.config else ({}, {})  # where it would run is all the same
-    config = EmbedConfig.from_flat(settings | given_settings(known))
+    file = read_command_file(known.config, known.embed_flags)  # where the run takes place makes no difference
+    known.debug = known.debug or file.debug
+    set_up_logging(known.debug, file.log_format)
+    config = EmbedConfig.from_flat(file.settings | given_settings(known))
 
     from dataclasses import asdict
 
