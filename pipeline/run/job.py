@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from typing import Any
 
 import apache_beam as beam
@@ -20,6 +21,8 @@ from pipeline.config import EmbedConfig
 from pipeline.embed import Job, build_pipeline
 from pipeline.encoders.runtime import load_tensorflow
 from pipeline.engines.dataflow import cancel_job, describe_job, explain_job, job_lives, link_job, validate_options
+from pipeline.engines.dedicated_workers import OnDedicatedWorkers
+from pipeline.engines.presets import resource_hints, share_memory
 from pipeline.engines.runner import is_local, make_runner, prepare_options
 from pipeline.errors import ConfigError, RunError, first_line
 from pipeline.files import absolute_path, join, make_folder
@@ -30,7 +33,16 @@ from pipeline.report.progress_bar import ProgressReporter
 from pipeline.reuse.journal import journal_folder
 from pipeline.reuse.journal_writer import flush_journals
 from pipeline.run.failures import explain_failure, watch_threads
-from pipeline.run.resolve import ResolvedRun, check_model, prepare_joins, prepare_takeover, resolve
+from pipeline.run.resolve import (
+    ResolvedRun,
+    estimate_new_rows,
+    find_changes,
+    find_stops,
+    prepare_joins,
+    prepare_takeover,
+    resolve,
+    resolve_again,
+)
 from pipeline.signals import on_stop
 from pipeline.sinks.writing import DeadLetterFormat
 from pipeline.tables.attempts import abandon_attempt, sweep_dead_attempts
@@ -38,12 +50,10 @@ from pipeline.tables.folder import FolderStore
 from pipeline.tables.lock import EXPIRY_SECONDS, LEASE_SECONDS, Lease, TableLock
 from pipeline.tables.manifest import Manifest, attempts_folder
 from pipeline.tables.pointer import is_gcs
-from pipeline.tables.publish import Publication, check_free_space, name_snapshot
+from pipeline.tables.publish import Publication, name_snapshot
 from pipeline.tables.store import CommitPlan
 
 _LOGGER = logging.getLogger(__name__)
-_STORED_BYTES = {"float32": 4.0, "float16": 2.0, "int8": 1.0, "binary": 0.125}
-_OTHER_ROW_BYTES = 260  # id, hash, counts, framing, index
 
 
 def build_table(
@@ -73,7 +83,7 @@ def build_table(
         validate_options(options, runner)
     resolved = resolve(config)
     store, name = resolved.store, name_snapshot()
-    store.check(config)
+    store.check_writable()
     make_folder(store.work)
     expiry_seconds = LEASE_SECONDS if distributed else EXPIRY_SECONDS
     with (
@@ -192,26 +202,20 @@ def prepare_job(resolved: ResolvedRun, name: str, started: float, distributed: b
     Raises:
       EmbeamError: if the run could not succeed.
     """
-    config, store, found, n_documents, kept, plan = resolved
-    live, version = store.read_live()
-    if config.read.limit and live:
-        raise ConfigError(
-            f"--limit={config.read.limit} is for trials and --output={config.write.output} already holds a table; "
-            "give another folder"
-        )
-    check_model(live, plan, config)
-    layout = plan.layout(kept)
-    row_bytes = _OTHER_ROW_BYTES + int(plan.dimension * _STORED_BYTES[layout.dtype])
-    check_free_space(store.work, n_documents, row_bytes)
-    form = store.choose_form(config, layout)
+    resolved = resolve_again(resolved)
+    for stop in find_stops(resolved, estimate_new_rows(resolved)):
+        raise stop
+    config, store, spec, form, live = resolved.config, resolved.store, resolved.spec, resolved.form, resolved.live
+    if changes := find_changes(live, spec):
+        _LOGGER.warning("%s was made otherwise (%s): everything is embedded again", store.shown, "; ".join(changes))
     attempts = attempts_folder(store.work, name)
     make_folder(attempts)
     if distributed:
         if not isinstance(store, FolderStore):
             raise ConfigError(f"--output={store.shown}: tables in databases are written by --runner=local only")
-        takeover = prepare_joins(store, live, plan, form, config)
+        takeover = prepare_joins(store, live, spec, form, config)
     else:
-        takeover = prepare_takeover(store, live, plan, form, scratch, config.reindex.verify_live)
+        takeover = prepare_takeover(store, live, spec, form, scratch, config.reindex.verify_live)
     settings = config.flat() | {
         flag: absolute_path(path)  # a later query may run in another folder
         for flag in ("encoder", "preprocessor")
@@ -219,24 +223,42 @@ def prepare_job(resolved: ResolvedRun, name: str, started: float, distributed: b
     }
     if config.reindex.retry_dead_letters and live:
         settings = dict(live.settings)  # what the table is made from has not changed
-    settings |= {"encoder_graph": plan.encoder.graph, "precision": plan.encoder.precision}  # as resolved
+    settings |= {"encoder_graph": spec.encoder.graph, "precision": spec.encoder.precision}  # as resolved
     facts = {
         "embeam": __version__,
         "file_format": form.name,
         "compression": form.compression,
         "layout": form.layout,
-        "fingerprint": plan.fingerprint,
-        "identity": plan.identity,
+        "fingerprint": spec.fingerprint,
+        "identity": spec.identity,
         "settings": settings,
-        "parity": plan.encoder.parity._asdict() if plan.encoder.parity else {},
+        "parity": spec.encoder.parity._asdict() if spec.encoder.parity else {},
     }
     dead = config.write.max_dead_fraction
     previous = live.snapshot if live else ""
-    publication = Publication(store.work, name, previous, version, started, facts, dead, config.reindex)
+    publication = Publication(store.work, name, previous, resolved.version, started, facts, dead, config.reindex)
     dead_letters = DeadLetterFormat(config.write.dead_letter_text)
     commit = CommitPlan(publication, takeover, form, config.write.shard_bytes, dead_letters)
     lease = Lease(store.work, name) if distributed and is_gcs(store.work) else None
     progress = Progress("" if distributed else scratch, name, dead, lease.renew if lease else None)
-    journal = journal_folder(store.work, plan.fingerprint)
+    journal = journal_folder(store.work, spec.fingerprint)
     committer = store.committer(commit)
-    return Job(config, found, kept, plan, attempts, journal, commit, committer, distributed, lease, progress)
+    return Job(
+        config,
+        resolved.input,
+        resolved.kept,
+        spec,
+        attempts,
+        journal,
+        commit,
+        committer,
+        distributed,
+        partial(OnDedicatedWorkers, hints=resource_hints(config.workers)) if distributed else _leave_in_place,
+        share_memory(config.workers),
+        lease,
+        progress,
+    )
+
+
+def _leave_in_place(encode: beam.PTransform) -> beam.PTransform:
+    return encode
