@@ -96,7 +96,7 @@ class EncodeChunks(beam.PTransform):
         rows, spot_checks, bad_vectors, encode_counts = encoded | "Finish" >> Finish(vectors)
         if self.journal:
             rows = rows | "Journal" >> Journal(self.journal)
-        bundle_counts = (batch_counts, encode_counts) | "Tallies" >> beam.Flatten()
+        bundle_counts = (batch_counts, encode_counts) | "BundleCounts" >> beam.Flatten()
         return Encoding(rows, spot_checks, bad_vectors, bundle_counts)
 
 
@@ -172,5 +172,5 @@ def build_pipeline(pipeline: beam.Pipeline, job: Job) -> beam.PCollection:
         bundle_counts.append(dead_letter_counts)
 
     results["shards"] = tuple(all_shards) | "Shards" >> beam.Flatten()
-    results["bundle_counts"] = tuple(bundle_counts) | "Tallies" >> beam.Flatten()
+    results["bundle_counts"] = tuple(bundle_counts) | "BundleCounts" >> beam.Flatten()
     return pipeline | "Commit" >> Commit(job.committer, results, job.lease)

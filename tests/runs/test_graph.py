@@ -108,9 +108,9 @@ def test_only_splits_paths_finished_files_and_counts_cross(id_field, tmp_path):
         ("Flatten", "Preprocess/SplitDocuments"),
         ("Flatten", "Embed/Batch"),
         ("Flatten", "Embed/Finish"),
-        ("Flatten", "Embed/Tallies"),
+        ("Flatten", "Embed/BundleCounts"),
         ("side input", "Shards"),
-        ("side input", "Tallies"),
+        ("side input", "BundleCounts"),
     }
 
 

@@ -61,7 +61,7 @@ def run(corpus, distributed, options=None, **settings):
             | "Counts" >> beam.Map(lambda counted: json.loads(counted.counts)["documents"])
             | beam.CombineGlobally(sum),
             equal_to([len(winners)]),
-            "Tallies",
+            "BundleCounts",
         )
 
 
