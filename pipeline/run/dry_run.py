@@ -31,8 +31,8 @@ from pipeline.run.estimate import (
     scale_up,
     split_blocks,
 )
+from pipeline.run.read_input import Accounts, read_outcomes
 from pipeline.run.resolve import NewRows, ResolvedRun, find_changes, find_stops, prepare_takeover, resolve
-from pipeline.run.verify import Accounts, read_outcomes
 from pipeline.tables.commit import check_counts
 
 SAMPLE_TEXTS, SAMPLE_CHARACTERS = 2000, 16_000_000  # that are tokenised
@@ -233,7 +233,7 @@ def combine(resolved: ResolvedRun, reusable: bool, seen: Seen, measured: Measure
     if seen.equal:
         equal_rows *= n_equal / len(seen.equal)
     ids = np.unique(np.array(list(seen.dead_letters.ids), "S16"))
-    dead_letters = Letters(ids, seen.dead_letters.blind, {})
+    dead_letters = Letters(ids, seen.dead_letters.incomplete_files, {})
     keeps = config.reindex.keeps_deleted
     fates = decide_fates(seen.known, [seen.marks.note], dead_letters, seen.recalled, np.empty(0, "S16"), keeps)
     carried = int(np.isin(fates.fate, CARRIED).sum()) if reusable else 0

@@ -315,7 +315,7 @@ VERBS = {
     ("plan",): "pipeline.run.dry_run.make_dry_run",
     ("show", "DIR"): "pipeline.report.summary.format_table",
     ("query", "DIR", "text"): "pipeline.search.nearest.find_nearest",
-    ("verify", "DIR"): "pipeline.run.verify.Verification",
+    ("verify", "DIR"): "pipeline.run.verify.check_table",
     ("rollback", "DIR"): "pipeline.tables.retention.roll_back",
     ("sql", "bq://p.d.t"): "pipeline.tables.read.open_live",
     ("export-preprocessor", "--output=NEW"): "pipeline.encoders.default.default_vocabulary",
