@@ -33,7 +33,8 @@ from pipeline.run.estimate import (
 )
 from pipeline.run.read_input import Accounts, read_outcomes
 from pipeline.run.resolve import NewRows, ResolvedRun, find_changes, find_stops, prepare_takeover, resolve
-from pipeline.tables.commit import check_counts
+from pipeline.tables.commit import check_any_rows, check_counts
+from pipeline.tables.folder import FolderStore
 
 SAMPLE_TEXTS, SAMPLE_CHARACTERS = 2000, 16_000_000  # that are tokenised
 
@@ -263,22 +264,24 @@ def combine(resolved: ResolvedRun, reusable: bool, seen: Seen, measured: Measure
         changes=find_changes(live, spec),
         stops=[
             *map(str, find_stops(resolved, NewRows(rows - carried if resolved.rows_stay else rows, row_bytes))),
-            *find_late_stops(resolved, seen, dead, fates.counts["deleted"] - fates.counts["moved"]),
+            *find_late_stops(resolved, seen, dead, fates.counts["deleted"] - fates.counts["moved"], rows),
         ],
     )
 
 
-def find_late_stops(resolved: ResolvedRun, seen: Seen, dead: Counter[str], deleted: int) -> Iterator[str]:
+def find_late_stops(resolved: ResolvedRun, seen: Seen, dead: Counter[str], deleted: int, n_rows: int) -> Iterator[str]:
     """The messages with which a run would stop after it has read its input."""
     config = resolved.config
+    may_be_empty = n_rows or (resolved.live and not isinstance(resolved.store, FolderStore))
     counts: dict[str, dict[str, float]] = {
         "read": {"records": float(seen.read["records"])},
-        "write_dead_letters": {**dead},
+        "write_dead_letters": dict(sorted(dead.items())),
     }
     n_live = seen.known.count_live_ids()
     checks: tuple[Callable[[], None], ...] = (
         lambda: check_counts(counts, config.write.max_dead_fraction),
         lambda: check_deletes(deleted, n_live, config.reindex.max_delete_fraction),
+        lambda: None if may_be_empty else check_any_rows([], counts),
     )
     for check in checks:
         try:

@@ -83,6 +83,8 @@ def build_table(
         validate_options(options, runner)
     resolved = resolve(config)
     store, name = resolved.store, name_snapshot()
+    if distributed and not isinstance(store, FolderStore):
+        raise ConfigError(f"--output={store.shown}: tables in databases are written by --runner=local only")
     store.check_writable()
     make_folder(store.work)
     expiry_seconds = LEASE_SECONDS if distributed else EXPIRY_SECONDS
@@ -203,7 +205,7 @@ def prepare_job(resolved: ResolvedRun, name: str, started: float, distributed: b
       EmbeamError: if the run could not succeed.
     """
     resolved = resolve_again(resolved)
-    for stop in find_stops(resolved, estimate_new_rows(resolved)):
+    for stop in find_stops(resolved, estimate_new_rows(resolved, distributed)):
         raise stop
     config, store, spec, form, live = resolved.config, resolved.store, resolved.spec, resolved.form, resolved.live
     if changes := find_changes(live, spec):
@@ -211,54 +213,58 @@ def prepare_job(resolved: ResolvedRun, name: str, started: float, distributed: b
     attempts = attempts_folder(store.work, name)
     make_folder(attempts)
     if distributed:
-        if not isinstance(store, FolderStore):
-            raise ConfigError(f"--output={store.shown}: tables in databases are written by --runner=local only")
+        assert isinstance(store, FolderStore), "only folders are written by distributed engines"
         takeover = prepare_joins(store, live, spec, form, config)
     else:
         takeover = prepare_takeover(store, live, spec, form, scratch, config.reindex.verify_live)
+    dead = config.write.max_dead_fraction
+    previous = live.snapshot if live else ""
+    facts = describe_table(resolved)
+    publication = Publication(store.work, name, previous, resolved.version, started, facts, dead, config.reindex)
+    dead_letters = DeadLetterFormat(config.write.dead_letter_text)
+    commit_plan = CommitPlan(publication, takeover, form, config.write.shard_bytes, dead_letters)
+    lease = Lease(store.work, name) if distributed and is_gcs(store.work) else None
+    return Job(
+        config=config,
+        input=resolved.input,
+        kept=resolved.kept,
+        spec=spec,
+        attempts=attempts,
+        journal=journal_folder(store.work, spec.fingerprint),
+        commit_plan=commit_plan,
+        committer=store.committer(commit_plan),
+        distributed=distributed,
+        place_encoder=partial(OnDedicatedWorkers, hints=resource_hints(config.workers)) if distributed else leave_here,
+        gpu_memory_mib=share_memory(config.workers),
+        lease=lease,
+        progress=Progress("" if distributed else scratch, name, dead, lease.renew if lease else None),
+    )
+
+
+def describe_table(resolved: ResolvedRun) -> dict[str, Any]:
+    """The fields of the new snapshot's manifest that the run does not change."""
+    config, spec, form = resolved.config, resolved.spec, resolved.form
     settings = config.flat() | {
         flag: absolute_path(path)  # a later query may run in another folder
         for flag in ("encoder", "preprocessor")
         if (path := config.flat()[flag])
     }
-    if config.reindex.retry_dead_letters and live:
-        settings = dict(live.settings)  # what the table is made from has not changed
-    settings |= {"encoder_graph": spec.encoder.graph, "precision": spec.encoder.precision}  # as resolved
-    facts = {
+    if config.reindex.retry_dead_letters and resolved.live:
+        settings = dict(resolved.live.settings)  # what the table is made from has not changed
+    as_resolved = {"encoder_graph": spec.encoder.graph, "precision": spec.encoder.precision}
+    return {
         "embeam": __version__,
         "file_format": form.name,
         "compression": form.compression,
         "layout": form.layout,
         "fingerprint": spec.fingerprint,
         "identity": spec.identity,
-        "settings": settings,
+        "settings": settings
+        | {"encoder_graph": spec.encoder.graph, "precision": spec.encoder.precision},  # as resolved
         "parity": spec.encoder.parity._asdict() if spec.encoder.parity else {},
     }
-    dead = config.write.max_dead_fraction
-    previous = live.snapshot if live else ""
-    publication = Publication(store.work, name, previous, resolved.version, started, facts, dead, config.reindex)
-    dead_letters = DeadLetterFormat(config.write.dead_letter_text)
-    commit = CommitPlan(publication, takeover, form, config.write.shard_bytes, dead_letters)
-    lease = Lease(store.work, name) if distributed and is_gcs(store.work) else None
-    progress = Progress("" if distributed else scratch, name, dead, lease.renew if lease else None)
-    journal = journal_folder(store.work, spec.fingerprint)
-    committer = store.committer(commit)
-    return Job(
-        config,
-        resolved.input,
-        resolved.kept,
-        spec,
-        attempts,
-        journal,
-        commit,
-        committer,
-        distributed,
-        partial(OnDedicatedWorkers, hints=resource_hints(config.workers)) if distributed else _leave_in_place,
-        share_memory(config.workers),
-        lease,
-        progress,
-    )
 
 
-def _leave_in_place(encode: beam.PTransform) -> beam.PTransform:
+def leave_here(encode: beam.PTransform) -> beam.PTransform:
+    """Where the local engine encodes: in the stage that reads."""
     return encode

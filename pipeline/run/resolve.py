@@ -156,13 +156,18 @@ class NewRows(NamedTuple):
     row_bytes: float
 
 
-def estimate_new_rows(resolved: ResolvedRun) -> NewRows:
+def estimate_new_rows(resolved: ResolvedRun, distributed: bool = False) -> NewRows:
     """The rows that a run writes at least, as far as can be known before its input is read.
 
     Unchanged rows need no space, as their files are linked. How many there are is not known yet: at most all.
+
+    Args:
+      resolved: the run.
+      distributed: whether its engine writes unchanged rows again.
     """
     n_rows = round(resolved.n_documents * resolved.row_size.rows_per_document)
-    if resolved.live and resolved.rows_stay and not resolved.config.reindex.retry_dead_letters:
+    keeps_rows = resolved.rows_stay and not distributed and not resolved.config.reindex.retry_dead_letters
+    if resolved.live and keeps_rows:
         n_rows = max(0, n_rows - resolved.live.rows)
     return NewRows(n_rows, live_row_bytes(resolved.live, resolved.form) or resolved.row_size.row_bytes)
 

@@ -63,6 +63,9 @@ class DuckdbStore(DatabaseStore):
 
     def check(self, config: EmbedConfig) -> None:
         check_database_config(config)
+        with connect(":memory:") as connection:  # DuckDB is there, and what the index needs
+            if config.reindex.create_vector_index:
+                load_vss(connection)
         folder = os.path.dirname(self.path)
         if not os.path.isdir(folder):
             raise TableError(f"--output={self.shown}: there is no folder {folder}; make it first")

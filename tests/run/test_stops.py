@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+from apache_beam.options.pipeline_options import PipelineOptions
 
 from pipeline.errors import ConfigError, EmbeamError, TableError
 from pipeline.run.dry_run import make_dry_run
@@ -89,6 +91,43 @@ def test_what_would_stop_a_run_is_what_stops_it(tmp_path, settings):
     assert dry_run.stops == [str(fail_to_embed(tmp_path, **settings, max_delete_fraction=1))]
 
 
+@pytest.mark.parametrize("output", ["table", "duckdb://v.duckdb/notes"])
+def test_a_run_without_any_row_is_stopped(tmp_path, monkeypatch, output):
+    monkeypatch.chdir(tmp_path)
+    settings = {"output": output, "on_empty": "skip", "max_dead_fraction": 1}
+    write_jsonl(tmp_path / "corpus.jsonl", [{"id": "a", "text": " "}, {"id": "b", "text": ""}])
+    assert make_dry_run(make_config(tmp_path, **settings)).stops == [str(fail_to_embed(tmp_path, **settings))]
+    write_jsonl(tmp_path / "corpus.jsonl", [{"id": "a"}, {"text": "no id"}, {"id": "c", "text": 5}])
+    (stop,) = make_dry_run(make_config(tmp_path, **settings)).stops
+    assert stop == str(fail_to_embed(tmp_path, **settings)) and "2 missing_field, 1 wrong_type" in stop
+
+
+@pytest.mark.parametrize("missing", ["duckdb", "vss"])
+def test_what_duckdb_needs_is_looked_for_first(tmp_path, monkeypatch, missing):
+    def refuse(*_: Any) -> None:
+        raise TableError("the vector index needs DuckDB's extension vss")
+
+    write_jsonl(tmp_path / "corpus.jsonl", RECORDS[:3])
+    settings = {"output": f"duckdb://{tmp_path}/v.duckdb/notes", "create_vector_index": True}
+    assert make_dry_run(make_config(tmp_path, **settings)).stops == []
+    if missing == "vss":
+        monkeypatch.setattr("pipeline.tables.duckdb.load_vss", refuse)
+    else:
+        monkeypatch.setitem(sys.modules, "duckdb", None)
+    with pytest.raises(EmbeamError, match="DuckDB") as caught:
+        make_dry_run(make_config(tmp_path, **settings))
+    assert str(fail_to_embed(tmp_path, **settings)) == str(caught.value)
+    assert [path.name for path in tmp_path.iterdir()] == ["corpus.jsonl"]
+
+
+def test_a_database_is_refused_on_a_distributed_engine_before_anything_is_written(tmp_path):
+    write_jsonl(tmp_path / "corpus.jsonl", RECORDS[:3])
+    config = make_config(tmp_path, output=f"duckdb://{tmp_path}/v.duckdb/notes")
+    with pytest.raises(ConfigError, match="tables in databases are written by --runner=local only"):
+        build_table(config, PipelineOptions(["--runner=PrismRunner"]))
+    assert [path.name for path in tmp_path.iterdir()] == ["corpus.jsonl"]
+
+
 def pretend_free(monkeypatch: pytest.MonkeyPatch, n_bytes: int) -> None:
     usage = shutil.disk_usage("/")._replace(free=n_bytes)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
@@ -133,6 +172,8 @@ def test_the_space_that_rows_need_is_measured(tmp_path, settings):
     n_rows, row_bytes = estimate_new_rows(resolve(make_config(tmp_path, **settings)))
     _, manifest = embed_records(tmp_path, RECORDS, **settings)
     assert n_rows == manifest.rows
+    again = resolve(make_config(tmp_path, **settings))
+    assert estimate_new_rows(again).n_rows == 0 and estimate_new_rows(again, True).n_rows == n_rows
     stored = sum(file.n_bytes for file in (*manifest.files, *manifest.index_files))
     assert n_rows * row_bytes == pytest.approx(stored, rel=0.15)
 
