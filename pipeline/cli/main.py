@@ -95,11 +95,13 @@ def report_failure(error: Exception, known: argparse.Namespace) -> int:
     Returns:
       The exit code.
     """
+    code = EXIT_USAGE if isinstance(error, ConfigError) else EXIT_FAILED
+    if STOPPING.is_set():  # it fails since a signal has ended its workers, which was said
+        return code
     if known.debug:
         traceback.print_exception(error)
     message = describe_failure(error)
     report_error(message)
-    code = EXIT_USAGE if isinstance(error, ConfigError) else EXIT_FAILED
     if known.summary_json:
         print(json.dumps({"status": "failed", "exit_code": code, "error": message}))
     return code

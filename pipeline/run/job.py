@@ -51,7 +51,7 @@ from pipeline.tables.lock import EXPIRY_SECONDS, LEASE_SECONDS, Lease, TableLock
 from pipeline.tables.manifest import Manifest, attempts_folder
 from pipeline.tables.pointer import is_gcs
 from pipeline.tables.publish import Publication, name_snapshot
-from pipeline.tables.store import CommitPlan
+from pipeline.tables.store import CommitPlan, Store
 
 _LOGGER = logging.getLogger(__name__)
 
@@ -83,8 +83,8 @@ def build_table(
         validate_options(options, runner)
     resolved = resolve(config)
     store, name = resolved.store, name_snapshot()
-    if distributed and not isinstance(store, FolderStore):
-        raise ConfigError(f"--output={store.shown}: tables in databases are written by --runner=local only")
+    if distributed:
+        require_folder(store)
     store.check_writable()
     make_folder(store.work)
     expiry_seconds = LEASE_SECONDS if distributed else EXPIRY_SECONDS
@@ -213,8 +213,7 @@ def prepare_job(resolved: ResolvedRun, name: str, started: float, distributed: b
     attempts = attempts_folder(store.work, name)
     make_folder(attempts)
     if distributed:
-        assert isinstance(store, FolderStore), "only folders are written by distributed engines"
-        takeover = prepare_joins(store, live, spec, form, config)
+        takeover = prepare_joins(require_folder(store), live, spec, form, config)
     else:
         takeover = prepare_takeover(store, live, spec, form, scratch, config.reindex.verify_live)
     dead = config.write.max_dead_fraction
@@ -241,6 +240,17 @@ def prepare_job(resolved: ResolvedRun, name: str, started: float, distributed: b
     )
 
 
+def require_folder(store: Store) -> FolderStore:
+    """The store, if a distributed engine can write to it.
+
+    Raises:
+      ConfigError: if not.
+    """
+    if not isinstance(store, FolderStore):
+        raise ConfigError(f"--output={store.shown}: tables in databases are written by --runner=local only")
+    return store
+
+
 def describe_table(resolved: ResolvedRun) -> dict[str, Any]:
     """The fields of the new snapshot's manifest that the run does not change."""
     config, spec, form = resolved.config, resolved.spec, resolved.form
@@ -259,8 +269,7 @@ def describe_table(resolved: ResolvedRun) -> dict[str, Any]:
         "layout": form.layout,
         "fingerprint": spec.fingerprint,
         "identity": spec.identity,
-        "settings": settings
-        | {"encoder_graph": spec.encoder.graph, "precision": spec.encoder.precision},  # as resolved
+        "settings": settings | as_resolved,
         "parity": spec.encoder.parity._asdict() if spec.encoder.parity else {},
     }
 

@@ -244,8 +244,8 @@ def connect(path: str, read_only: bool = False) -> Iterator[DuckDBPyConnection]:
         finally:
             connection.close()
     except duckdb.Error as error:
-        cure = "close the other program" if "lock" in str(error) else "check the file"
-        raise TableError(f"{path} cannot be used: {first_line(error)}; {cure}") from error
+        fix = "close the other program" if "lock" in str(error) else "check the file"
+        raise TableError(f"{path} cannot be used: {first_line(error)}; {fix}") from error
 
 
 def quote(name: str) -> str:

@@ -32,7 +32,7 @@ ATTEMPTS = "attempts"
 REJECTED = "rejected"
 DATABASES = ("duckdb://", "bq://")  # schemes of tables that are no folders
 _SNAPSHOT_NAME = re.compile(r"[\w.-]+")
-_CURE = f"put the name of another folder of {SNAPSHOTS}/ into {POINTER}, or delete {POINTER} and run embeam embed again"
+_FIX = f"put the name of another folder of {SNAPSHOTS}/ into {POINTER}, or delete {POINTER} and run embeam embed again"
 
 
 @dataclass(frozen=True)
@@ -149,20 +149,20 @@ def read_pointer(table: str) -> str:
     except UnicodeDecodeError:
         name = ""
     if not _SNAPSHOT_NAME.fullmatch(name):
-        raise TableError(f"{path} is damaged: it names no snapshot; {_CURE}")
+        raise TableError(f"{path} is damaged: it names no snapshot; {_FIX}")
     return name
 
 
 def read_manifest(table: str, name: str) -> Manifest:
     path = join(snapshot_folder(table, name), MANIFEST)
     if not exists(path):
-        raise TableError(f"{table} is damaged: its live snapshot {name} has no {MANIFEST}; {_CURE}")
+        raise TableError(f"{table} is damaged: its live snapshot {name} has no {MANIFEST}; {_FIX}")
     try:
         return Manifest.from_json(read_text(path))
     except TableError as error:
         raise TableError(f"{path}: {error}") from error
     except (ValueError, LookupError, TypeError, AttributeError) as error:
-        raise TableError(f"{path} is damaged ({error}); {_CURE}") from error
+        raise TableError(f"{path} is damaged ({error}); {_FIX}") from error
 
 
 def snapshot_folder(table: str, name: str) -> str:

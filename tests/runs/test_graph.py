@@ -211,6 +211,15 @@ def test_importing_the_graph_loads_beam_but_not_tensorflow():
     assert not {"tensorflow", "tensorflow_text", "tfx_bsl"} & after.modules
 
 
+def test_the_graph_needs_nothing_of_what_is_built_on_it():
+    (after,) = run_fresh(
+        "import pipeline.embed; print(*(name for name in sys.modules if name.startswith('pipeline.')))"
+    )
+    above = ("pipeline.run", "pipeline.engines", "pipeline.search", "pipeline.report", "pipeline.cli")
+    names = after.told.split()
+    assert "pipeline.embed" in names and not [name for name in names if name.startswith(above)]
+
+
 @pytest.mark.parametrize("output_format", ["tfrecord", "parquet"])
 def test_a_local_table_is_shown_and_read_without_tensorflow_and_beam(tmp_path, output_format):
     records = [record | {"year": 1999} for record in as_records(some_texts(5))]
