@@ -91,18 +91,18 @@ def summarize(manifest: Manifest | None, table: str) -> dict[str, Any]:
 
 
 def describe_changes(manifest: Manifest) -> list[str]:
-    """What a run found changed, and what it took over; nothing for the first run of a table without equal texts."""
-    recall, carry = manifest.counts.get("reuse", {}), manifest.counts.get("merge", {})
+    """What a run found changed, and what it reused; nothing for the first run of a table without equal texts."""
+    reuse, merge = manifest.counts.get("reuse", {}), manifest.counts.get("merge", {})
     found = [
-        f"{int(recall[name]):,} {name}"
+        f"{int(reuse[name]):,} {name}"
         for name in ("new", "changed", "updated", "remade", "unchanged")
-        if recall.get(name)
+        if reuse.get(name)
     ]
-    found += [f"{int(carry[name]):,} {name}" for name in ("deleted", "kept", "stale", "lost") if carry.get(name)]
+    found += [f"{int(merge[name]):,} {name}" for name in ("deleted", "kept", "stale", "lost") if merge.get(name)]
     known = [
-        f"{int(recall[name]):,} {what}"
+        f"{int(reuse[name]):,} {what}"
         for name, what in (("reused", "had a vector already"), ("same_text", "equal to another text"))
-        if recall.get(name)
+        if reuse.get(name)
     ]
     lines = [f"  changes      {', '.join(found)}"] if manifest.previous and found else []
     return lines + ([f"  not encoded  {', '.join(known)}"] if known else [])
