@@ -18,7 +18,7 @@ from pipeline.encoders.runtime import has_gpu, load_tensorflow
 from pipeline.errors import EmbeamError
 from pipeline.preprocess.batching import Batcher
 from pipeline.preprocess.chunking import is_encodable
-from pipeline.records import Chunk, DeadLetter, Document, Row
+from pipeline.records import Chunk, DeadLetter, Document, Row, pack_kept
 from pipeline.reuse.look_up import BUFFERED_CHARACTERS, BUFFERED_DOCUMENTS
 from pipeline.sinks.index import ENTRY
 from pipeline.sinks.writing import RowFormat
@@ -120,7 +120,7 @@ class RowSize(NamedTuple):
 def measure_rows(spec: EmbeddingSpec, form: RowFormat, documents: Sequence[Document]) -> RowSize:
     """Measures rows by a sample of documents, which are tokenised only if their tokens say how large the rows are."""
     good = [document for document in documents if is_encodable(document.id) and is_encodable(document.text)]
-    documents = good or [Document("0" * 32, "")]
+    documents = good or [Document("0" * 32, "", kept=pack_kept([None] * len(form.layout.kept)))]
     if spec.vectors.chunked or spec.vectors.tokens:
         measured = measure_texts(spec, form, documents)
         if measured.counts["rows"]:

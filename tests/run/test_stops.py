@@ -178,6 +178,17 @@ def test_the_space_that_rows_need_is_measured(tmp_path, settings):
     assert n_rows * row_bytes == pytest.approx(stored, rel=0.15)
 
 
+@pytest.mark.parametrize("output_format", ["tfrecord", "parquet"])
+def test_rows_are_measured_without_a_sample_too(tmp_path, output_format):
+    """As of dead letters that are tried again, and of files that cannot be read."""
+    settings = {"keep_text": True, "keep_fields": "year,tag", "on_long": "reject", "max_tokens": 20}
+    settings |= {"max_dead_fraction": 1, "output_format": output_format}
+    _, manifest = embed_records(tmp_path, RECORDS, **settings)
+    n_dead = sum(manifest.dead_letters.values())
+    resolved = resolve(make_config(tmp_path, **settings, retry_dead_letters=True))
+    assert n_dead and resolved.row_size.row_bytes > 256 and estimate_new_rows(resolved).n_rows == n_dead
+
+
 def test_what_is_live_is_looked_at_again_under_the_lock(tmp_path):
     write_jsonl(tmp_path / "corpus.jsonl", RECORDS)
     (tmp_path / "scratch").mkdir()
