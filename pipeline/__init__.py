@@ -11,6 +11,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "BatchConfig",
+    "ConfigError",
     "DeadLetter",
     "Document",
     "EmbeamError",
@@ -18,10 +19,17 @@ __all__ = [
     "EmbedDocuments",
     "Embedder",
     "EncoderConfig",
+    "EncoderError",
+    "InputError",
     "PreprocessConfig",
     "ReadConfig",
+    "ReindexConfig",
     "Row",
+    "RunError",
+    "TableError",
+    "ValidationError",
     "VectorConfig",
+    "WorkerConfig",
     "WriteConfig",
     "__version__",
     "build_table",
@@ -36,12 +44,20 @@ _HOMES = {
     "EncoderConfig": "config",
     "PreprocessConfig": "config",
     "ReadConfig": "config",
+    "ReindexConfig": "config",
     "VectorConfig": "config",
+    "WorkerConfig": "config",
     "WriteConfig": "config",
     "DeadLetter": "coders",  # with what Beam has to know of records
     "Document": "coders",
     "Row": "coders",
+    "ConfigError": "errors",
     "EmbeamError": "errors",
+    "EncoderError": "errors",
+    "InputError": "errors",
+    "RunError": "errors",
+    "TableError": "errors",
+    "ValidationError": "errors",
     "EmbedDocuments": "embed",
     "build_table": "run.job",
     "Embedder": "search.embedder",
@@ -58,11 +74,21 @@ if TYPE_CHECKING:  # a type checker would take every name for one that `__getatt
         EncoderConfig,
         PreprocessConfig,
         ReadConfig,
+        ReindexConfig,
         VectorConfig,
+        WorkerConfig,
         WriteConfig,
     )
     from pipeline.embed import EmbedDocuments
-    from pipeline.errors import EmbeamError
+    from pipeline.errors import (
+        ConfigError,
+        EmbeamError,
+        EncoderError,
+        InputError,
+        RunError,
+        TableError,
+        ValidationError,
+    )
     from pipeline.records import DeadLetter, Document, Row
     from pipeline.run.job import build_table
     from pipeline.search.embedder import Embedder, load_embedder

@@ -10,35 +10,16 @@ import dataclasses
 import difflib
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from typing import Any, NamedTuple, Optional
 
 from pipeline.errors import ConfigError
+from pipeline.settings import CheckedConfig, convert_setting, setting
 
 MIB = 1 << 20
 FIELD_TYPES = ("string", "int", "float", "bool")
 ACCELERATORS = ("nvidia-l4", "nvidia-tesla-t4", "nvidia-tesla-a100", "nvidia-a100-80gb", "nvidia-h100-80gb")
 POOLINGS = ("mean", "max", "cls")
-
-
-def setting(help: str, default: Any = None, choices: tuple[str, ...] = (), metavar: str = "") -> Any:
-    return field(default=default, metadata={"help": help, "choices": choices, "metavar": metavar})
-
-
-@dataclass(frozen=True)
-class _Checked:
-    """Checks choices when a configuration is built; subclasses add what else must hold."""
-
-    def __post_init__(self) -> None:
-        for f in fields(self):
-            value, choices = getattr(self, f.name), f.metadata["choices"]
-            if choices and value not in choices:
-                raise ConfigError(f"--{f.name}={value} is not one of {', '.join(choices)}")
-
-    def _require_positive(self, *names: str) -> None:
-        for name in names:
-            if getattr(self, name) <= 0:
-                raise ConfigError(f"--{name}={getattr(self, name)} must be at least 1")
 
 
 class KeptField(NamedTuple):
@@ -91,7 +72,7 @@ class VectorChoice:
 
 
 @dataclass(frozen=True)
-class ReadConfig(_Checked):
+class ReadConfig(CheckedConfig):
     """Input"""
 
     input: tuple[str, ...] = setting(
@@ -136,8 +117,8 @@ class ReadConfig(_Checked):
         reserved = {"id", "chunk", "n_chunks", "embedding", "scale", "n_tokens", "n_truncated", "content_hash", "text"}
         for name in names:
             if name in reserved:
-                cure = "use --keep_text" if name == "text" else "rename it in the input"
-                raise ConfigError(f"--keep_fields={name} would collide with the table's own field {name!r}; {cure}")
+                fix = "use --keep_text" if name == "text" else "rename it in the input"
+                raise ConfigError(f"--keep_fields={name} would collide with the table's own field {name!r}; {fix}")
             if names.count(name) > 1:
                 raise ConfigError(f"--keep_fields names {name!r} twice; name it once")
 
@@ -146,7 +127,7 @@ class ReadConfig(_Checked):
 
 
 @dataclass(frozen=True)
-class PreprocessConfig(_Checked):
+class PreprocessConfig(CheckedConfig):
     """Preprocessing"""
 
     preprocessor: str = setting(
@@ -170,7 +151,7 @@ class PreprocessConfig(_Checked):
 
 
 @dataclass(frozen=True)
-class BatchConfig(_Checked):
+class BatchConfig(CheckedConfig):
     """Batching"""
 
     batch_tokens: int = setting(
@@ -184,7 +165,7 @@ class BatchConfig(_Checked):
 
 
 @dataclass(frozen=True)
-class EncoderConfig(_Checked):
+class EncoderConfig(CheckedConfig):
     """Encoder"""
 
     encoder: str = setting(
@@ -214,7 +195,7 @@ class EncoderConfig(_Checked):
 
 
 @dataclass(frozen=True)
-class VectorConfig(_Checked):
+class VectorConfig(CheckedConfig):
     """Vectors"""
 
     normalize: bool = setting("scale every vector to length 1", False)
@@ -228,7 +209,7 @@ class VectorConfig(_Checked):
 
 
 @dataclass(frozen=True)
-class WriteConfig(_Checked):
+class WriteConfig(CheckedConfig):
     """Output"""
 
     output: str = setting("folder of the table, duckdb://FILE/TABLE or bq://PROJECT.DATASET.TABLE", "", metavar="DIR")
@@ -248,8 +229,8 @@ class WriteConfig(_Checked):
 
 
 @dataclass(frozen=True)
-class ReindexConfig(_Checked):
-    """Keeping a table true"""
+class ReindexConfig(CheckedConfig):
+    """Reindexing"""
 
     deletes: str = setting(
         "rows of documents that are gone from the input: apply drops them", "apply", ("apply", "keep")
@@ -286,7 +267,7 @@ class ReindexConfig(_Checked):
 
 
 @dataclass(frozen=True)
-class WorkerConfig(_Checked):
+class WorkerConfig(CheckedConfig):
     """Workers of a distributed engine"""
 
     accelerator: str = setting(
@@ -361,7 +342,7 @@ class EmbedConfig:
         remaining, known = dict(values), [f.name for kind in STAGE_CONFIGS for f in fields(kind)]
         parts = {}
         for part, kind in zip(fields(cls), STAGE_CONFIGS, strict=True):
-            own = {f.name: _convert(f, remaining.pop(f.name)) for f in fields(kind) if f.name in remaining}
+            own = {f.name: convert_setting(f, remaining.pop(f.name)) for f in fields(kind) if f.name in remaining}
             parts[part.name] = kind(**own)
         if remaining:
             name = sorted(remaining)[0]
@@ -386,35 +367,3 @@ STAGE_CONFIGS: tuple[type, ...] = (
     ReindexConfig,
     WorkerConfig,
 )
-
-
-_KINDS = {bool: "true or false", int: "a whole number", float: "a number", str: "text", tuple: "a list"}
-
-
-def _convert(f: dataclasses.Field[Any], value: Any) -> Any:
-    default = f.default
-    if isinstance(value, dict) or (isinstance(value, list | tuple) and not isinstance(default, tuple)):
-        raise ConfigError(f"--{f.name}={value} is not {_KINDS[type(default)]}; write one value")
-    if isinstance(value, bool) and not isinstance(default, bool):
-        raise ConfigError(f"--{f.name}={str(value).lower()} is not {_KINDS[type(default)]}")
-    if isinstance(default, tuple):
-        items = [value] if isinstance(value, str) else list(value)
-        if f.name == "input":  # a glob may hold a comma inside braces
-            return tuple(str(item) for item in items)
-        return tuple(part.strip() for item in items for part in str(item).split(",") if part.strip())
-    if isinstance(default, bool):
-        if isinstance(value, bool):
-            return value
-        if str(value).lower() in ("true", "1", "yes"):
-            return True
-        if str(value).lower() in ("false", "0", "no"):
-            return False
-        raise ConfigError(f"--{f.name}={value} is not {_KINDS[bool]}")
-    try:
-        if isinstance(default, int):
-            return int(str(value).replace("_", ""))
-        if isinstance(default, float):
-            return float(value)
-    except ValueError:
-        raise ConfigError(f"--{f.name}={value} is not {_KINDS[type(default)]}") from None
-    return str(value)

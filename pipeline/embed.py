@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -11,8 +12,6 @@ import pipeline.coders  # noqa: F401  tells Beam how records travel
 from pipeline.config import EmbedConfig, KeptField
 from pipeline.embedding_spec import EmbeddingSpec, make_embedding_spec
 from pipeline.encoders.handler import Encode
-from pipeline.engines.dedicated_workers import OnDedicatedWorkers
-from pipeline.engines.presets import resource_hints, share_memory
 from pipeline.preprocess.batching import BatchByTokens
 from pipeline.preprocess.chunking import Preprocess
 from pipeline.progress import Progress
@@ -55,13 +54,13 @@ class EmbedDocuments(beam.PTransform):
 
     def __post_init__(self) -> None:
         super().__init__()
-        self.plan = make_embedding_spec(self.config)
+        self.spec = make_embedding_spec(self.config)
 
     def expand(self, documents: beam.PCollection) -> Embedded:
         if not documents.windowing.is_default():
             raise ValueError("EmbedDocuments works on batch pipelines only: give it the global window")
-        chunks, bad_documents, _ = documents | "Preprocess" >> Preprocess(self.plan.split)
-        embedded = chunks | "Embed" >> EncodeChunks(self.plan)
+        chunks, bad_documents, _ = documents | "Preprocess" >> Preprocess(self.spec.split)
+        embedded = chunks | "Embed" >> EncodeChunks(self.spec)
         dead_letters = (bad_documents, embedded.dead_letters) | "DeadLetters" >> beam.Flatten()
         return Embedded(embedded.rows, dead_letters)
 
@@ -80,25 +79,25 @@ class EncodeChunks(beam.PTransform):
     """PCollection[Chunk] -> Encoding: all that needs the encoder at hand.
 
     Attributes:
-      plan: how documents become rows.
+      spec: how documents become rows.
       journal: folder in which finished vectors are kept; "" for none.
       gpu_memory_mib: what a process may take of a GPU that it shares; 0 for one to itself.
     """
 
-    plan: EmbeddingSpec
+    spec: EmbeddingSpec
     journal: str = ""
     gpu_memory_mib: int = 0
 
     def expand(self, chunks: beam.PCollection) -> Encoding:
-        plan, vectors = self.plan, self.plan.vectors
+        spec, vectors = self.spec, self.spec.vectors
         # A document of several chunks is safe only with its last one, which must not wait for its bucket to fill.
         max_waiting = SAFE_DOCUMENTS if vectors.average or vectors.chunked else 0
-        batches, batch_counts = chunks | "Batch" >> BatchByTokens(plan.buckets, vectors.counts_tokens, max_waiting)
-        encoded = batches | "Encode" >> Encode(plan.encoder, plan.buckets.full_shapes(), self.gpu_memory_mib)
+        batches, batch_counts = chunks | "Batch" >> BatchByTokens(spec.buckets, vectors.counts_tokens, max_waiting)
+        encoded = batches | "Encode" >> Encode(spec.encoder, spec.buckets.full_shapes(), self.gpu_memory_mib)
         rows, spot_checks, bad_vectors, encode_counts = encoded | "Finish" >> Finish(vectors)
         if self.journal:
             rows = rows | "Journal" >> Journal(self.journal)
-        bundle_counts = (batch_counts, encode_counts) | "Counts" >> beam.Flatten()
+        bundle_counts = (batch_counts, encode_counts) | "BundleCounts" >> beam.Flatten()
         return Encoding(rows, spot_checks, bad_vectors, bundle_counts)
 
 
@@ -110,12 +109,14 @@ class Job:
       config: what the user asked for.
       input: the files and how they are split.
       kept: the kept fields, all with a type.
-      plan: how documents become rows.
+      spec: how documents become rows.
       attempts: folder for what the run writes before it is published.
       journal: folder for finished vectors.
       commit_plan: what is resolved about the run's end.
       committer: what carries it out, by the kind of output.
       distributed: whether the engine may shuffle what grows with the corpus.
+      place_encoder: puts the transform that encodes where the engine wants it, such as on workers of its own.
+      gpu_memory_mib: what a process may take of a GPU that it shares; 0 for one to itself.
       lease: the hold on the table that the job's own workers keep and give back, where it may outlive its launcher.
       progress: what the stages report to.
     """
@@ -123,12 +124,14 @@ class Job:
     config: EmbedConfig
     input: InputPlan
     kept: tuple[KeptField, ...]
-    plan: EmbeddingSpec
+    spec: EmbeddingSpec
     attempts: str
     journal: str
     commit_plan: CommitPlan
     committer: Committer
     distributed: bool
+    place_encoder: Callable[[beam.PTransform], beam.PTransform]
+    gpu_memory_mib: int
     lease: Lease | None
     progress: Progress
 
@@ -145,10 +148,9 @@ def build_pipeline(pipeline: beam.Pipeline, job: Job) -> beam.PCollection:
         job.input, job.config.read, job.kept, job.attempts, job.distributed, job.progress
     )
     known = documents | "LookUp" >> (LookUp(reuse) if isinstance(reuse, LocalReuse) else LookUpKnown(reuse))
-    chunks, bad_documents, preprocess_counts = known.documents | "Preprocess" >> Preprocess(job.plan.split)
-    workers = job.config.workers
-    encode = EncodeChunks(job.plan, job.journal, share_memory(workers))
-    embedded = chunks | "Embed" >> (OnDedicatedWorkers(encode, resource_hints(workers)) if job.distributed else encode)
+    chunks, bad_documents, preprocess_counts = known.documents | "Preprocess" >> Preprocess(job.spec.split)
+    encode = EncodeChunks(job.spec, job.journal, job.gpu_memory_mib)
+    embedded = chunks | "Embed" >> job.place_encoder(encode)
     rows, dead_letters = embedded.rows, [unread, bad_documents, embedded.dead_letters]
     bundle_counts = [read_counts, known.bundle_counts, preprocess_counts, embedded.bundle_counts]
     results, shards = {"spot_checks": embedded.spot_checks}, []
@@ -171,5 +173,5 @@ def build_pipeline(pipeline: beam.Pipeline, job: Job) -> beam.PCollection:
         bundle_counts.append(dead_counts)
 
     results["shards"] = tuple(shards) | "Shards" >> beam.Flatten()
-    results["bundle_counts"] = tuple(bundle_counts) | "Counts" >> beam.Flatten()
+    results["bundle_counts"] = tuple(bundle_counts) | "BundleCounts" >> beam.Flatten()
     return pipeline | "Commit" >> Commit(job.committer, results, job.lease)

@@ -1,8 +1,8 @@
-"""The errors that a user can cause, each worded as: value, rule, cure, flag."""
+"""The errors that a user can cause, each worded as: value, rule, fix, flag."""
 
 
 class EmbeamError(Exception):
-    """A problem that the user can mend; its message says how. The command line prints it without a traceback."""
+    """A problem that the user can fix; its message says how. The command line prints it without a traceback."""
 
 
 class ConfigError(EmbeamError, ValueError):

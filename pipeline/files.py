@@ -10,6 +10,8 @@ import uuid
 from contextlib import suppress
 from typing import Any, BinaryIO
 
+from pipeline.errors import ConfigError
+
 _READ_BYTES = 1 << 20
 _PARTIAL = re.compile(r"(.+)\.[0-9a-f]{8}\.new")  # as `create_file` names a file before it is whole
 
@@ -23,6 +25,20 @@ def file_systems() -> Any:
     from apache_beam.io.filesystems import FileSystems
 
     return FileSystems
+
+
+def check_scheme(path: str) -> None:
+    """Raises ConfigError for a path on a file system that Beam does not know."""
+    if is_local(path):
+        return
+    try:
+        file_systems().get_filesystem(path)
+    except ValueError as error:
+        scheme = path.partition("://")[0]
+        raise ConfigError(
+            f"{path}: no file system for {scheme}:// is installed; give a path on a local disk or on gs://, or "
+            "pip install 'embeam[s3]' for s3://"
+        ) from error
 
 
 def open_file(path: str) -> BinaryIO:

@@ -8,7 +8,7 @@ import re
 import sys
 import tomllib
 from collections.abc import Iterable, Sequence
-from dataclasses import fields
+from dataclasses import dataclass, field, fields
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
     Verbs = argparse._SubParsersAction["Parser"]
 
+LOG_FORMATS = ("text", "json")
 _PREFIX = "flag_"  # marks our flags in argparse's result, apart from verbs and Beam's
 _FLAG = re.compile(r"(--\w[\w-]*)(=|$)")  # what argparse takes for a flag wherever it stands
 
@@ -140,6 +141,62 @@ def refuse(rest: Sequence[str], flags: Iterable[str], advice: str = "", stray: s
         raise ConfigError(f"unknown flag {flag}" + (f"; did you mean {close[0]}?" if close else advice))
 
 
+@dataclass(frozen=True)
+class CommandFile:
+    """What `--config` names: settings of the run, flags of the command itself, and options of the engine.
+
+    Attributes:
+      settings: name to value.
+      debug: as the flag.
+      summary_json: as the flag.
+      log_format: as the flag; "" if it is not given.
+      runner: as the flag; "" if it is not given.
+      runner_options: as the flag.
+      beam_flags: Beam's own.
+    """
+
+    settings: dict[str, Any] = field(default_factory=dict)
+    debug: bool = False
+    summary_json: bool = False
+    log_format: str = ""
+    runner: str = ""
+    runner_options: list[str] = field(default_factory=list)
+    beam_flags: list[str] = field(default_factory=list)
+
+
+def read_command_file(path: str | None, own: Sequence[str]) -> CommandFile:
+    """Reads the file that `--config` names.
+
+    Args:
+      path: of a TOML file; None or "" for no file.
+      own: the flags of `embeam embed`, with which names that nobody knows are compared.
+
+    Raises:
+      ConfigError: if the file cannot be read, or a name or value in it is wrong.
+    """
+    if not path:
+        return CommandFile()
+    settings, rest = read_config_file(path)
+    switches = {name: _read_switch(name, rest.pop(name, False)) for name in ("debug", "summary_json")}
+    log_format = rest.pop("log_format", "")
+    if log_format not in ("", *LOG_FORMATS):
+        raise ConfigError(f"--log_format={log_format} is not one of {', '.join(LOG_FORMATS)}")
+    runner, options = rest.pop("runner", ""), rest.pop("runner_option", [])
+    if not isinstance(runner, str):
+        raise ConfigError(f"--runner={runner} is not text; write the name of a runner")
+    options = [str(option) for option in (options if isinstance(options, list) else [options])]
+    beam_flags = check_beam_flags(engine_flags(rest), own)
+    return CommandFile(
+        settings, **switches, log_format=log_format, runner=runner, runner_options=options, beam_flags=beam_flags
+    )
+
+
+def _read_switch(name: str, value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise ConfigError(f"--{name}={value} is not true or false")
+    return value
+
+
 def read_config_file(path: str) -> tuple[dict[str, Any], dict[str, Any]]:
     """Reads a TOML file of settings, flat or in one level of tables.
 
@@ -159,7 +216,7 @@ def read_config_file(path: str) -> tuple[dict[str, Any], dict[str, Any]]:
     for name, value in values.items():
         flat.update(value if isinstance(value, dict) and name not in own else {name: value})
     for name, value in flat.items():
-        if isinstance(value, dict) or name == "config":
+        if isinstance(value, dict) or name in ("config", "help"):
             raise ConfigError(f"--config={path}: {name!r} is no setting; embeam embed --help lists them all")
     return {k: v for k, v in flat.items() if k in own}, {k: v for k, v in flat.items() if k not in own}
 

@@ -16,19 +16,20 @@ from contextlib import suppress
 from pipeline import __version__
 from pipeline.cli.export_verbs import add_export_verbs
 from pipeline.cli.flags import (
+    LOG_FORMATS,
     Parser,
     add_config_flags,
     at_least_one,
     check_beam_flags,
-    engine_flags,
     given_settings,
-    read_config_file,
+    read_command_file,
     refuse,
 )
 from pipeline.cli.table_verbs import add_table_verbs
 from pipeline.config import EmbedConfig
-from pipeline.errors import ConfigError, EmbeamError
+from pipeline.errors import ConfigError
 from pipeline.report.logs import report_error, set_up_logging
+from pipeline.run.failures import describe_failure
 from pipeline.signals import STOPPING, watch_signals
 
 EXIT_FAILED, EXIT_USAGE = 1, 2
@@ -46,8 +47,14 @@ def run() -> None:
     if STOPPING.is_set():  # the run has failed since its workers are gone
         threading.Event().wait()
     for stream in (sys.stdout, sys.stderr):
-        with suppress(BrokenPipeError):  # its reader has seen enough
+        try:
             stream.flush()
+        except BrokenPipeError:  # its reader has seen enough
+            pass
+        except OSError as error:  # such as a file on a full disk
+            code = code or EXIT_FAILED
+            with suppress(OSError):
+                os.write(2, f"embeam: {describe_failure(error)}\n".encode())
     os._exit(code)
 
 
@@ -59,29 +66,45 @@ def main(arguments: Sequence[str] | None = None) -> None:
             stream.reconfigure(errors="backslashreplace")  # a terminal need not know every character
     gc.set_threshold(50_000)  # importing TensorFlow and Beam makes millions of objects, none of them garbage
     parser, embed_parser = build_parsers()
-    debug, summary_json = False, False
+    given = sys.argv[1:] if arguments is None else arguments
+    known = argparse.Namespace(debug="--debug" in given, summary_json="--summary_json" in given)
     try:
-        known, rest = parser.parse_known_args(arguments)
+        _, rest = parser.parse_known_args(given, known)
         if not known.verb:
             refuse(rest, parser.flags())
             raise ConfigError("name a verb, such as embeam embed; embeam --help lists them")
-        debug, summary_json = getattr(known, "debug", False), getattr(known, "summary_json", False)
-        set_up_logging(debug, getattr(known, "log_format", "text"))
+        set_up_logging(known.debug, getattr(known, "log_format", ""))
         if known.verb == "embed":
             run_embed(known, rest, embed_parser.flags())
         else:
             refuse(rest, known.parser.flags(), stray=known.stray)
             known.run(known)
-    except EmbeamError as error:
-        if debug:
-            traceback.print_exc()
-        report_error(str(error))
-        code = EXIT_USAGE if isinstance(error, ConfigError) else EXIT_FAILED
-        if summary_json:
-            print(json.dumps({"status": "failed", "exit_code": code, "error": str(error)}))
-        sys.exit(code)
     except BrokenPipeError:  # the reader of our output has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except Exception as error:
+        sys.exit(report_failure(error, known))
+
+
+def report_failure(error: Exception, known: argparse.Namespace) -> int:
+    """Says in one line why a command fails.
+
+    Args:
+      error: what it raised.
+      known: its flags.
+
+    Returns:
+      The exit code.
+    """
+    code = EXIT_USAGE if isinstance(error, ConfigError) else EXIT_FAILED
+    if STOPPING.is_set():  # it fails since a signal has ended its workers, which was said
+        return code
+    if known.debug:
+        traceback.print_exception(error)
+    message = describe_failure(error)
+    report_error(message)
+    if known.summary_json:
+        print(json.dumps({"status": "failed", "exit_code": code, "error": message}))
+    return code
 
 
 def build_parsers() -> tuple[Parser, Parser]:
@@ -115,12 +138,11 @@ def build_parsers() -> tuple[Parser, Parser]:
     )
     engine.add_argument(
         "--log_format",
-        choices=("text", "json"),
-        default="text",
-        metavar="text|json",
-        help="how warnings, errors and progress are told: json gives one object a line, as log collectors like it",
+        choices=LOG_FORMATS,
+        metavar="|".join(LOG_FORMATS),
+        help="how warnings, errors and progress are told: json gives one object a line, as log collectors like it "
+        "(default: text)",
     )
-    engine.add_argument("--debug", action="store_true", help="show Beam's log and where an error comes from")
 
     show = verbs.add_parser(
         "show", help="print what a table holds", description="Prints a table's manifest in short, and rows."
@@ -140,18 +162,23 @@ def build_parsers() -> tuple[Parser, Parser]:
     query.add_argument("--top", type=at_least_one, default=5, metavar="N", help="how many rows to print (default: 5)")
     query.set_defaults(run=run_query, parser=query, stray="put a text of several words in quotes")
     add_export_verbs(verbs)
-    add_table_verbs(verbs)
+    add_table_verbs(verbs, embed.flags())
+    for verb in verbs.choices.values():
+        verb.add_argument("--debug", action="store_true", help="show Beam's log and where an error comes from")
     return parser, embed
 
 
 def run_embed(known: argparse.Namespace, rest: list[str], own: list[str]) -> None:
     beam_flags = check_beam_flags(rest, own)
-    settings, engine = read_config_file(known.config) if known.config else ({}, {})
-    runner = known.runner or engine.pop("runner", "local")
-    runner_options = [*engine_list(engine.pop("runner_option", [])), *known.runner_option]
-    config = EmbedConfig.from_flat(settings | given_settings(known))
-    flags = [*check_beam_flags(engine_flags(engine), own), *beam_flags]
-    for option in runner_options:
+    file = read_command_file(known.config, own)
+    known.debug = known.debug or file.debug
+    known.summary_json = known.summary_json or file.summary_json
+    known.log_format = known.log_format or file.log_format
+    set_up_logging(known.debug, known.log_format)
+    runner = known.runner or file.runner or "local"
+    config = EmbedConfig.from_flat(file.settings | given_settings(known))
+    flags = [*file.beam_flags, *beam_flags]
+    for option in [*file.runner_options, *known.runner_option]:
         name, equals, _ = option.partition("=")
         if not equals:
             raise ConfigError(f"--runner_option={option} has no value; write --runner_option={name}=VALUE")
@@ -168,10 +195,6 @@ def run_embed(known: argparse.Namespace, rest: list[str], own: list[str]) -> Non
     print(format_summary(manifest, output) if manifest else STAGED.format(output))
     if known.summary_json:
         print(json.dumps(summarize(manifest, output)))
-
-
-def engine_list(value: str | list[str]) -> list[str]:
-    return [value] if isinstance(value, str) else value
 
 
 def run_show(known: argparse.Namespace) -> None:

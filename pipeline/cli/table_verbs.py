@@ -6,24 +6,31 @@ import argparse
 import json
 import sys
 from collections import Counter, defaultdict
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from pipeline.cli.flags import add_config_flags, at_least_zero, given_settings, read_config_file
+from pipeline.cli.flags import add_config_flags, at_least_zero, given_settings, read_command_file
 from pipeline.config import EmbedConfig
 from pipeline.errors import ConfigError, EmbeamError
 from pipeline.files import absolute_path
+from pipeline.report.logs import set_up_logging
 
 if TYPE_CHECKING:
     from pipeline.cli.flags import Verbs
+    from pipeline.run.checked_table import CheckedTable, Finding
     from pipeline.run.dry_run import DryRun
-    from pipeline.run.verify import Finding, Verification
 
 SHOWN_FINDINGS = 20  # of each kind
 EXIT_FOUND = 1
 
 
-def add_table_verbs(verbs: Verbs) -> None:
-    """Adds the verbs to the command's."""
+def add_table_verbs(verbs: Verbs, embed_flags: Sequence[str]) -> None:
+    """Adds the verbs to the command's.
+
+    Args:
+      verbs: of the command.
+      embed_flags: the flags of `embeam embed`, which a file for `embeam plan` may set too.
+    """
     plan = verbs.add_parser(
         "plan",
         help="say what embed would do, without doing it",
@@ -33,13 +40,18 @@ def add_table_verbs(verbs: Verbs) -> None:
     add_config_flags(plan)
     plan.add_argument("--config", metavar="FILE.toml", help="read flags from a file; the command line wins")
     plan.add_argument("--json", action="store_true", help="print one JSON object instead")
-    plan.set_defaults(run=run_plan, parser=plan, stray="every setting is a flag, and a glob needs quotes: --input={}")
+    plan.set_defaults(
+        run=run_plan,
+        embed_flags=embed_flags,
+        parser=plan,
+        stray="every setting is a flag, and a glob needs quotes: --input={}",
+    )
 
     verify = verbs.add_parser(
         "verify",
         help="check a table against its files and its input",
         description="Reads a table's live snapshot and says whether files, rows and manifest agree, and, with --input, "
-        "whether each document has the rows that it should have. Exits with 0 if the table is true, with 1 if not.",
+        "whether each document has the rows that it should have. Exits with 0 if it is consistent, with 1 if not.",
     )
     verify.add_argument("table", metavar="DIR", help="folder of the table")
     verify.add_argument(
@@ -87,8 +99,10 @@ def run_sql(known: argparse.Namespace) -> None:
 
 
 def run_plan(known: argparse.Namespace) -> None:
-    settings, _ = read_config_file(known.config) if known.config else ({}, {})  # where it would run is all the same
-    config = EmbedConfig.from_flat(settings | given_settings(known))
+    file = read_command_file(known.config, known.embed_flags)  # where the run takes place makes no difference
+    known.debug = known.debug or file.debug
+    set_up_logging(known.debug, file.log_format)
+    config = EmbedConfig.from_flat(file.settings | given_settings(known))
 
     from dataclasses import asdict
 
@@ -150,7 +164,8 @@ def describe_time(dry_run: DryRun) -> str:
 
 
 def run_verify(known: argparse.Namespace) -> None:
-    from pipeline.run.verify import Verification
+    from pipeline.run.checked_table import CheckedTable
+    from pipeline.run.verify import check_table
 
     found: Counter[str] = Counter()
     shown: dict[str, list[Finding]] = defaultdict(list)
@@ -165,33 +180,33 @@ def run_verify(known: argparse.Namespace) -> None:
             shown[finding.kind].append(finding)
 
     check_folder_table(known.table)
-    verification = Verification(absolute_path(known.table), report)
-    verification.run(known.input, known.sample)
+    table = CheckedTable(absolute_path(known.table), report)
+    check_table(table, known.input, known.sample)
     if not known.json:
-        print(format_verification(known.table, verification, found, shown, bool(known.input)))
+        print(format_verification(known.table, table, found, shown, bool(known.input)))
     if found:
         sys.exit(EXIT_FOUND)
 
 
 def format_verification(
-    table: str, verification: Verification, found: Counter[str], shown: dict[str, list[Finding]], has_input: bool
+    name: str, table: CheckedTable, found: Counter[str], shown: dict[str, list[Finding]], has_input: bool
 ) -> str:
     """What `embeam verify` prints.
 
     Args:
-      table: its name as it was given.
-      verification: after it has run.
+      name: of the table as it was given.
+      table: after it was checked.
       found: how many findings there are of each kind.
       shown: those to list.
       has_input: whether an input was compared with.
     """
     from pipeline.report.summary import format_bytes
-    from pipeline.run.verify import KINDS
+    from pipeline.run.checked_table import KINDS
 
-    counts, n = verification.counts, sum(found.values())
-    lines = [f"{table} is not true: {n:,} finding{'s' if n > 1 else ''}" if n else f"{table} is true"]
+    counts, n = table.counts, sum(found.values())
+    lines = [f"{name} is not consistent: {n:,} finding{'s' if n > 1 else ''}" if n else f"{name} is consistent"]
     lines += [
-        f"  snapshot     {verification.manifest.snapshot}, published {verification.manifest.created_at}",
+        f"  snapshot     {table.manifest.snapshot}, published {table.manifest.created_at}",
         f"  files        {counts['files']:,} read, {format_bytes(counts['bytes'])}",
         f"  rows         {counts['rows']:,} of {counts['documents']:,} documents",
         f"  dead letters {counts['dead_letters']:,}",

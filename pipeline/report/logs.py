@@ -30,19 +30,23 @@ class JsonFormatter(logging.Formatter):
         return json.dumps(entry)
 
 
-def set_up_logging(debug: bool = False, form: str = "text") -> None:
-    """Our own warnings in one line each; what Beam says of a failed run is said once, at the end.
+def set_up_logging(debug: bool = False, form: str = "") -> None:
+    """Our own warnings in one line each; what Beam says of a failed run is said once, at the end. May be repeated.
 
     Args:
       debug: whether Beam's log is shown.
-      form: text or json.
+      form: json; anything else is text.
     """
-    logging.basicConfig(format="embeam: %(message)s", level=logging.INFO if debug else logging.WARNING)
+    logging.basicConfig(format="embeam: %(message)s")
+    logging.getLogger().setLevel(logging.INFO if debug else logging.WARNING)
     if form == "json":
         for handler in logging.getLogger().handlers:
             handler.setFormatter(JsonFormatter())
         logging.getLogger(PROGRESS).setLevel(logging.INFO)
-    if not debug:
+    if debug:
+        logging.getLogger("apache_beam").setLevel(logging.NOTSET)
+        logging.getLogger().removeFilter(_is_no_job_message)
+    else:
         logging.getLogger("apache_beam").setLevel(logging.CRITICAL + 1)  # a job that is refused is critical to Beam
         logging.getLogger().addFilter(_is_no_job_message)
 

@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 
 from pipeline.encoders.parity import Parity
-from pipeline.files import absolute_path
 from pipeline.records import REASONS
 from pipeline.report.progress_bar import format_seconds
+from pipeline.tables.folder_table import FolderTable
 from pipeline.tables.manifest import Manifest, snapshot_folder
 from pipeline.tables.read import iter_table, open_live
 from pipeline.tables.store import find_table
@@ -38,11 +38,8 @@ def format_summary(manifest: Manifest, table: str) -> str:
         used = batch.get("used_tokens", 0) / padded
         lines.append(f"  batches      {int(batch.get('batches', 0)):,}, {used:.1%} of their {unit} are not padding")
     lines += describe_changes(manifest)
-    found = find_table(table, manifest.settings.get("work_dir", ""))
-    path = found.locate_dead_letters(manifest, "dead_letters-*")
-    where = f", in {path.replace(absolute_path(table), table, 1)}"  # of a folder as it was given
     n_dead = sum(manifest.dead_letters.values())
-    lines.append(f"  dead letters {n_dead:,}" + (where if n_dead else ""))
+    lines.append(f"  dead letters {n_dead:,}" + (f", in {locate_dead_letters(manifest, table)}" if n_dead else ""))
     for reason, n in _by_count(manifest):
         lines.append(f"    {n:>9,} {reason}: {REASONS[reason]}")
     seconds = {
@@ -54,6 +51,13 @@ def format_summary(manifest: Manifest, table: str) -> str:
     lines.append("  seconds      " + ", ".join(f"{value:.1f} {name}" for name, value in seconds.items()))
     lines.append(f"  encoder      {describe_graph(manifest)}")
     return "\n".join(lines)
+
+
+def locate_dead_letters(manifest: Manifest, table: str) -> str:
+    """A glob of the files with a run's dead letters: below the folder as the user named it, else in full."""
+    found = find_table(table, manifest.settings.get("work_dir", ""))
+    path = found.locate_dead_letters(manifest, "dead_letters-*")
+    return path.replace(found.work, table, 1) if isinstance(found, FolderTable) else path
 
 
 def summarize(manifest: Manifest | None, table: str) -> dict[str, Any]:
@@ -87,18 +91,18 @@ def summarize(manifest: Manifest | None, table: str) -> dict[str, Any]:
 
 
 def describe_changes(manifest: Manifest) -> list[str]:
-    """What a run found changed, and what it took over; nothing for the first run of a table without equal texts."""
-    recall, carry = manifest.counts.get("reuse", {}), manifest.counts.get("merge", {})
+    """What a run found changed, and what it reused; nothing for the first run of a table without equal texts."""
+    reuse, merge = manifest.counts.get("reuse", {}), manifest.counts.get("merge", {})
     found = [
-        f"{int(recall[name]):,} {name}"
+        f"{int(reuse[name]):,} {name}"
         for name in ("new", "changed", "updated", "remade", "unchanged")
-        if recall.get(name)
+        if reuse.get(name)
     ]
-    found += [f"{int(carry[name]):,} {name}" for name in ("deleted", "kept", "stale", "lost") if carry.get(name)]
+    found += [f"{int(merge[name]):,} {name}" for name in ("deleted", "kept", "stale", "lost") if merge.get(name)]
     known = [
-        f"{int(recall[name]):,} {what}"
+        f"{int(reuse[name]):,} {what}"
         for name, what in (("reused", "had a vector already"), ("same_text", "equal to another text"))
-        if recall.get(name)
+        if reuse.get(name)
     ]
     lines = [f"  changes      {', '.join(found)}"] if manifest.previous and found else []
     return lines + ([f"  not encoded  {', '.join(known)}"] if known else [])

@@ -6,61 +6,39 @@ it disturb.
 
 from __future__ import annotations
 
-import gzip
 import json
 import os
 import tempfile
-import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from io import BytesIO
-from typing import TYPE_CHECKING, NamedTuple, Optional
+from typing import NamedTuple, Optional
 
 import numpy as np
 
 from pipeline.config import EmbedConfig
-from pipeline.embed import SAFE_DOCUMENTS
-from pipeline.embedding_spec import EmbeddingSpec
-from pipeline.encoders.architecture import text_flops
-from pipeline.encoders.runtime import has_gpu, load_tensorflow
 from pipeline.errors import EmbeamError
-from pipeline.preprocess.batching import Batcher
-from pipeline.preprocess.chunking import is_encodable
-from pipeline.records import Chunk, DeadLetter, Document, Row, digest_id
+from pipeline.records import DeadLetter, Document, digest_id
 from pipeline.reuse.complete import LiveDecisions, decide_live
 from pipeline.reuse.decide import DocumentAction, ReusePolicy
 from pipeline.reuse.digests import DigestSet, is_in
 from pipeline.reuse.index import VectorIndex
-from pipeline.reuse.local import (
-    BUFFERED_CHARACTERS,
-    BUFFERED_DOCUMENTS,
-    DocumentLookUp,
-    LocalReuse,
-    MarkWriter,
-    marks_file,
+from pipeline.reuse.local import DocumentLookUp, LocalReuse, MarkWriter, marks_file
+from pipeline.run.estimate import (
+    Measured,
+    count_characters,
+    live_row_bytes,
+    measure_texts,
+    scale_up,
+    split_blocks,
 )
-from pipeline.run.verify import Accounts, read_outcomes
-from pipeline.sinks.index import ENTRY, parse_hashes
-from pipeline.sinks.writing import RowFormat
-from pipeline.tables.commit import check_counts, check_deletes
+from pipeline.run.read_input import Accounts, read_outcomes
+from pipeline.run.resolve import NewRows, ResolvedRun, find_changes, find_stops, prepare_local_reuse, resolve
+from pipeline.sinks.index import parse_hashes
+from pipeline.tables.commit import check_any_rows, check_counts, check_deletes
 from pipeline.tables.folder import FolderStore
-from pipeline.tables.manifest import Manifest, read_manifest
-from pipeline.tables.publish import check_free_space
-from pipeline.tables.retention import list_snapshots
-from pipeline.tables.store import Store
-from pipeline.vectors.storing import quantize_vectors
-
-if TYPE_CHECKING:
-    from pipeline.run.resolve import ResolvedRun
 
 SAMPLE_TEXTS, SAMPLE_CHARACTERS = 2000, 16_000_000  # that are tokenised
-SAMPLE_ROWS, SAMPLE_ROW_BYTES = 256, 8 << 20  # that are written to memory, to see how large they get
-LEAST_TOKENS = 10_000  # padded ones of an earlier run whose rate is trusted
-SPEED_KEYS = ("encoder", "vector", "graph", "precision")  # of an identity
-MATMUL_SECONDS = 0.1
-_NO_CHUNK = Chunk(Document("", ""), "", 0, 1, b"", 0, 0, 0)  # takes a place in a batch
-MATMUL_SHARE = 0.5  # of the rate of bare matmuls that encoders reach, about
 
 
 @dataclass(frozen=True)
@@ -125,7 +103,7 @@ class DryRun:
 
 
 def make_dry_run(config: EmbedConfig) -> DryRun:
-    """Forecasts a run from its whole input.
+    """Says what a run would do, from its whole input.
 
     Args:
       config: of the run.
@@ -133,18 +111,14 @@ def make_dry_run(config: EmbedConfig) -> DryRun:
     Raises:
       EmbeamError: if the run could not even begin: settings that do not fit, no input, a damaged table.
     """
-    from pipeline.run.resolve import prepare_local_reuse, resolve
-
     resolved = resolve(config)
-    config = resolved.config  # which retrying changes
-    live = resolved.store.read_live().manifest
-    form = resolved.store.choose_form(config, resolved.plan.layout(resolved.kept))
+    live, spec, form = resolved.live, resolved.spec, resolved.form
     with tempfile.TemporaryDirectory(prefix="embeam-plan-") as scratch:
-        reuse = prepare_local_reuse(resolved.store, live, resolved.plan, form, scratch, config).back_end
+        reuse = prepare_local_reuse(resolved.store, live, spec, form, scratch, resolved.config).back_end
         assert isinstance(reuse, LocalReuse)
         seen = look_up_all(resolved, reuse, scratch)
-        measured = measure_texts(resolved.plan, form, seen.sample.documents)
-        return combine(resolved, live, form, reuse.policy, seen, measured)
+        measured = measure_texts(spec, form, seen.sample.documents)
+        return combine(resolved, reuse.policy, seen, measured)
 
 
 class ThinnedSample:
@@ -165,14 +139,14 @@ class ThinnedSample:
     def add(self, document: Document) -> None:
         if self.n % self._step == 0:
             self.documents.append(document)
-            self._characters += _size(document)
+            self._characters += count_characters(document)
         self.n += 1
         while len(self.documents) > max(1, self._most) or (
             self._characters > self._most_characters and len(self.documents) > 1
         ):
             self.documents = self.documents[::2]
             self._step *= 2
-            self._characters = sum(map(_size, self.documents))
+            self._characters = sum(map(count_characters, self.documents))
 
     @property
     def is_whole(self) -> bool:
@@ -221,7 +195,7 @@ def look_up_all(resolved: ResolvedRun, reuse: LocalReuse, scratch: str) -> Seen:
     same_text: list[tuple[str, str, str]] = []
 
     def documents() -> Iterator[Document]:
-        for outcome in read_outcomes(resolved.found, resolved.config.read, resolved.kept, scratch):
+        for outcome in read_outcomes(resolved.input, resolved.config.read, resolved.kept, scratch):
             if isinstance(outcome, Document):
                 yield outcome
             elif isinstance(outcome, DeadLetter):
@@ -230,7 +204,7 @@ def look_up_all(resolved: ResolvedRun, reuse: LocalReuse, scratch: str) -> Seen:
             else:
                 read.update(json.loads(outcome.counts))
 
-    for block in _blocks(documents()):
+    for block in split_blocks(documents()):
         found = look_up.look_up(block)
         marks.write(block, found)
         for i, action in enumerate(found.actions.tolist()):
@@ -258,187 +232,12 @@ def look_up_all(resolved: ResolvedRun, reuse: LocalReuse, scratch: str) -> Seen:
     )
 
 
-class Measured(NamedTuple):
-    """What becomes of some texts.
-
-    Attributes:
-      documents: how many there are.
-      counts: their chunks, rows, content tokens, tokens that are cut, and tokens in batches (bytes for text encoders).
-      lengths: chunks by the padded length of their bucket.
-      made: content hash to the number of rows, or to why there is a dead letter instead.
-      row_bytes: of one row and its index entry; 0 if there is none.
-    """
-
-    documents: int
-    counts: Counter[str]
-    lengths: Counter[int]
-    made: dict[str, int | DeadLetter]
-    row_bytes: float
-
-    @property
-    def dead_letters(self) -> list[DeadLetter]:
-        return [made for made in self.made.values() if isinstance(made, DeadLetter)]
-
-
-def measure_texts(plan: EmbeddingSpec, form: RowFormat, documents: Sequence[Document]) -> Measured:
-    """Tokenises texts, but encodes none."""
-    rule, splitter = plan.vectors, plan.split.load()
-    counts: Counter[str] = Counter()
-    lengths: Counter[int] = Counter()
-    made: dict[str, int | DeadLetter] = {}
-    some: list[Chunk] = []
-    for block in _blocks(iter(documents)):
-        good = [document for document in block if is_encodable(document.text) and is_encodable(document.pair or "")]
-        for chunk in splitter.split(good):
-            if isinstance(chunk, DeadLetter):
-                made[chunk.content_hash or ""] = chunk
-                continue
-            size = chunk.n_tokens if rule.counts_tokens else len(chunk.ids)
-            counts["chunks"] += 1
-            counts["rows"] += rule.chunked or chunk.number == 0
-            counts["tokens"] += chunk.n_content
-            counts["cut"] += chunk.n_truncated or 0
-            counts["used"] += size
-            lengths[plan.buckets.length_for(size)] += 1
-            made[chunk.content_hash] = chunk.n_chunks if rule.chunked else 1
-            if len(some) < SAMPLE_ROWS:
-                some.append(chunk)
-    row_bytes = measure_row(plan, form, some) if some else 0.0
-    return Measured(len(documents), counts, lengths, made, row_bytes)
-
-
-def measure_row(plan: EmbeddingSpec, form: RowFormat, chunks: Sequence[Chunk]) -> float:
-    """Bytes of a row and its index entry, by writing some with random vectors to memory."""
-    rng = np.random.default_rng(0)
-    rows, n_bytes = [], 0
-    for chunk in chunks:
-        numbers = plan.dimension * (chunk.n_tokens if plan.vectors.tokens else 1)
-        stored, scales = quantize_vectors(rng.standard_normal((1, numbers), np.float32), form.layout.dtype)
-        document = chunk.document
-        text = document.text if form.layout.keep_text else None
-        counted = (chunk.n_tokens, chunk.n_truncated)
-        own = (document.id, chunk.number, stored.tobytes(), float(scales[0]), *counted, chunk.content_hash)
-        rows.append(Row(*own, document.kept, text, chunk.n_chunks, document.origin.path))
-        n_bytes += len(rows[-1].vector)
-        if n_bytes > SAMPLE_ROW_BYTES:
-            break
-    stream = BytesIO()
-    zipped = gzip.GzipFile("", "wb", 6, stream, mtime=0) if form.compression == "gzip" else None
-    writer = form.open(zipped or stream)
-    writer.write(rows)
-    writer.close()
-    if zipped is not None:
-        zipped.close()
-    return len(stream.getvalue()) / len(rows) + ENTRY.itemsize
-
-
-class Scaled(NamedTuple):
-    """What `Measured` comes to for all texts, and how long it takes.
-
-    Attributes:
-      counts: as measured.
-      padded: tokens or bytes in the batches, padding included.
-      seconds: in the encoder; None if unknown.
-      speed: `measured`, `rough`, `unknown` or `idle`.
-      source: the snapshot whose run was measured.
-    """
-
-    counts: dict[str, float]
-    padded: int
-    seconds: Optional[float]
-    speed: str
-    source: str
-
-
-def scale_up(store: Store, plan: EmbeddingSpec, measured: Measured, n_texts: int) -> Scaled:
-    """From a sample to all texts."""
-    if not measured.counts["chunks"] or not n_texts:
-        return Scaled({}, 0, 0.0, "idle", "")
-    factor = n_texts / measured.documents
-    counts = {name: n * factor for name, n in measured.counts.items()}
-    shapes = count_batches(plan, measured, n_texts)
-    padded = sum(rows * length for length, rows in shapes.items())
-    rate, source, is_rough = find_rate(store, plan)
-    if rate and not is_rough:
-        return Scaled(counts, padded, padded / rate, "measured", source)
-    if plan.encoder.architecture is not None:
-        flops = sum(rows * text_flops(plan.encoder.architecture, length) for length, rows in shapes.items())
-        return Scaled(counts, padded, flops / (MATMUL_SHARE * measure_matmul(plan)), "rough", "")
-    return Scaled(counts, padded, padded / rate if rate else None, "rough" if rate else "unknown", source)
-
-
-def count_batches(plan: EmbeddingSpec, measured: Measured, n_texts: int) -> Counter[int]:
-    """Rows of all batches, padding rows included, by length."""
-    # As in the graph: what waits for its bucket to fill leaves with the bundle, or after so many documents.
-    most = SAFE_DOCUMENTS if plan.vectors.average or plan.vectors.chunked else n_texts
-    total: Counter[int] = Counter()
-    n_full, rest = divmod(n_texts, most)
-    for n, times in ((most, n_full), (rest, 1)):
-        batcher = Batcher(plan.buckets)
-        for length, n_chunks in measured.lengths.items():
-            expected = round(n_chunks * n / measured.documents)
-            full, left = divmod(expected, plan.buckets.full_rows(length))
-            total[length] += times * full * plan.buckets.full_rows(length)
-            for _ in range(left if times else 0):
-                batcher.add(_NO_CHUNK, length)
-        for batch in batcher.drain():
-            total[batch.length] += times * batch.rows
-    return total
-
-
-def find_rate(store: Store, plan: EmbeddingSpec) -> tuple[float, str, bool]:
-    """Padded tokens that the same encoder took in a second in the table's longest run.
-
-    Returns:
-      The rate or 0, the snapshot of that run, and whether it was too short to be trusted.
-    """
-    best, rate, source = 0.0, 0.0, ""
-    for manifest in read_manifests(store):
-        same = all(manifest.identity.get(key) == plan.identity[key] for key in SPEED_KEYS)
-        padded = manifest.counts.get("batch", {}).get("padded_tokens", 0.0)
-        seconds = manifest.counts.get("encode", {}).get("encode_seconds", 0.0)
-        if same and seconds > 0 and padded > best:
-            best, rate, source = padded, padded / seconds, manifest.snapshot
-    return rate, source, best < LEAST_TOKENS
-
-
-def read_manifests(store: Store) -> Iterator[Manifest]:
-    """Those of all snapshots that can be read; of a database that of the live state."""
-    if not isinstance(store, FolderStore):
-        live = store.read_live().manifest
-        yield from [live] if live else []
-        return
-    for name in list_snapshots(store.work):
-        try:
-            yield read_manifest(store.work, name)
-        except (EmbeamError, OSError):  # damaged, or removed meanwhile
-            continue
-
-
-def measure_matmul(plan: EmbeddingSpec) -> float:
-    """FLOP/s of this machine's bare matmuls of the encoder's feed-forward, in about a tenth of a second."""
-    tf = load_tensorflow()
-    a = plan.encoder.architecture
-    assert a is not None
-    rows = min(plan.buckets.budget, 4096 if has_gpu() else 512)
-    precision = plan.encoder.precision if plan.encoder.native else "float32"
-    left, right = (tf.ones(shape, precision) for shape in ((rows, a.width), (a.width, a.feedforward)))
-    tf.matmul(left, right)[0, 0].numpy()
-    best, until = float("inf"), time.perf_counter() + MATMUL_SECONDS
-    while time.perf_counter() < until:
-        begun = time.perf_counter()
-        tf.matmul(left, right)[0, 0].numpy()
-        best = min(best, time.perf_counter() - begun)
-    return 2 * rows * a.width * a.feedforward / best
-
-
-def combine(
-    resolved: ResolvedRun, live: Manifest | None, form: RowFormat, policy: ReusePolicy, seen: Seen, measured: Measured
-) -> DryRun:
+def combine(resolved: ResolvedRun, policy: ReusePolicy, seen: Seen, measured: Measured) -> DryRun:
     """Puts the counts together, and finds what would stop the run."""
-    plan, counts = resolved.plan, seen.counts
+    live, spec, form = resolved.live, resolved.spec, resolved.form
+    counts = seen.counts
     to_encode, n_equal = counts["encoded"], counts["same_text"]
-    scaled = scale_up(resolved.store, plan, measured, to_encode)
+    scaled = scale_up(resolved.store, spec, measured, to_encode)
     factor = to_encode / measured.documents if measured.documents else 0.0
     each = measured.counts["rows"] / measured.documents if measured.documents else 1.0
     dead = seen.dead.copy()
@@ -458,9 +257,10 @@ def combine(
         equal_rows *= n_equal / len(seen.same_text)
     dead_ids = np.unique(np.array(list(seen.dead_letters.ids), "S16"))
     dead_ids = dead_ids[~is_in(dead_ids, seen.reused_ids)]
-    incomplete, moved = seen.dead_letters.incomplete, seen.reused_contents
+    incomplete, moved = seen.dead_letters.incomplete_files, seen.reused_contents
     decisions = decide_live(seen.known, [seen.note], dead_ids, incomplete, moved, policy)
-    rows = int(decisions.kept.sum()) + seen.n_reused + round(to_encode * each + equal_rows)
+    n_kept = int(decisions.kept.sum())
+    rows = n_kept + seen.n_reused + round(to_encode * each + equal_rows)
     row_bytes = live_row_bytes(live, form) or measured.row_bytes or live_row_bytes(live)
     return DryRun(
         **{name: counts[name] for name in ("documents", "new", "changed", "updated", "unchanged")},
@@ -470,8 +270,8 @@ def combine(
         skipped_empty=seen.read["skipped_empty"],
         dead_letters={reason: n for reason, n in sorted(dead.items()) if n},
         chunks=round(scaled.counts.get("chunks", 0)),
-        tokens=round(scaled.counts.get("tokens", 0)) if plan.vectors.counts_tokens else None,
-        cut_tokens=round(scaled.counts.get("cut", 0)) if plan.vectors.counts_tokens else None,
+        tokens=round(scaled.counts.get("tokens", 0)) if spec.vectors.counts_tokens else None,
+        cut_tokens=round(scaled.counts.get("cut", 0)) if spec.vectors.counts_tokens else None,
         padding=max(0.0, 1 - scaled.counts["used"] / scaled.padded) if scaled.padded else 0.0,
         seconds=scaled.seconds,
         speed=scaled.speed,
@@ -479,76 +279,31 @@ def combine(
         rows=rows,
         bytes=round(rows * row_bytes),
         is_sampled=measured.documents < to_encode,
-        changes=find_changes(live, plan),
-        stops=list(find_stops(resolved, live, seen, dead, decisions, rows, row_bytes)),
+        changes=find_changes(live, spec),
+        stops=[
+            *map(str, find_stops(resolved, NewRows(rows - n_kept if resolved.rows_stay else rows, row_bytes))),
+            *find_late_stops(resolved, seen, dead, decisions, rows),
+        ],
     )
 
 
-def live_row_bytes(live: Manifest | None, form: RowFormat | None = None) -> float:
-    """Bytes of a row of the live table and its index entry; 0 if there is none, or none of the wanted form."""
-    if live is None or not live.rows:
-        return 0.0
-    if form and (live.file_format, live.compression, live.layout) != (form.name, form.compression, form.layout):
-        return 0.0
-    return sum(file.n_bytes for file in (*live.files, *live.index_files)) / live.rows
-
-
-def find_changes(live: Manifest | None, plan: EmbeddingSpec) -> list[str]:
-    """What makes all rows of the live table useless."""
-    from pipeline.run.resolve import describe_changes
-
-    if live is None or live.fingerprint == plan.fingerprint:
-        return []
-    return list(describe_changes(live.identity, plan.identity))
-
-
-def find_stops(
-    resolved: ResolvedRun,
-    live: Manifest | None,
-    seen: Seen,
-    dead: Counter[str],
-    decisions: LiveDecisions,
-    rows: int,
-    row_bytes: float,
+def find_late_stops(
+    resolved: ResolvedRun, seen: Seen, dead: Counter[str], decisions: LiveDecisions, n_rows: int
 ) -> Iterator[str]:
-    """The messages that a run would stop with."""
-    from pipeline.run.resolve import check_model
-
+    """The messages with which a run would stop after it has read its input."""
     config = resolved.config
-    reindex = config.reindex
-    if live is not None and config.read.limit:
-        yield f"--limit={config.read.limit} is for trials and --output={config.write.output} already holds a table"
-    refuses = reindex.on_model_change == "stop" or reindex.keeps_deleted
+    may_be_empty = n_rows or (resolved.live and not isinstance(resolved.store, FolderStore))
     counts: dict[str, dict[str, float]] = {
         "read": {"records": float(seen.read["records"])},
-        "write_dead_letters": {**dead},
+        "write_dead_letters": dict(sorted(dead.items())),
     }
     checks: tuple[Callable[[], None], ...] = (
-        lambda: check_model(live, resolved.plan, config) if refuses else None,
-        lambda: check_free_space(resolved.store.work, rows, round(row_bytes)),
         lambda: check_counts(counts, config.write.max_dead_fraction),
-        lambda: check_deletes(decisions.counts, reindex.max_delete_fraction),
+        lambda: check_deletes(decisions.counts, config.reindex.max_delete_fraction),
+        lambda: None if may_be_empty else check_any_rows([], counts),
     )
     for check in checks:
         try:
             check()
         except EmbeamError as error:
             yield str(error)
-
-
-def _blocks(documents: Iterator[Document]) -> Iterator[list[Document]]:
-    """Documents in lists of the sizes in which a run looks them up."""
-    block: list[Document] = []
-    characters = 0
-    for document in documents:
-        block.append(document)
-        characters += _size(document)
-        if len(block) >= BUFFERED_DOCUMENTS or characters >= BUFFERED_CHARACTERS:
-            yield block
-            block, characters = [], 0
-    if block:
-        yield block
-
-
-def _size(document: Document) -> int:
-    return len(document.text) + len(document.pair or "")

@@ -1,12 +1,46 @@
-"""What is said of a run that ended badly: exceptions that crossed Beam, and signals."""
+"""What is said of a command that fails: our own errors, the system's, and exceptions that crossed Beam."""
 
 from __future__ import annotations
 
+import errno
+import re
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from pipeline.errors import EmbeamError, RunError
+from pipeline.errors import EmbeamError, RunError, first_line
+
+# What can be done about an error of the system.
+_FIXES = {
+    errno.EACCES: "change its permissions, or name another path",
+    errno.EPERM: "change its permissions, or name another path",
+    errno.EROFS: "name a path that can be written",
+    errno.EMFILE: "raise the limit with ulimit -n and run again",
+    errno.ENFILE: "raise the system's limit, fs.file-max, and run again",
+    errno.ENOENT: "check the path",
+}
+_FULL = (errno.ENOSPC, errno.EDQUOT)
+_CUT_SHORT = re.compile(r"\d+ requested and \d+ written")  # what NumPy says of a full disk, without a number
+
+
+def describe_failure(error: Exception) -> str:
+    """One line for what ends a command: what is wrong, and how to fix it."""
+    if isinstance(error, EmbeamError):
+        return str(error)
+    if isinstance(error, OSError):
+        return describe_system_error(error)
+    kind = type(error).__name__
+    return f"internal error: {kind}: {first_line(error)}; run again with --debug to see where"
+
+
+def describe_system_error(error: OSError) -> str:
+    """One line for an error of the system, such as a full disk."""
+    place = "" if error.filename is None else f"{error.filename}: "
+    said = error.strerror or first_line(error)
+    if error.errno in _FULL or _CUT_SHORT.search(said) or "No space left on device" in said:
+        return f"{place}the disk is full; free some space and run again"
+    fix = _FIXES.get(error.errno or 0, "check the path, or run again with --debug to see where")
+    return f"{place}{said}; {fix}"
 
 
 def explain_failure(error: BaseException, told: str = "") -> EmbeamError:
@@ -31,7 +65,7 @@ def explain_failure(error: BaseException, told: str = "") -> EmbeamError:
             return RunError(message.split(" [while running")[0])
     if told:
         return RunError(told)
-    if "No space left on device" in text:
+    if "No space left on device" in text or _CUT_SHORT.search(text):
         return RunError("the disk is full: free some space and run again; the table is what it was")
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     last = lines[-1].split(" [while running")[0] if lines else ""

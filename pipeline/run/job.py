@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from typing import Any
 
 import apache_beam as beam
@@ -20,6 +21,8 @@ from pipeline.config import EmbedConfig
 from pipeline.embed import Job, build_pipeline
 from pipeline.encoders.runtime import load_tensorflow
 from pipeline.engines.dataflow import cancel_job, describe_job, explain_job, job_lives, link_job, validate_options
+from pipeline.engines.dedicated_workers import OnDedicatedWorkers
+from pipeline.engines.presets import resource_hints, share_memory
 from pipeline.engines.runner import is_local, make_runner, prepare_options
 from pipeline.errors import ConfigError, RunError, first_line
 from pipeline.files import absolute_path, join, make_folder
@@ -33,10 +36,13 @@ from pipeline.run.failures import explain_failure, watch_threads
 from pipeline.run.resolve import (
     MODEL_PATHS,
     ResolvedRun,
-    check_model,
+    estimate_new_rows,
+    find_changes,
+    find_stops,
     prepare_distributed_reuse,
     prepare_local_reuse,
     resolve,
+    resolve_again,
 )
 from pipeline.signals import on_stop
 from pipeline.sinks.writing import DeadLetterFormat
@@ -45,12 +51,10 @@ from pipeline.tables.folder import FolderStore
 from pipeline.tables.lock import EXPIRY_SECONDS, LEASE_SECONDS, Lease, TableLock
 from pipeline.tables.manifest import Manifest, attempts_folder
 from pipeline.tables.pointer import is_gcs
-from pipeline.tables.publish import Publication, check_free_space, name_snapshot
-from pipeline.tables.store import CommitPlan
+from pipeline.tables.publish import Publication, name_snapshot
+from pipeline.tables.store import CommitPlan, Store
 
 _LOGGER = logging.getLogger(__name__)
-_STORED_BYTES = {"float32": 4.0, "float16": 2.0, "int8": 1.0, "binary": 0.125}
-_OTHER_ROW_BYTES = 260  # id, hash, counts, framing, index
 
 
 def build_table(
@@ -80,7 +84,9 @@ def build_table(
         validate_options(options, runner)
     resolved = resolve(config)
     store, name = resolved.store, name_snapshot()
-    store.check(resolved.config)
+    if distributed:
+        require_folder(store)
+    store.check_writable()
     make_folder(store.work)
     expiry_seconds = LEASE_SECONDS if distributed else EXPIRY_SECONDS
     with (
@@ -199,52 +205,77 @@ def prepare_job(resolved: ResolvedRun, name: str, started: float, distributed: b
     Raises:
       EmbeamError: if the run could not succeed.
     """
-    config, store, found, n_documents, kept, plan = resolved
-    live, version = store.read_live()
-    if config.read.limit and live:
-        raise ConfigError(
-            f"--limit={config.read.limit} is for trials and --output={config.write.output} already holds a table; "
-            "give another folder"
-        )
-    check_model(live, plan, config)
-    layout = plan.layout(kept)
-    row_bytes = _OTHER_ROW_BYTES + int(plan.dimension * _STORED_BYTES[layout.dtype])
-    check_free_space(store.work, n_documents, row_bytes)
-    form = store.choose_form(config, layout)
+    resolved = resolve_again(resolved)
+    for stop in find_stops(resolved, estimate_new_rows(resolved)):
+        raise stop
+    config, store, spec, form, live = resolved.config, resolved.store, resolved.spec, resolved.form, resolved.live
+    if changes := find_changes(live, spec):
+        _LOGGER.warning("%s was made otherwise (%s): everything is embedded again", store.shown, "; ".join(changes))
     attempts = attempts_folder(store.work, name)
     make_folder(attempts)
     if distributed:
-        if not isinstance(store, FolderStore):
-            raise ConfigError(f"--output={store.shown}: tables in databases are written by --runner=local only")
-        inputs = [file.path for file in found.files]
-        reuse = prepare_distributed_reuse(store, live, plan, form, attempts, inputs, config)
+        inputs = [file.path for file in resolved.input.files]
+        reuse = prepare_distributed_reuse(require_folder(store), live, spec, form, attempts, inputs, config)
     else:
-        reuse = prepare_local_reuse(store, live, plan, form, scratch, config)
+        reuse = prepare_local_reuse(store, live, spec, form, scratch, config)
+    dead = config.write.max_dead_fraction
+    previous = live.snapshot if live else ""
+    facts = describe_table(resolved)
+    publication = Publication(store.work, name, previous, resolved.version, started, facts, dead, config.reindex)
+    dead_letters = DeadLetterFormat(config.write.dead_letter_text)
+    commit_plan = CommitPlan(publication, reuse, form, config.write.shard_bytes, dead_letters)
+    lease = Lease(store.work, name) if distributed and is_gcs(store.work) else None
+    return Job(
+        config=config,
+        input=resolved.input,
+        kept=resolved.kept,
+        spec=spec,
+        attempts=attempts,
+        journal=journal_folder(store.work, spec.fingerprint),
+        commit_plan=commit_plan,
+        committer=store.committer(commit_plan),
+        distributed=distributed,
+        place_encoder=partial(OnDedicatedWorkers, hints=resource_hints(config.workers)) if distributed else leave_here,
+        gpu_memory_mib=share_memory(config.workers),
+        lease=lease,
+        progress=Progress("" if distributed else scratch, name, dead, lease.renew if lease else None),
+    )
+
+
+def require_folder(store: Store) -> FolderStore:
+    """The store, if a distributed engine can write to it.
+
+    Raises:
+      ConfigError: if not.
+    """
+    if not isinstance(store, FolderStore):
+        raise ConfigError(f"--output={store.shown}: tables in databases are written by --runner=local only")
+    return store
+
+
+def describe_table(resolved: ResolvedRun) -> dict[str, Any]:
+    """The fields of the new snapshot's manifest that the run does not change."""
+    config, spec, form = resolved.config, resolved.spec, resolved.form
     settings = config.flat() | {
         flag: absolute_path(path)  # a later query may run in another folder
         for flag in MODEL_PATHS
         if (path := config.flat()[flag])
     }
-    if config.reindex.retry_dead_letters and live:
-        settings = dict(live.settings)  # what the table is made from has not changed
-    settings |= {"encoder_graph": plan.encoder.graph, "precision": plan.encoder.precision}  # as resolved
-    facts = {
+    if config.reindex.retry_dead_letters and resolved.live:
+        settings = dict(resolved.live.settings)  # what the table is made from has not changed
+    as_resolved = {"encoder_graph": spec.encoder.graph, "precision": spec.encoder.precision}
+    return {
         "embeam": __version__,
         "file_format": form.name,
         "compression": form.compression,
         "layout": form.layout,
-        "fingerprint": plan.fingerprint,
-        "identity": plan.identity,
-        "settings": settings,
-        "parity": plan.encoder.parity._asdict() if plan.encoder.parity else {},
+        "fingerprint": spec.fingerprint,
+        "identity": spec.identity,
+        "settings": settings | as_resolved,
+        "parity": spec.encoder.parity._asdict() if spec.encoder.parity else {},
     }
-    dead = config.write.max_dead_fraction
-    previous = live.snapshot if live else ""
-    publication = Publication(store.work, name, previous, version, started, facts, dead, config.reindex)
-    dead_letters = DeadLetterFormat(config.write.dead_letter_text)
-    commit = CommitPlan(publication, reuse, form, config.write.shard_bytes, dead_letters)
-    lease = Lease(store.work, name) if distributed and is_gcs(store.work) else None
-    progress = Progress("" if distributed else scratch, name, dead, lease.renew if lease else None)
-    journal = journal_folder(store.work, plan.fingerprint)
-    committer = store.committer(commit)
-    return Job(config, found, kept, plan, attempts, journal, commit, committer, distributed, lease, progress)
+
+
+def leave_here(encode: beam.PTransform) -> beam.PTransform:
+    """Where the local engine encodes: in the stage that reads."""
+    return encode

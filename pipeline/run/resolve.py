@@ -4,24 +4,27 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterator, Sequence
-from dataclasses import fields, replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, fields, replace
 from typing import Any, NamedTuple
 
 from pipeline.config import EmbedConfig, EncoderConfig, KeptField, PreprocessConfig, VectorConfig
 from pipeline.embedding_spec import EmbeddingSpec, make_embedding_spec
 from pipeline.engines.presets import find_device
-from pipeline.errors import ConfigError, InputError, RunError, TableError
+from pipeline.errors import ConfigError, EmbeamError, InputError, RunError, TableError
+from pipeline.records import Document
 from pipeline.reuse.decide import ReusePolicy
 from pipeline.reuse.distributed import DistributedReuse
 from pipeline.reuse.index import build_index
 from pipeline.reuse.journal import journal_folder, list_segments
 from pipeline.reuse.local import LocalReuse
+from pipeline.run.estimate import RowSize, live_row_bytes, measure_rows
 from pipeline.sinks.writing import RowFormat
 from pipeline.sources.planning import InputPlan, plan_dead_letters, plan_input
 from pipeline.sources.sampling import infer_kept_fields, sample_input
 from pipeline.tables.folder import FolderStore
 from pipeline.tables.manifest import Manifest
+from pipeline.tables.publish import check_free_space
 from pipeline.tables.store import ReusePlan, Store, open_store
 
 # What defines a table: its vectors, and the form that its rows and dead letters are stored in.
@@ -33,50 +36,111 @@ DEFINING = (
 _LOGGER = logging.getLogger(__name__)
 
 
-class ResolvedRun(NamedTuple):
-    """A configuration with everything that can be known without touching the output."""
+@dataclass(frozen=True)
+class ResolvedRun:
+    """A configuration with everything that can be known without writing anything.
+
+    Attributes:
+      config: what the user asked for.
+      store: where the table is kept.
+      input: the files and how they are split.
+      n_documents: of the input, about.
+      kept: the kept fields, all with a type.
+      spec: how documents become rows.
+      form: how rows are written to files.
+      live: the live table's manifest; None before the first run.
+      version: of the live state.
+      row_size: what the rows of the first documents are like.
+    """
 
     config: EmbedConfig
     store: Store
-    found: InputPlan
-    n_documents: int  # of the input, about
+    input: InputPlan
+    n_documents: int
     kept: tuple[KeptField, ...]
-    plan: EmbeddingSpec
+    spec: EmbeddingSpec
+    form: RowFormat
+    live: Manifest | None
+    version: str
+    row_size: RowSize
+
+    @property
+    def rows_stay(self) -> bool:
+        """Whether unchanged rows of the live table stay as they are stored."""
+        live = self.live
+        return live is not None and live.fingerprint == self.spec.fingerprint and self.store.can_copy(live, self.form)
+
+
+class ResolvedInput(NamedTuple):
+    """What a run reads, and how.
+
+    Attributes:
+      config: what the user asked for, changed where the input asks for it.
+      plan: the files and how they are split.
+      n_documents: of them, about.
+      kept: the kept fields, all with a type.
+      sample: some of the documents.
+    """
+
+    config: EmbedConfig
+    plan: InputPlan
+    n_documents: int
+    kept: tuple[KeptField, ...]
+    sample: list[Document]
 
 
 def resolve(config: EmbedConfig) -> ResolvedRun:
-    """Checks everything that can be known without touching the output.
+    """Finds out everything that can be known without writing anything; `find_stops` says what speaks against the run.
 
     Raises:
-      EmbeamError: if the run could not succeed.
+      EmbeamError: if the run could not even begin: settings that do not fit, no input, an output that is no table.
     """
     if not config.write.output:
         raise ConfigError("--output is missing; name the folder of the table: --output=table")
     if config.write.output_format == "parquet" and config.write.compression == "gzip":
         raise ConfigError("--compression=gzip: Parquet files are compressed inside; leave it out")
     store = open_store(config.write.output, config.write.work_dir)
-    if config.reindex.retry_dead_letters:
-        return resolve_retry(config, store)
+    store.check(config)
+    live, version = store.read_live()
+    found = resolve_dead_letters(config, store, live) if config.reindex.retry_dead_letters else resolve_input(config)
+    config = found.config
+    spec = make_embedding_spec(config, find_device(config.workers))
+    form = store.choose_form(config, spec.layout(found.kept))
+    row_size = measure_rows(spec, form, found.sample)
+    return ResolvedRun(config, store, found.plan, found.n_documents, found.kept, spec, form, live, version, row_size)
+
+
+def resolve_again(resolved: ResolvedRun) -> ResolvedRun:
+    """The same run once the table is locked: resolved anew if another run has published meanwhile."""
+    if resolved.store.read_live().version == resolved.version:
+        return resolved
+    return resolve(resolved.config)
+
+
+def resolve_input(config: EmbedConfig) -> ResolvedInput:
+    """Looks at the files that `--input` names, and at their first records.
+
+    Raises:
+      EmbeamError: if there are none, or they lack what the settings name.
+    """
     if not (config.read.input or config.read.query):
         raise ConfigError("--input is missing; name the files to embed: --input='corpus/*.txt'")
-    found = plan_input(config.read)
-    if not found.files:
+    plan = plan_input(config.read)
+    if not plan.files:
         raise InputError(f"--input={' '.join(config.read.input)} matches only empty files; give files with text")
-    for path in found.empty_files:
+    for path in plan.empty_files:
         _LOGGER.warning("%s is empty and holds no documents", path)
-    sample = sample_input(found, config.read)
+    sample = sample_input(plan, config.read)
     kept = tuple(infer_kept_fields(sample.rows, config.read))
-    plan = make_embedding_spec(config, find_device(config.workers))
-    return ResolvedRun(config, store, found, sample.n_documents, kept, plan)
+    return ResolvedInput(config, plan, sample.n_documents, kept, sample.build_documents(config.read, kept))
 
 
-def resolve_retry(config: EmbedConfig, store: Store) -> ResolvedRun:
-    """As `resolve`, for a run whose input is the live table's dead letters, and which leaves the table what it is.
+def resolve_dead_letters(config: EmbedConfig, store: Store, live: Manifest | None) -> ResolvedInput:
+    """As `resolve_input`, for a run whose input is the live table's dead letters, and which leaves the table as it is.
 
     Raises:
       EmbeamError: if there are none that hold their texts, or a setting is not as the table's.
     """
-    live = store.read_live().manifest
     if live is None:
         raise TableError(f"--retry_dead_letters: {store.shown} is no table yet; run without the flag first")
     if not live.dead_letters:
@@ -89,11 +153,8 @@ def resolve_retry(config: EmbedConfig, store: Store) -> ResolvedRun:
     config = take_settings(config, live, store.shown)
     files = [(store.locate_dead_letters(live, file.name), file.n_bytes) for file in live.dead_letter_files]
     read = replace(config.read, input=(), id_field="", max_document_bytes=1 << 40)  # they have been read once
-    write = replace(config.write, max_dead_fraction=1.0)
-    found = plan_dead_letters(files, read)
-    plan = make_embedding_spec(config, find_device(config.workers))
-    n_documents = sum(live.dead_letters.values())
-    return ResolvedRun(replace(config, read=read, write=write), store, found, n_documents, live.layout.kept, plan)
+    config = replace(config, read=read, write=replace(config.write, max_dead_fraction=1.0))
+    return ResolvedInput(config, plan_dead_letters(files, read), sum(live.dead_letters.values()), live.layout.kept, [])
 
 
 def take_settings(config: EmbedConfig, live: Manifest, shown: str) -> EmbedConfig:
@@ -120,28 +181,79 @@ def take_settings(config: EmbedConfig, live: Manifest, shown: str) -> EmbedConfi
     return EmbedConfig.from_flat(given | own)
 
 
-def check_model(live: Manifest | None, plan: EmbeddingSpec, config: EmbedConfig) -> None:
-    """Says what differs between the live table and the wanted one, if that means to embed everything again.
+class NewRows(NamedTuple):
+    """How many rows a run writes anew, and how many bytes one takes."""
+
+    n_rows: int
+    row_bytes: float
+
+
+def estimate_new_rows(resolved: ResolvedRun) -> NewRows:
+    """The rows that a run writes at least, as far as can be known before its input is read.
+
+    Unchanged rows need no space, as their files are linked. How many there are is not known yet: at most all.
+    """
+    n_rows = round(resolved.n_documents * resolved.row_size.rows_per_document)
+    keeps_rows = resolved.rows_stay and not resolved.config.reindex.retry_dead_letters
+    if resolved.live and keeps_rows:
+        n_rows = max(0, n_rows - resolved.live.rows)
+    return NewRows(n_rows, live_row_bytes(resolved.live, resolved.form) or resolved.row_size.row_bytes)
+
+
+def find_stops(resolved: ResolvedRun, new_rows: NewRows) -> Iterator[EmbeamError]:
+    """What stops a run before it reads its input: a run raises the first, a dry run tells them all.
+
+    Args:
+      resolved: the run.
+      new_rows: what it writes.
+    """
+    checks: tuple[Callable[[], None], ...] = (
+        lambda: check_limit(resolved.live, resolved.config),
+        lambda: check_model(resolved.live, resolved.spec, resolved.config),
+        lambda: check_free_space(resolved.store.work, new_rows.n_rows, round(new_rows.row_bytes)),
+    )
+    for check in checks:
+        try:
+            check()
+        except EmbeamError as error:
+            yield error
+
+
+def check_limit(live: Manifest | None, config: EmbedConfig) -> None:
+    """Raises ConfigError for a trial that would replace a table."""
+    if config.read.limit and live:
+        raise ConfigError(
+            f"--limit={config.read.limit} is for trials and --output={config.write.output} already holds a table; "
+            "give another folder"
+        )
+
+
+def check_model(live: Manifest | None, spec: EmbeddingSpec, config: EmbedConfig) -> None:
+    """Checks that everything may be embedded again, if the live table and the wanted one differ in what makes vectors.
 
     Raises:
       TableError: if that is not wanted.
       ConfigError: if rows should be kept that cannot be made again.
     """
-    if live is None or live.fingerprint == plan.fingerprint:
-        return
-    changes = "; ".join(describe_changes(live.identity, plan.identity))
-    if config.reindex.on_model_change == "stop":
+    changes = "; ".join(find_changes(live, spec))
+    if changes and config.reindex.on_model_change == "stop":
         raise TableError(
             f"{config.write.output} was made otherwise ({changes}) and --on_model_change=stop; leave that out to embed "
             "everything again, or give another --output"
         )
-    if config.reindex.keeps_deleted:
+    if changes and config.reindex.keeps_deleted:
         flag = "--deletes=keep" if config.reindex.deletes == "keep" else "--retry_dead_letters"
         raise ConfigError(
             f"{flag}: {config.write.output} was made otherwise ({changes}), and its rows cannot be kept beside new "
             "ones; give another --output, or leave the flag out to embed the whole input again"
         )
-    _LOGGER.warning("%s was made otherwise (%s): everything is embedded again", config.write.output, changes)
+
+
+def find_changes(live: Manifest | None, spec: EmbeddingSpec) -> list[str]:
+    """What makes all vectors of the live table useless; nothing if they can be used."""
+    if live is None or live.fingerprint == spec.fingerprint:
+        return []
+    return list(describe_changes(live.identity, spec.identity)) or ["in a way that its manifest does not tell"]
 
 
 def describe_changes(old: dict[str, Any], new: dict[str, Any], name: str = "") -> Iterator[str]:

@@ -20,12 +20,12 @@ from pipeline.vectors.storing import shape_vectors
 
 
 class Embedder:
-    """Embeds texts in memory by the rules of one plan; see `load_embedder`."""
+    """Embeds texts in memory by the rules of one spec; see `load_embedder`."""
 
-    def __init__(self, plan: EmbeddingSpec) -> None:
-        self.plan = plan
-        self._splitter = plan.split.load()
-        self._encoder = LoadedEncoder(load_encoder(plan.encoder))
+    def __init__(self, spec: EmbeddingSpec) -> None:
+        self.spec = spec
+        self._splitter = spec.split.load()
+        self._encoder = LoadedEncoder(load_encoder(spec.encoder))
 
     def embed(self, texts: Sequence[str], pairs: Sequence[str | None] | None = None) -> np.ndarray:
         """Embeds texts.
@@ -46,29 +46,29 @@ class Embedder:
         documents = [Document(str(i), text, pair) for i, (text, pair) in enumerate(zip(texts, seconds, strict=True))]
         for document in documents:
             if not (is_encodable(document.text) and is_encodable(document.pair or "")):
-                raise ConfigError(f"text {document.id} is no valid UTF-8: {document.text!r}; mend its encoding")
-        batcher = Batcher(self.plan.buckets)
+                raise ConfigError(f"text {document.id} is no valid UTF-8: {document.text!r}; fix its encoding")
+        batcher = Batcher(self.spec.buckets)
         batches = []
         for chunk in self._splitter.split(documents):
             if isinstance(chunk, DeadLetter):
                 raise ConfigError(f"text {chunk.id}: {chunk.message}; shorten it")
-            if chunk.n_chunks > 1 and not self.plan.vectors.average:
+            if chunk.n_chunks > 1 and not self.spec.vectors.average:
                 raise ConfigError(
                     f"text {chunk.document.id} is longer than one chunk of this table, "
-                    f"{self.plan.buckets.lengths[-1]} tokens; shorten it"
+                    f"{self.spec.buckets.lengths[-1]} tokens; shorten it"
                 )
-            size = chunk.n_tokens if self.plan.vectors.counts_tokens else len(chunk.ids)
+            size = chunk.n_tokens if self.spec.vectors.counts_tokens else len(chunk.ids)
             if batch := batcher.add(chunk, size):
                 batches.append(batch)
-        assert self.plan.encoder.dimension is not None  # planning has measured it
-        vectors = np.zeros((len(texts), self.plan.encoder.dimension), np.float32)
+        assert self.spec.encoder.dimension is not None  # `make_embedding_spec` has measured it
+        vectors = np.zeros((len(texts), self.spec.encoder.dimension), np.float32)
         averager = ChunkAverager()
         for batch in [*batches, *batcher.drain()]:
             encoded = self._encoder.encode(batch)
             for result in map(averager.add, zip(batch, encoded.vectors, encoded.errors, strict=True)):
                 if result is not None:
                     self._store(vectors, *result)
-        return shape_vectors(vectors, self.plan.vectors.vectors)
+        return shape_vectors(vectors, self.spec.vectors.vectors)
 
     @staticmethod
     def _store(vectors: np.ndarray, chunk: Chunk, vector: np.ndarray | None, error: str) -> None:
@@ -86,11 +86,11 @@ def load_embedder(table: str) -> Embedder:
     manifest, _ = open_live(table)
     if manifest.layout.tokens:
         raise TableError(f"{table} holds a matrix per text; it cannot be searched with one vector")
-    plan = make_embedding_spec(EmbedConfig.from_flat(manifest.settings))
-    if plan.fingerprint != manifest.fingerprint:
-        changed = [key for key in plan.identity if plan.identity[key] != manifest.identity.get(key)]
+    spec = make_embedding_spec(EmbedConfig.from_flat(manifest.settings))
+    if spec.fingerprint != manifest.fingerprint:
+        changed = [key for key in spec.identity if spec.identity[key] != manifest.identity.get(key)]
         raise TableError(
             f"{table} was made with another {' and '.join(changed)} than --encoder={manifest.settings['encoder']} has "
             "now; vectors of both cannot be compared; run embeam embed again"
         )
-    return Embedder(plan)
+    return Embedder(spec)

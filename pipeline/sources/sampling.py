@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
@@ -9,14 +10,17 @@ from typing import Any, NamedTuple
 
 from pipeline.config import KeptField, ReadConfig
 from pipeline.errors import ConfigError, InputError
+from pipeline.records import Document
 from pipeline.sources import SOURCES
 from pipeline.sources.compression import FileError
-from pipeline.sources.fields import infer_type
+from pipeline.sources.fields import build_document, infer_type
 from pipeline.sources.planning import InputPlan
 from pipeline.sources.source import FileRange, InputFile, Record
 
+_LOGGER = logging.getLogger(__name__)
 SAMPLE_FILES = 10  # of each kind
 SAMPLE_ROWS = 200  # whose fields are looked at
+KEPT_CHARACTERS = 1 << 20  # of the records that are kept
 SAMPLE_RECORDS, SAMPLE_BYTES = 20_000, 4 << 20  # of each kind of file: whichever comes first, after `SAMPLE_ROWS`
 
 
@@ -26,10 +30,17 @@ class InputSample(NamedTuple):
     Attributes:
       rows: the fields of the first good records, of files that have fields.
       n_documents: about how many documents the input has.
+      records: some of the first good records, and the files that they come from.
     """
 
     rows: list[dict[str, Any]]
     n_documents: int
+    records: list[tuple[InputFile, Record]]
+
+    def build_documents(self, config: ReadConfig, kept: Sequence[KeptField]) -> list[Document]:
+        """The documents of the records that are kept."""
+        found = (build_document(record, file, SOURCES[file.format], config, kept) for file, record in self.records)
+        return [document for document in found if isinstance(document, Document)]
 
 
 def sample_input(plan: InputPlan, config: ReadConfig) -> InputSample:
@@ -45,21 +56,26 @@ def sample_input(plan: InputPlan, config: ReadConfig) -> InputSample:
     kinds = defaultdict(list)
     for file in plan.files:
         kinds[file.format, file.compression].append(file)
-    rows: list[dict[str, Any]] = []
+    sample = InputSample([], 0, [])
     n_documents = 0.0
     for files in kinds.values():
-        n_records, n_bytes = _sample_files(files[:SAMPLE_FILES], config, rows)
+        n_records, n_bytes = _sample_files(files[:SAMPLE_FILES], config, sample)
         n_documents += sum(file.size for file in files) * n_records / n_bytes
-    return InputSample(rows, min(config.limit or round(n_documents), round(n_documents)))
+    return sample._replace(n_documents=min(config.limit or round(n_documents), round(n_documents)))
 
 
-def _sample_files(files: Sequence[InputFile], config: ReadConfig, rows: list[dict[str, Any]]) -> tuple[int, int]:
-    """Adds to the rows; returns how many records were read, and how many stored bytes."""
-    n_records = n_bytes = 0
+def _sample_files(files: Sequence[InputFile], config: ReadConfig, sample: InputSample) -> tuple[int, int]:
+    """Adds to the sample; returns how many records were read, and how many stored bytes."""
+    rows = sample.rows
+    n_records = n_bytes = n_kept = n_characters = 0
     for file in files:
         source = SOURCES[file.format]
         for record in read_readable(FileRange.whole(file), config):
             n_records += 1
+            if not record.reason and n_kept < SAMPLE_ROWS and n_characters < KEPT_CHARACTERS:
+                sample.records.append((file, record))
+                n_kept += 1
+                n_characters += sum(len(value) for value in record.values.values() if isinstance(value, (str, bytes)))
             if source.has_fields and len(rows) < SAMPLE_ROWS:
                 if record.reason == "missing_field":
                     raise InputError(f"{file.path}: {record.message}")
@@ -84,20 +100,29 @@ def read_readable(file_range: FileRange, config: ReadConfig) -> Iterator[Record]
 def infer_kept_fields(rows: Sequence[dict[str, Any]], config: ReadConfig) -> list[KeptField]:
     """Fills in the types of the kept fields from the first rows, and checks that the columns exist.
 
+    A field whose type is given need not be in the first rows: it may come later.
+
     Args:
       rows: from `sample_input`.
       config: the kept fields, of which some may have a type.
 
     Raises:
-      ConfigError: if a kept or pair field is in none of the rows, or holds something that cannot be kept.
+      ConfigError: if the pair field or a kept field without a type is in none of the rows, or holds something that
+        cannot be kept.
     """
     kept = config.kept_fields()
+    typed = {field.name for field in kept if field.type}
     values = {name: [row[name] for row in rows if name in row] for name in [config.pair_field, *(f.name for f in kept)]}
     for name, found in values.items():
-        if name and rows and not found:
-            flag = "pair_field" if name == config.pair_field else "keep_fields"
-            there = ", ".join(sorted({str(key) for row in rows for key in row})[:20])
-            raise ConfigError(f"--{flag}={name} is in none of the first {len(rows)} rows; they have {there or 'none'}")
+        if not name or not rows or found:
+            continue
+        there = ", ".join(sorted({str(key) for row in rows for key in row})[:20]) or "none"
+        missing = f"={name} is in none of the first {len(rows)} rows; they have {there}"
+        if name == config.pair_field:
+            raise ConfigError(f"--pair_field{missing}")
+        if name not in typed:
+            raise ConfigError(f"--keep_fields{missing}; if it comes later, give its type: --keep_fields={name}:string")
+        _LOGGER.warning("--keep_fields%s; rows without the field hold null", missing)
     return [field if field.type else KeptField(field.name, _infer_field(field.name, values)) for field in kept]
 
 

@@ -89,6 +89,9 @@ class BigqueryStore(DatabaseStore):
             if find_table(connection, self.name) and not find_table(connection, runs_of(self.name)):
                 raise TableError(f"--output={self.shown} is a table that embeam did not make; name another one")
 
+    def check_writable(self) -> None:
+        """Loading says it: a table that is made for a trial counts against the quota of the data set."""
+
     def read_live(self) -> Live:
         with explained(self.name):
             connection = client(self.name.project)

@@ -70,15 +70,24 @@ class DuckdbStore(DatabaseStore):
 
     def check(self, config: EmbedConfig) -> None:
         check_database_config(config)
+        with connect(":memory:") as connection:  # DuckDB is there, and what the index needs
+            if config.reindex.create_vector_index:
+                load_vss(connection)
         folder = os.path.dirname(self.path)
         if not os.path.isdir(folder):
             raise TableError(f"--output={self.shown}: there is no folder {folder}; make it first")
-        with connect(self.path) as connection:
+        if not os.path.exists(self.path):
+            return
+        with connect(self.path, read_only=True) as connection:
             if has_table(connection, self.table) and not has_table(connection, self.table + RUNS_SUFFIX):
                 raise TableError(
                     f"--output={self.shown}: {self.path} has a table {self.table} that embeam did not make; "
                     "name another one"
                 )
+
+    def check_writable(self) -> None:
+        with connect(self.path):
+            pass
 
     def read_live(self) -> Live:
         if not os.path.exists(self.path):

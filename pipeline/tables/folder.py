@@ -19,7 +19,7 @@ from pipeline.tables.attempts import clean_up, cleaning_up
 from pipeline.tables.commit import check_any_rows, complete, validate_snapshot
 from pipeline.tables.folder_table import FolderTable
 from pipeline.tables.manifest import MANIFEST, Manifest, attempts_folder, snapshot_folder
-from pipeline.tables.publish import build_manifest, check_folder, make_live, place_files
+from pipeline.tables.publish import build_manifest, check_folder, check_writable, make_live, place_files
 from pipeline.tables.retention import expire_snapshots
 from pipeline.tables.store import CommitPlan, Committer, Results
 
@@ -33,6 +33,9 @@ class FolderStore(FolderTable):
 
     def check(self, config: EmbedConfig) -> None:
         check_folder(self.work)
+
+    def check_writable(self) -> None:
+        check_writable(self.work)
 
     def find_damaged(self, live: Manifest, by_checksum: bool) -> set[str]:
         root = snapshot_folder(self.work, live.snapshot)

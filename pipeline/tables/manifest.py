@@ -19,8 +19,8 @@ import re
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
-from pipeline.errors import TableError
-from pipeline.files import exists, join, read_text
+from pipeline.errors import ConfigError, TableError
+from pipeline.files import check_scheme, exists, join, read_text
 from pipeline.sinks.layout import TableLayout
 from pipeline.tables import manifest_v2
 
@@ -30,8 +30,9 @@ MANIFEST = "manifest.json"
 SNAPSHOTS = "snapshots"
 ATTEMPTS = "attempts"
 REJECTED = "rejected"
+DATABASES = ("duckdb://", "bq://")  # schemes of tables that are no folders
 _SNAPSHOT_NAME = re.compile(r"[\w.-]+")
-_CURE = f"put the name of another folder of {SNAPSHOTS}/ into {POINTER}, or delete {POINTER} and run embeam embed again"
+_FIX = f"put the name of another folder of {SNAPSHOTS}/ into {POINTER}, or delete {POINTER} and run embeam embed again"
 
 
 @dataclass(frozen=True)
@@ -125,8 +126,11 @@ def open_table(table: str) -> tuple[Manifest, str]:
       The manifest and the snapshot's folder.
 
     Raises:
+      ConfigError: if it is a database's table, which has no such folder.
       TableError: if there is no readable table.
     """
+    if table.startswith(DATABASES):
+        raise ConfigError(f"{table} is a database's table and has no folder; use read_table or iter_table")
     table = os.path.expanduser(table) if "://" not in table else table
     name = read_pointer(table)
     if not name:
@@ -136,6 +140,7 @@ def open_table(table: str) -> tuple[Manifest, str]:
 
 def read_pointer(table: str) -> str:
     """The name of the live snapshot, or "" where nothing was published yet."""
+    check_scheme(table)
     path = join(table, POINTER)
     if not exists(path):
         return ""
@@ -144,20 +149,20 @@ def read_pointer(table: str) -> str:
     except UnicodeDecodeError:
         name = ""
     if not _SNAPSHOT_NAME.fullmatch(name):
-        raise TableError(f"{path} is damaged: it names no snapshot; {_CURE}")
+        raise TableError(f"{path} is damaged: it names no snapshot; {_FIX}")
     return name
 
 
 def read_manifest(table: str, name: str) -> Manifest:
     path = join(snapshot_folder(table, name), MANIFEST)
     if not exists(path):
-        raise TableError(f"{table} is damaged: its live snapshot {name} has no {MANIFEST}; {_CURE}")
+        raise TableError(f"{table} is damaged: its live snapshot {name} has no {MANIFEST}; {_FIX}")
     try:
         return Manifest.from_json(read_text(path))
     except TableError as error:
         raise TableError(f"{path}: {error}") from error
     except (ValueError, LookupError, TypeError, AttributeError) as error:
-        raise TableError(f"{path} is damaged ({error}); {_CURE}") from error
+        raise TableError(f"{path} is damaged ({error}); {_FIX}") from error
 
 
 def snapshot_folder(table: str, name: str) -> str:

@@ -83,10 +83,10 @@ def name_snapshot() -> str:
 
 
 def check_folder(table: str) -> None:
-    """Checks before a run that the output is a table or can become one, and can be written to.
+    """Checks, without writing, that the output is a table or can become one.
 
     Raises:
-      TableError: if the folder holds something else or cannot be written to.
+      TableError: if the folder holds something else or may not be written to.
     """
     if is_local(table) and os.path.exists(table):
         if not os.path.isdir(table):
@@ -99,6 +99,24 @@ def check_folder(table: str) -> None:
             )
     if not is_local(table) and (set(table) & set("*?[") or "/" not in table.partition("://")[2].rstrip("/")):
         raise TableError(f"--output={table}: give a folder below the bucket, without any of * ? [ in its name")
+    if is_local(table) and not os.access(parent := find_existing(table), os.W_OK | os.X_OK):
+        raise TableError(f"--output={table} cannot be written to: {parent} may not be changed; check its permissions")
+
+
+def find_existing(path: str) -> str:
+    """The nearest folder above a local path, or the path itself, that exists."""
+    path = os.path.abspath(path)
+    while not os.path.exists(path):
+        path = os.path.dirname(path)
+    return path
+
+
+def check_writable(table: str) -> None:
+    """Checks that files can be written to a table's folder, by writing one.
+
+    Raises:
+      TableError: if they cannot.
+    """
     trial = FileSystems.join(attempts_folder(table, uuid.uuid4().hex), "trial")
     try:
         make_folder(os.path.dirname(trial))
@@ -110,18 +128,15 @@ def check_folder(table: str) -> None:
 
 
 def check_free_space(table: str, n_rows: int, row_bytes: int) -> None:
-    """Raises RunError if a local disk has no room for the estimated table."""
+    """Raises RunError if a local disk has no room for the rows that a run is estimated to write."""
     if not is_local(table):
         return
-    folder = table
-    while not os.path.exists(folder):
-        folder = os.path.dirname(os.path.abspath(folder))
-    free = shutil.disk_usage(folder).free
+    free = shutil.disk_usage(find_existing(table)).free
     needed = n_rows * row_bytes + RESERVE_BYTES
     if needed > free:
         raise RunError(
-            f"--output={table} needs about {needed / 1e9:.1f} GB for some {n_rows:,} rows of {row_bytes:,} bytes, and "
-            f"its disk has {free / 1e9:.1f} GB free; free some, or use --dtype=float16, int8 or --dimensions"
+            f"--output={table} needs about {needed / 1e9:.1f} GB for some {n_rows:,} new rows of {row_bytes:,} bytes, "
+            f"and its disk has {free / 1e9:.1f} GB free; free some, or use --dtype=float16, int8 or --dimensions"
         )
 
 

@@ -146,10 +146,17 @@ class Store(Table, Protocol):
     """A place for a table, for runs."""
 
     def check(self, config: EmbedConfig) -> None:
-        """Checks before a run that the output can be written to, and that the settings fit it.
+        """Checks, without writing, that the output is a table or can become one, and that the settings fit it.
 
         Raises:
           ConfigError, TableError: if not.
+        """
+
+    def check_writable(self) -> None:
+        """Checks that the output can be written to, by writing.
+
+        Raises:
+          TableError: if it cannot.
         """
 
     def find_damaged(self, live: Manifest, by_checksum: bool) -> set[str]:

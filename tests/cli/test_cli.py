@@ -1,5 +1,6 @@
 """The command line: flags, files of settings, help, exit codes, and what goes to which stream."""
 
+import errno
 import io
 import json
 import os
@@ -175,6 +176,40 @@ def test_a_file_of_settings_that_cannot_work_is_one_line(call, tmp_path, monkeyp
     assert says in assert_one_line(err)
 
 
+def test_a_file_of_settings_may_hold_every_flag_of_embed(call, tmp_path):
+    (tmp_path / "a.txt").write_text("a dog\n")
+    path = tmp_path / "run.toml"
+    lines = [f'input = "{tmp_path}/a.txt"', f'output = "{tmp_path}/t"', f'encoder = "{ENCODER}"']
+    path.write_text("\n".join([*lines, "summary_json = true", 'log_format = "json"', "debug = false"]))
+    code, out, _ = call("embed", f"--config={path}")
+    assert code == 0 and json.loads(out.splitlines()[-1])["rows"] == 1
+    code, out, err = call("embed", f"--config={path}", "--max_tokens=1")
+    assert code == 2 and json.loads(out)["exit_code"] == 2
+    assert json.loads(err)["severity"] == "ERROR"
+    path.write_text("\n".join([*lines, "[engine]", "debug = true"]))
+    code, _, err = call("embed", f"--config={path}", "--max_tokens=1")
+    assert code == 2 and "Traceback" in err
+
+
+@pytest.mark.parametrize("verb", ["embed", "plan"])
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("max_token = 3", "did you mean --max_tokens?"),
+        ("direct_num_worker = 3", "did you mean --direct_num_workers?"),
+        ("summary_json = 3", "--summary_json=3 is not true or false"),
+        ("log_format = 'xml'", "--log_format=xml is not one of text, json"),
+        ("runner = 3", "--runner=3 is not text"),
+        ("help = true", "'help' is no setting"),
+    ],
+)
+def test_what_no_verb_knows_in_a_file_of_settings_is_refused(call, tmp_path, verb, text, says):
+    path = tmp_path / "run.toml"
+    path.write_text(text)
+    code, out, err = call(verb, f"--config={path}", "--output=t")
+    assert (code, out) == (2, "") and says in assert_one_line(err)
+
+
 # Help.
 
 
@@ -273,6 +308,63 @@ def test_a_run_that_fails_unexpectedly_is_one_line_that_shows_where_to_look(call
     assert "KeyError" in line
     for flag in re.findall(r"--\w+=\w+", line):  # what it advises must be possible
         assert "Traceback" in call(*arguments, flag)[2]
+
+
+VERBS = {
+    ("embed", "--summary_json"): "pipeline.run.job.build_table",
+    ("plan",): "pipeline.run.dry_run.make_dry_run",
+    ("show", "DIR"): "pipeline.report.summary.format_table",
+    ("query", "DIR", "text"): "pipeline.search.nearest.find_nearest",
+    ("verify", "DIR"): "pipeline.run.verify.check_table",
+    ("rollback", "DIR"): "pipeline.tables.retention.roll_back",
+    ("sql", "bq://p.d.t"): "pipeline.tables.read.open_live",
+    ("export-preprocessor", "--output=NEW"): "pipeline.encoders.default.default_vocabulary",
+    ("export-encoder", "--output=NEW"): "pipeline.encoders.default.default_weights",
+}
+
+
+@pytest.mark.parametrize(
+    ("error", "says"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device"), "the disk is full; free some space and run again"),
+        (OSError("64 requested and 32 written"), "the disk is full; free some space and run again"),
+        (
+            PermissionError(errno.EACCES, "Permission denied", "a/file"),
+            "a/file: Permission denied; change its permissions, or name another path",
+        ),
+        (
+            OSError(errno.EMFILE, "Too many open files"),
+            "Too many open files; raise the limit with ulimit -n and run again",
+        ),
+        (KeyError("x"), "internal error: KeyError: 'x'; run again with --debug to see where"),
+    ],
+    ids=["full", "numpy", "permission", "files", "internal"],
+)
+@pytest.mark.parametrize("arguments", VERBS, ids=lambda arguments: arguments[0])
+def test_any_exception_is_one_line_in_every_verb(call, tmp_path, table, monkeypatch, arguments, error, says):
+    def fail(*_, **__):
+        raise error
+
+    monkeypatch.setattr(VERBS[arguments], fail)
+    given = [argument.replace("DIR", str(table)).replace("NEW", str(tmp_path / "new")) for argument in arguments]
+    code, out, err = call(*given)
+    assert code == 1 and assert_one_line(err) == f"embeam: {says}"
+    summary = {"status": "failed", "exit_code": 1, "error": says}
+    assert out == (json.dumps(summary) + "\n" if "--summary_json" in arguments else "")
+    code, _, err = call(*given, "--debug")
+    assert code == 1 and "Traceback" in err and err.endswith(f"embeam: {says}\n")
+
+
+def test_wrong_usage_ends_with_the_summary_too(call):
+    code, out, _ = call("embed", "--summary_json", "--input")
+    assert code == 2 and json.loads(out)["exit_code"] == 2
+
+
+def test_results_that_cannot_be_written_are_one_line_and_exit_1():
+    with open("/dev/full", "w") as full:
+        process = start_cli("--help", stdout=full)
+        _, err = process.communicate()
+    assert process.returncode == 1 and "the disk is full" in assert_one_line(err)
 
 
 def test_a_table_that_is_none_is_one_line_and_exit_1(call, tmp_path, table):

@@ -56,6 +56,14 @@ def test_the_public_names_are_those_that_are_found_when_first_used():
     assert sorted(pipeline.__all__) == sorted(["__version__", *pipeline._HOMES])
 
 
+def test_every_error_and_every_stage_of_the_configuration_is_public():
+    from pipeline import config, errors
+
+    for name, value in vars(errors).items():
+        assert not (isinstance(value, type) and issubclass(value, errors.EmbeamError)) or name in pipeline.__all__, name
+    assert {stage.__name__ for stage in config.STAGE_CONFIGS} <= set(pipeline.__all__)
+
+
 def test_what_is_not_public_is_an_attribute_error():
     with pytest.raises(AttributeError, match="has no attribute 'read_tabel'"):
         pipeline.read_tabel  # noqa: B018

@@ -23,7 +23,7 @@ FLAGS = {
 }
 
 
-class Accepted(Exception):
+class Accepted(BaseException):  # the command reports any other exception
     """The flags have been accepted: next Beam would look at them, and ask Cloud Storage about the bucket."""
 
 

@@ -136,7 +136,7 @@ def test_nothing_comes_together_as_a_whole_but_counts_and_names_of_files(tmp_pat
         "Embed/Workers",  # spot checks, log N of N documents
         "Reuse/AnswerByContent",  # as many samples
         "Shards",
-        "Counts",
+        "BundleCounts",
     }
 
 

@@ -8,7 +8,8 @@ import pytest
 from pipeline.encoders.architecture import text_flops
 from pipeline.errors import RunError
 from pipeline.records import Document
-from pipeline.run.dry_run import ThinnedSample, make_dry_run, measure_texts, scale_up
+from pipeline.run.dry_run import ThinnedSample, make_dry_run
+from pipeline.run.estimate import measure_texts, scale_up
 from pipeline.run.resolve import resolve
 from pipeline.tables.lock import TableLock
 from pipeline.tables.manifest import open_table
@@ -196,18 +197,18 @@ def test_time_is_measured_or_guessed_or_unknown(tmp_path, monkeypatch):
     records = make_records(30)
     _, manifest = embed_records(tmp_path, records)
     resolved = resolve(make_config(tmp_path))
-    form = resolved.store.choose_form(resolved.config, resolved.plan.layout())
+    form = resolved.form
     documents = [Document(record["id"], record["text"]) for record in records]
-    measured = measure_texts(resolved.plan, form, documents)
-    assert scale_up(resolved.store, resolved.plan, measured, 30).speed == "rough"
-    monkeypatch.setattr("pipeline.run.dry_run.LEAST_TOKENS", 100)
-    scaled = scale_up(resolved.store, resolved.plan, measured, 30)
+    measured = measure_texts(resolved.spec, form, documents)
+    assert scale_up(resolved.store, resolved.spec, measured, 30).speed == "rough"
+    monkeypatch.setattr("pipeline.run.estimate.LEAST_TOKENS", 100)
+    scaled = scale_up(resolved.store, resolved.spec, measured, 30)
     assert (scaled.speed, scaled.source) == ("measured", manifest.snapshot)
     rate = manifest.counts["batch"]["padded_tokens"] / manifest.counts["encode"]["encode_seconds"]
     assert scaled.seconds == pytest.approx(scaled.padded / rate)
-    assert scale_up(resolved.store, resolved.plan, measured, 3000).seconds > 50 * scaled.seconds
-    assert scale_up(resolved.store, resolved.plan, measured, 0).speed == "idle"
-    unknown = dataclasses.replace(resolved.plan, encoder=dataclasses.replace(resolved.plan.encoder, architecture=None))
+    assert scale_up(resolved.store, resolved.spec, measured, 3000).seconds > 50 * scaled.seconds
+    assert scale_up(resolved.store, resolved.spec, measured, 0).speed == "idle"
+    unknown = dataclasses.replace(resolved.spec, encoder=dataclasses.replace(resolved.spec.encoder, architecture=None))
     unknown = dataclasses.replace(unknown, identity={**unknown.identity, "encoder": "another"})
     scaled = scale_up(resolved.store, unknown, measure_texts(unknown, form, documents), 30)
     assert (scaled.seconds, scaled.speed) == (None, "unknown")

@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 
 from pipeline.errors import ConfigError, TableError
-from pipeline.run.verify import KINDS, Finding, verify_table
+from pipeline.run.checked_table import KINDS, Finding
+from pipeline.run.verify import verify_table
 from pipeline.sinks import SINKS
 from pipeline.tables.manifest import open_table
 from tests.support.corpora import some_texts, write_jsonl
@@ -364,10 +365,10 @@ def test_verify_prints_what_it_finds(tmp_path, call):
     embed_records(tmp_path, make_records(40))
     table, corpus = tmp_path / "table", tmp_path / "corpus.jsonl"
     code, out, _ = call("verify", table, f"--input={corpus}")
-    assert code == 0 and f"{table} is true" in out and "40 documents" in out
+    assert code == 0 and f"{table} is consistent" in out and "40 documents" in out
     write_jsonl(corpus, make_records(10))
     code, out, _ = call("verify", table, f"--input={corpus}")
-    assert code == 1 and "is not true: 30 findings" in out and "surplus_row 30" in out and "and 10 more" in out
+    assert code == 1 and "is not consistent: 30 findings" in out and "surplus_row 30" in out and "and 10 more" in out
     code, out, _ = call("verify", table, f"--input={corpus}", "--all")
     assert code == 1 and sum(line.startswith("surplus_row d") for line in out.splitlines()) == 30
     code, out, _ = call("verify", table, f"--input={corpus}", "--json")

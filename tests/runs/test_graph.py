@@ -108,9 +108,9 @@ def test_only_splits_paths_finished_files_and_counts_cross(id_field, tmp_path):
         ("Flatten", "Preprocess/SplitDocuments"),
         ("Flatten", "Embed/Batch"),
         ("Flatten", "Embed/Finish"),
-        ("Flatten", "Embed/Counts"),
+        ("Flatten", "Embed/BundleCounts"),
         ("side input", "Shards"),
-        ("side input", "Counts"),
+        ("side input", "BundleCounts"),
     }
 
 
@@ -209,6 +209,15 @@ def test_importing_the_graph_loads_beam_but_not_tensorflow():
     (after,) = run_fresh("import pipeline.run.job")
     assert "apache_beam" in after.modules
     assert not {"tensorflow", "tensorflow_text", "tfx_bsl"} & after.modules
+
+
+def test_the_graph_needs_nothing_of_what_is_built_on_it():
+    (after,) = run_fresh(
+        "import pipeline.embed; print(*(name for name in sys.modules if name.startswith('pipeline.')))"
+    )
+    above = ("pipeline.run", "pipeline.engines", "pipeline.search", "pipeline.report", "pipeline.cli")
+    names = after.told.split()
+    assert "pipeline.embed" in names and not [name for name in names if name.startswith(above)]
 
 
 @pytest.mark.parametrize("output_format", ["tfrecord", "parquet"])

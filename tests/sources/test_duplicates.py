@@ -81,7 +81,7 @@ def run(corpus, distributed, options=None, **settings):
             | "Counts" >> beam.Map(lambda counted: json.loads(counted.counts).get("documents", 0))
             | beam.CombineGlobally(sum),
             equal_to([len(winners)]),
-            "Tallies",
+            "BundleCounts",
         )
 
 

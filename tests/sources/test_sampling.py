@@ -55,11 +55,19 @@ def test_types_of_csv_fields(tmp_path):
 def test_fields_that_are_nowhere(tmp_path):
     write_files(tmp_path, a_jsonl='{"text": "a", "year": 1, "tags": [1]}\n')
     with pytest.raises(ConfigError, match=r"--keep_fields=yaer is in none of the first 1 rows; they have .*year"):
-        infer(tmp_path, "*", keep_fields=("yaer:int",))
+        infer(tmp_path, "*", keep_fields=("yaer",))
     with pytest.raises(ConfigError, match="--pair_field=other is in none"):
         infer(tmp_path, "*", pair_field="other")
     with pytest.raises(ConfigError, match="--keep_fields=tags holds lists"):
         infer(tmp_path, "*", keep_fields=("tags",))
+
+
+def test_a_field_with_a_type_may_come_after_the_first_rows(tmp_path, caplog):
+    write_files(tmp_path, a_jsonl='{"text": "a"}\n' * 300 + '{"text": "b", "year": 1}\n')
+    with pytest.raises(ConfigError, match=r"--keep_fields=year is in none of the first 200 rows.*=year:string"):
+        infer(tmp_path, "*", keep_fields=("year",))
+    assert infer(tmp_path, "*", keep_fields=("year:int",)) == [KeptField("year", "int")]
+    assert "--keep_fields=year is in none of the first 200 rows; they have text; rows without" in caplog.text
 
 
 def test_columns_that_are_missing(tmp_path):

@@ -6,20 +6,27 @@ of several chunks, vectors of another size. The runs are stepped through; two th
 
 from __future__ import annotations
 
+import glob
+import json
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import duckdb
 import numpy as np
 import pytest
 
+import pipeline
 from pipeline.config import EmbedConfig, KeptField
 from pipeline.encoders.handler import LoadedEncoder
 from pipeline.errors import ConfigError, RunError
 from pipeline.records import Document, pack_kept
+from pipeline.report.summary import format_summary, locate_dead_letters
 from pipeline.sources.bigquery_client import client
-from pipeline.tables.store import open_store
+from pipeline.tables.manifest import DATABASES
+from pipeline.tables.read import iter_table
+from pipeline.tables.store import STORES, open_store
 from tests.support.bigquery import BigQueryEmulator, start_bigquery
 from tests.support.emulators import start_gcs
 from tests.support.official import official_vector
@@ -217,7 +224,36 @@ def test_a_column_that_is_no_longer_kept_stays_and_is_null(database_table):
     assert_rows(table.run(dated(3, *"ab")).rows, dated(3, *"ab"))
 
 
+def test_the_schemes_of_databases_are_those_of_the_stores():
+    assert set(DATABASES) == {scheme for scheme in STORES if scheme}
+
+
+@pytest.mark.parametrize("output", ["duckdb://vectors.duckdb/notes", "bq://my-project.data.notes"])
+def test_a_table_of_a_database_has_no_folder_to_open(output):
+    with pytest.raises(ConfigError, match=f"{output} is a database's table and has no folder; use read_table or"):
+        pipeline.open_table(output)
+
+
+@pytest.mark.parametrize("read", [pipeline.open_table, pipeline.read_table, lambda table: next(iter_table(table))])
+def test_a_table_on_a_file_system_that_is_none(read):
+    with pytest.raises(ConfigError, match=r"nowhere://bucket/table: no file system for nowhere:// is installed"):
+        read("nowhere://bucket/table")
+
+
 # Whole runs
+
+
+def test_the_summary_names_the_files_of_the_dead_letters(tmp_path, monkeypatch):
+    """Where they are, whatever the table is kept in."""
+    monkeypatch.chdir(tmp_path)
+    for output in ("duckdb://v.duckdb/notes", "table"):
+        _, manifest = run(tmp_path, second_records(), output=output)
+        (line,) = (line for line in format_summary(manifest, output).splitlines() if line.startswith("  dead letters"))
+        (file,) = glob.glob(line.partition(", in ")[2])
+        assert json.loads(Path(file).read_text())["reason"] == "too_long"
+    settings = manifest.settings | {"work_dir": "gs://bucket/work"}
+    place = locate_dead_letters(replace(manifest, settings=settings), "bq://my-project.data.notes")
+    assert place == "gs://bucket/work/my-project.data.notes/dead_letters/dead_letters-*"
 
 
 @pytest.fixture(params=["duckdb", pytest.param("bigquery", marks=emulator)])

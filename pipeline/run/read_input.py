@@ -1,0 +1,51 @@
+"""Reading a planned input in this process, and what its dead letters account for."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+from apache_beam.pvalue import TaggedOutput
+
+from pipeline.config import KeptField, ReadConfig
+from pipeline.records import BundleCounts, DeadLetter, Document, digest_id
+from pipeline.sources.duplicates import ScanToFile, merge_scans
+from pipeline.sources.planning import InputPlan
+from pipeline.sources.read import ReadSplit
+
+
+def read_outcomes(
+    found: InputPlan, config: ReadConfig, kept: Sequence[KeptField], work: str
+) -> Iterator[Document | DeadLetter | BundleCounts]:
+    """Reads a planned input as a run does: documents, dead letters, and counts of each split.
+
+    Args:
+      found: from `plan_input`.
+      config: as for `ReadDocuments`.
+      kept: the kept fields with their types.
+      work: local folder for the search for duplicate ids.
+    """
+    read = ReadSplit(config, kept)
+    duplicates = None
+    if config.id_field:
+        scan = ScanToFile(read.list_ids, work)
+        duplicates = merge_scans(None, [path for split in found.splits for path in scan.process(split)], work)
+    for split in found.splits:
+        for output in read.process(split, duplicates):
+            yield output.value if isinstance(output, TaggedOutput) else output
+
+
+class Accounts(NamedTuple):
+    """What dead letters account for: documents, by the digests of their ids, and whatever an incomplete file held.
+
+    A file is incomplete if a record of it could not be read so far that its id is known.
+    """
+
+    ids: set[bytes]
+    incomplete_files: set[str]
+
+    def add(self, document_id: str | None, reason: str, path: str) -> None:
+        if document_id is None:
+            self.incomplete_files.add(path)
+        elif reason != "duplicate_id":  # another document has the id, and counts
+            self.ids.add(digest_id(document_id).rstrip(b"\0"))  # as NumPy gives it

@@ -1,0 +1,65 @@
+"""One setting: how it is declared, checked against its choices, and read from text."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+from pipeline.errors import ConfigError
+
+_KINDS = {bool: "true or false", int: "a whole number", float: "a number", str: "text", tuple: "a list"}
+
+
+def setting(help: str, default: Any = None, choices: tuple[str, ...] = (), metavar: str = "") -> Any:
+    return field(default=default, metadata={"help": help, "choices": choices, "metavar": metavar})
+
+
+@dataclass(frozen=True)
+class CheckedConfig:
+    """Checks choices when a configuration is built; subclasses add what else must hold."""
+
+    def __post_init__(self) -> None:
+        for f in fields(self):
+            value, choices = getattr(self, f.name), f.metadata["choices"]
+            if choices and value not in choices:
+                raise ConfigError(f"--{f.name}={value} is not one of {', '.join(choices)}")
+
+    def _require_positive(self, *names: str) -> None:
+        for name in names:
+            if getattr(self, name) <= 0:
+                raise ConfigError(f"--{name}={getattr(self, name)} must be at least 1")
+
+
+def convert_setting(f: dataclasses.Field[Any], value: Any) -> Any:
+    """A value as the setting's type, which is that of its default; lists become tuples.
+
+    Raises:
+      ConfigError: if it does not fit.
+    """
+    default = f.default
+    if isinstance(value, dict) or (isinstance(value, list | tuple) and not isinstance(default, tuple)):
+        raise ConfigError(f"--{f.name}={value} is not {_KINDS[type(default)]}; write one value")
+    if isinstance(value, bool) and not isinstance(default, bool):
+        raise ConfigError(f"--{f.name}={str(value).lower()} is not {_KINDS[type(default)]}")
+    if isinstance(default, tuple):
+        items = [value] if isinstance(value, str) else list(value)
+        if f.name == "input":  # a glob may hold a comma inside braces
+            return tuple(str(item) for item in items)
+        return tuple(part.strip() for item in items for part in str(item).split(",") if part.strip())
+    if isinstance(default, bool):
+        if isinstance(value, bool):
+            return value
+        if str(value).lower() in ("true", "1", "yes"):
+            return True
+        if str(value).lower() in ("false", "0", "no"):
+            return False
+        raise ConfigError(f"--{f.name}={value} is not {_KINDS[bool]}")
+    try:
+        if isinstance(default, int):
+            return int(str(value).replace("_", ""))
+        if isinstance(default, float):
+            return float(value)
+    except ValueError:
+        raise ConfigError(f"--{f.name}={value} is not {_KINDS[type(default)]}") from None
+    return str(value)
