@@ -15,9 +15,9 @@ from pipeline.records import BundleCounts, Row
 from pipeline.reuse.complete import FRESH, LiveDecisions, decide_live, list_shared, number_files, plan_requests
 from pipeline.reuse.dead_letters import DeadLetterFacts
 from pipeline.reuse.decide import ROW_COUNTS
-from pipeline.reuse.distributed import DistributedReuse
 from pipeline.reuse.index import SEGMENT, VectorIndex
 from pipeline.reuse.journal import SegmentReader
+from pipeline.reuse.live_table import DistributedReuse
 from pipeline.reuse.local import LocalReuse
 from pipeline.reuse.merge import Merger
 from pipeline.sinks.readers import ROWS as LIVE
