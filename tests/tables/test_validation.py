@@ -39,9 +39,8 @@ def drawn(names: range, **more: int) -> list[Row]:
 
 
 def count(shards: list[Shard], least: int, most: int, staying: np.ndarray | None = None) -> None:
-    check_rows(
-        shards, [] if staying is None else [staying], 0 if staying is None else len(staying), Expected(least, most)
-    )
+    blocks = [] if staying is None else [staying]
+    check_rows(shards, blocks, sum(map(len, blocks)), Expected(least, most))
 
 
 def test_every_document_has_its_rows_once(tmp_path):
