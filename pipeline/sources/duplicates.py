@@ -76,7 +76,7 @@ class LoserCursor:
     """Says of ascending positions in one file whether they lose, in constant time each."""
 
     def __init__(self, positions: np.ndarray) -> None:
-        self._positions = positions  # [n] ascending
+        self._positions = np.ascontiguousarray(positions)  # [n] ascending; a field of records is copied by every search
         self._upcoming = -1
 
     def drops(self, position: int) -> bool:
