@@ -237,7 +237,7 @@ def format_finding(finding: Finding) -> str:
 def check_folder_table(table: str) -> None:
     """Raises ConfigError for what is no folder of snapshots."""
     from pipeline.tables.folder_table import FolderTable
-    from pipeline.tables.store import find_table
+    from pipeline.tables.stores import find_table
 
     if not isinstance(find_table(table), FolderTable):
         raise ConfigError(f"{table} is a database's table, which has no snapshots of ours; name a folder")

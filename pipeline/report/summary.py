@@ -13,7 +13,7 @@ from pipeline.report.progress_bar import format_seconds
 from pipeline.tables.folder_table import FolderTable
 from pipeline.tables.manifest import Manifest, snapshot_folder
 from pipeline.tables.read import iter_table, open_live
-from pipeline.tables.store import find_table
+from pipeline.tables.stores import find_table
 
 
 def format_summary(manifest: Manifest, table: str) -> str:

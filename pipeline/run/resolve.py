@@ -25,7 +25,8 @@ from pipeline.sources.sampling import infer_kept_fields, sample_input
 from pipeline.tables.folder import FolderStore
 from pipeline.tables.manifest import Manifest
 from pipeline.tables.publish import check_free_space
-from pipeline.tables.store import ReusePlan, Store, open_store
+from pipeline.tables.store import ReusePlan, Store
+from pipeline.tables.stores import open_store
 
 # What defines a table: its vectors, and the form that its rows and dead letters are stored in.
 MODEL_PATHS = ("encoder", "preprocessor")

@@ -10,7 +10,8 @@ import numpy as np
 from pipeline.errors import TableError
 from pipeline.sinks.layout import Columns
 from pipeline.tables.manifest import Manifest
-from pipeline.tables.store import Table, find_table
+from pipeline.tables.store import Table
+from pipeline.tables.stores import find_table
 
 
 def open_live(table: str) -> tuple[Manifest, Table]:

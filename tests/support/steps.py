@@ -41,7 +41,8 @@ from pipeline.tables.commit import Commit
 from pipeline.tables.folder import FolderStore
 from pipeline.tables.manifest import Manifest, attempts_folder, snapshot_folder
 from pipeline.tables.publish import Publication, build_manifest, make_live, name_snapshot, place_files
-from pipeline.tables.store import CommitPlan, Committer, Results, ReusePlan, Store, open_store
+from pipeline.tables.store import CommitPlan, Committer, Results, ReusePlan, Store
+from pipeline.tables.stores import open_store
 from pipeline.vectors.finishing import VectorRule, finish_chunks
 from tests.support.tables import Rows, read_rows
 

@@ -14,7 +14,7 @@ import numpy as np
 from pipeline.files import read_text
 from pipeline.tables.manifest import open_table
 from pipeline.tables.read import iter_table, read_table
-from pipeline.tables.store import open_store
+from pipeline.tables.stores import open_store
 from tests.support.official import count_tokens, expected_vector, official_vector, pack_alone
 
 TOLERANCE = 2e-5  # max abs of a vector's numbers, for two orders of summation in float32

@@ -23,7 +23,7 @@ from pipeline.files import join
 from pipeline.sources.bigquery_client import BigQueryName, client
 from pipeline.tables.bigquery_sql import make_index_statement, make_search_query
 from pipeline.tables.lock import LOCK, TableLock
-from pipeline.tables.store import open_store
+from pipeline.tables.stores import open_store
 from tests.support.bigquery import BigQueryEmulator, start_bigquery
 from tests.support.corpora import write_jsonl
 from tests.support.emulators import start_gcs

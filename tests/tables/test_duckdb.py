@@ -18,7 +18,7 @@ from pipeline.records import pack_kept
 from pipeline.report.summary import format_table
 from pipeline.search.nearest import find_nearest
 from pipeline.tables.manifest import Manifest
-from pipeline.tables.store import open_store
+from pipeline.tables.stores import open_store
 from tests.support.reruns import assert_rows, dated, documents
 from tests.support.steps import DIMENSION, LAYOUT, SteppedTable, draw_vector
 from tests.support.stores import first_records, run

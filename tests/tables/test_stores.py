@@ -26,7 +26,7 @@ from pipeline.report.summary import format_summary, locate_dead_letters
 from pipeline.sources.bigquery_client import client
 from pipeline.tables.manifest import DATABASES
 from pipeline.tables.read import iter_table
-from pipeline.tables.store import STORES, open_store
+from pipeline.tables.stores import STORES, open_store
 from tests.support.bigquery import BigQueryEmulator, start_bigquery
 from tests.support.emulators import start_gcs
 from tests.support.official import official_vector

@@ -21,7 +21,7 @@ from pipeline.report.summary import format_summary
 from pipeline.run.dry_run import make_dry_run
 from pipeline.run.verify import verify_table
 from pipeline.tables.manifest import FORMAT_VERSION, Manifest
-from pipeline.tables.store import open_store
+from pipeline.tables.stores import open_store
 from tests.support.bigquery import BigQueryEmulator, start_bigquery
 from tests.support.corpora import write_jsonl
 from tests.support.emulators import start_gcs
