@@ -1,12 +1,13 @@
 """Whether memory grows with the corpus: peak resident memory of `embeam embed` over ten times the documents.
 
-Reference: the same command over a tenth of them. Once with plain text, and once with JSON lines and an id field, where
-a first pass looks for duplicate ids.
+Reference: the same command over a tenth of them. With plain text, with JSON lines and an id field, where a first pass
+looks for duplicate ids, with documents that all have one text, and with documents that all have one id.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import shutil
 
@@ -18,14 +19,21 @@ SIZE, COUNT, REPETITIONS = "tiny", 1_000_000, 1
 FEWER = 10
 CEILING_MB = 100.0
 MAX_TOKENS = 16
-KINDS = ("text", "jsonl")
+SAME = {"same_text": {"text": "a text that every document has"}, "same_id": {"id": "an id that every document has"}}
+KINDS = ("text", "jsonl", "same_text", "same_id")
 
 
 def write_input(kind: str, count: int, path: str) -> list[str]:
     """Streams the documents to a file and returns the flags that read it."""
     if kind == "jsonl":
         write_jsonl(path, make_phrases(count))
-        return [f"--input={path}", "--input_format=jsonl", "--id_field=id"]
+    elif kind in SAME:
+        fields = SAME[kind]
+        records = ({"id": fields.get("id", str(i)), "text": fields.get("text", f"text {i}")} for i in range(count))
+        with open(path, "w", encoding="utf-8") as file:
+            file.writelines(json.dumps(record) + "\n" for record in records)
+    if kind != "text":
+        return [f"--input={path}", "--input_format=jsonl", "--id_field=id", "--max_dead_fraction=1"]
     write_lines(path, make_phrases(count))
     return [f"--input={path}", "--input_format=text"]
 

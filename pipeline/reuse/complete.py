@@ -20,13 +20,13 @@ from pipeline.reuse.digests import DigestSet, is_in
 from pipeline.reuse.index import VectorIndex
 from pipeline.reuse.local import MARK, marks_file
 from pipeline.reuse.requests import REUSED, WAITING, WANTED, RequestFiles, ReuseRequest, WantedRows, read_blocks
-from pipeline.sinks.index import read_bytes, read_index, unpack_records
+from pipeline.sinks.index import iterate_records, read_sources
 from pipeline.sinks.readers import VectorFile
 from pipeline.sinks.writing import Shard, ShardWriter
 
 FRESH = "fresh"  # the kind of this run's own files
 _PLACE = np.dtype([("content", "S16"), ("chunk", "<u4"), ("row", "<u8")])
-_BLOCK = 1 << 15
+BLOCK = 1 << 15
 _WRITTEN_LETTERS = 256
 
 
@@ -139,16 +139,18 @@ def _find_shared(fresh: Sequence[tuple[VectorFile, Shard]], shared: np.ndarray, 
     """The new rows with shared texts: `[n]` of _PLACE, one for each content and chunk, sorted by them."""
     found = [np.empty(0, _PLACE)]
     for file, shard in fresh:
-        entries = read_index(shard.index_path).entries
-        dead.mark_embedded(entries["id"])
-        hits = np.flatnonzero(is_in(entries["content"], shared))
-        block = np.empty(len(hits), _PLACE)
-        block["content"], block["chunk"] = entries["content"][hits], entries["chunk"][hits]
-        block["row"] = hits + file.first
-        found.append(block)
+        first = file.first
+        for entries in iterate_records(shard.index_path):
+            dead.mark_embedded(entries["id"])
+            hits = np.flatnonzero(is_in(entries["content"], shared))
+            block = np.empty(len(hits), _PLACE)
+            block["content"], block["chunk"] = entries["content"][hits], entries["chunk"][hits]
+            block["row"] = hits + first
+            found.append(block)
+            first += len(entries)
     places = np.concatenate(found)
-    _, first = np.unique(places[["content", "chunk"]], return_index=True)
-    places = places[first]
+    _, once = np.unique(places[["content", "chunk"]], return_index=True)
+    places = places[once]
     lost = shared[~is_in(shared, places["content"])]
     if not dead.has(lost).all():
         raise RunError("a vector was lost between encoding and publishing; run the same command again")
@@ -196,14 +198,14 @@ def decide_live(
     seen, unchanged, actions = np.zeros(n, bool), np.zeros(n, bool), np.zeros(n, np.uint8)
     source, sources = index.entries["source"][:n].copy(), list(index.sources)
     for note in notes:
-        marks, names = unpack_records(read_bytes(marks_file(note)), MARK)
-        seen[marks["row"]] = True
-        unchanged[marks["row"]] = marks["unchanged"]
-        source[marks["row"]] = marks["source"] + len(sources)
-        sources += names
+        for marks in iterate_records(marks_file(note), MARK):
+            seen[marks["row"]] = True
+            unchanged[marks["row"]] = marks["unchanged"]
+            source[marks["row"]] = marks["source"] + len(sources)
+        sources += read_sources(marks_file(note), MARK)
     is_incomplete = np.array([path in incomplete for path in sources] or [False])
     counts = Counter[str](dict.fromkeys(ROW_COUNTS, 0))
-    for rows in index.blocks_by_id(_BLOCK):
+    for rows in index.blocks_by_id(BLOCK):
         ids, content = index.entries["id"][rows], index.entries["content"][rows]
         facts = RowFacts(
             id=ids,

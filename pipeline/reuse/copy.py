@@ -4,44 +4,27 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import apache_beam as beam
 import numpy as np
 from apache_beam.pvalue import TaggedOutput
 
-from pipeline.records import BundleCounts, Row
-from pipeline.reuse.journal import read_segment
-from pipeline.reuse.merge import MAX_SMALL_FILES, KeptRows, bare_rows, convert_rows
-from pipeline.reuse.wire import unpack_rows
+from pipeline.records import BundleCounts
+from pipeline.reuse.live_table import (
+    DistributedReuse,
+    LiveFile,
+)
+from pipeline.reuse.merge import MAX_SMALL_FILES, KeptRows
+from pipeline.reuse.wire import (
+    unpack_rows,
+)
 from pipeline.sinks.index import Index, read_index
-from pipeline.sinks.layout import TableLayout
-from pipeline.sinks.readers import ROWS, VectorFile, VectorReader
-from pipeline.sinks.writing import RowFormat, ShardWriter
+from pipeline.sinks.readers import VectorReader
+from pipeline.sinks.writing import RowFormat, Shard, ShardWriter
 
 MOVE = np.dtype([("row", "<u4"), ("source", "<u4")])
-
-
-class LiveFile(NamedTuple):
-    """A file of the live table.
-
-    Attributes:
-      path: of the file.
-      rows: how many it has.
-      n_bytes: its size.
-      sha256: its checksum.
-      index_path: of the file with the index of its rows.
-    """
-
-    path: str
-    rows: int
-    n_bytes: int
-    sha256: str
-    index_path: str
-
-    @property
-    def vectors(self) -> VectorFile:
-        return VectorFile(self.path, ROWS, 0, self.rows)
 
 
 class CollectRows(beam.CombineFn):
@@ -170,21 +153,38 @@ class CopyRows(beam.DoFn):
         return Index(entries, [*sources, *self._inputs])
 
 
-def read_wanted(
-    wanted: tuple[int | str, bytes], files: Sequence[LiveFile], reader: VectorReader | None, layout: TableLayout
-) -> Iterator[Row]:
-    """The rows of a file whose vectors are wanted: (number of a file or path of a segment, bitmap of its rows)."""
-    where, numbers = wanted[0], unpack_rows(wanted[1])
-    if isinstance(where, str):
-        segment = read_segment(where)
-        if segment is not None:  # else the requests for it fail, and the run with them
-            yield from bare_rows(segment, numbers)
-        return
-    assert reader is not None
-    file = files[where]
-    index = read_index(file.index_path)
-    for stored in reader.read(file.vectors, numbers):
-        positions = np.flatnonzero(np.isin(stored.numbers, numbers))
-        entries = index.entries[stored.numbers[positions]]
-        columns = reader.columns(stored, positions) | {"n_chunks": entries["n_chunks"].tolist()}
-        yield from convert_rows(columns, [index.sources[i] for i in entries["source"]], reader.layout, layout)
+class Copied(NamedTuple):
+    """What `CopyLiveRows` gives."""
+
+    shards: beam.PCollection  # of Shard
+    bundle_counts: beam.PCollection  # of BundleCounts
+
+
+@dataclass
+class CopyLiveRows(beam.PTransform):
+    """PCollection[(file, row)] that do not stay -> Copied, with all others.
+
+    Attributes:
+      reuse: what may be reused.
+      sources: from `CompareById`.
+    """
+
+    reuse: DistributedReuse
+    sources: beam.PCollection
+
+    def expand(self, dropped: beam.PCollection) -> Copied:
+        reuse = self.reuse
+        groups = group_files(reuse.files, reuse.shard_bytes) if reuse.policy.same_fingerprint else []
+        bitmaps = dropped | "CollectDropped" >> beam.CombinePerKey(CollectRows())
+        moves = self.sources | "CollectMoves" >> beam.CombinePerKey(CollectMoves())
+        own = (reuse.form, reuse.folder, reuse.shard_bytes)
+        copy = CopyRows(reuse.files, reuse.reader, *own, reuse.inputs, reuse.policy.rows_stay)
+        outputs = (
+            dropped.pipeline
+            | "FilesToCopy" >> beam.Create(groups, reshuffle=True).with_output_types(Any)
+            | "CopyRows"
+            >> beam.ParDo(copy, beam.pvalue.AsMultiMap(bitmaps), beam.pvalue.AsMultiMap(moves))
+            .with_output_types(Shard, bundle_counts=BundleCounts)
+            .with_outputs("bundle_counts", main="shards")
+        )
+        return Copied(outputs.shards, outputs.bundle_counts)

@@ -62,7 +62,8 @@ class DeadLetterFacts:
     def mark_embedded(self, ids: np.ndarray) -> None:
         """Notes documents that have new rows, by digests `[n]` of their ids: they are not dead."""
         if len(self._ids):
-            self._embedded |= np.isin(self._ids, ids)
+            at = np.minimum(np.searchsorted(self._ids, ids), len(self._ids) - 1)
+            self._embedded[at[self._ids[at] == ids]] = True
 
     def dead_ids(self) -> np.ndarray:
         """Ascending digests of the ids of documents with a dead letter and without a new row."""

@@ -182,6 +182,7 @@ class LookUpDocuments(beam.DoFn):
         yield from end_bundle(self._flush())
         self._notes.close()
         counts = {name: n for name, n in self._look_up.counts.items() if n}
+        del self._look_up  # its digests of all texts, which would stay in memory until the run ends
         outputs = (("notes", self._notes.path), ("bundle_counts", BundleCounts.of("reuse", counts)))
         yield from end_bundle(beam.pvalue.TaggedOutput(*output) for output in outputs)
 

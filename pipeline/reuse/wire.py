@@ -16,6 +16,8 @@ from pipeline.records import Document, Origin, digest_id
 from pipeline.sinks.index import Index, digest_source, whole_digest
 
 LIVE, DOCUMENT, UNREAD, DEAD, NEW, OPEN, MOVED, CHECK = b"L", b"D", b"U", b"X", b"N", b"O", b"M", b"C"
+JOURNAL, UNSEEN = b"J", b"S"
+VECTOR, LETTER, REQUEST = b"V", b"X", b"R"
 _OUTSIDE = 0xFFFFFFFF  # for the number of an input file: the path follows instead
 _BYTE_UNIT, _PAIR = 1, 2
 _HEAD = struct.Struct("<BIQIII")
@@ -157,3 +159,16 @@ def pack_rows(numbers: np.ndarray) -> bytes:
 def unpack_rows(bitmap: bytes) -> np.ndarray:
     """Ascending numbers of the rows in a bitmap."""
     return np.flatnonzero(np.unpackbits(np.frombuffer(bitmap, np.uint8), bitorder="little"))
+
+
+def pack_journal_place(path: str, row: int, chunk: int, n_chunks: int) -> bytes:
+    """A record of the journal as a place where a vector is."""
+    return JOURNAL + b"".join(n.to_bytes(4, "little") for n in (row, chunk, n_chunks)) + path.encode()
+
+
+def unpack_known(value: bytes) -> tuple[int | str, int, int, int]:
+    """File of the live table or path of a segment, row, number of the chunk, number of chunks."""
+    if value[:1] == LIVE:
+        return unpack_place(value)
+    row, chunk, n_chunks = (int.from_bytes(value[i : i + 4], "little") for i in (1, 5, 9))
+    return value[13:].decode(), row, chunk, n_chunks

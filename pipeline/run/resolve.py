@@ -14,9 +14,9 @@ from pipeline.engines.presets import find_device
 from pipeline.errors import ConfigError, EmbeamError, InputError, RunError, TableError
 from pipeline.records import Document
 from pipeline.reuse.decide import ReusePolicy
-from pipeline.reuse.distributed import DistributedReuse
 from pipeline.reuse.index import build_index
 from pipeline.reuse.journal import journal_folder, list_segments
+from pipeline.reuse.live_table import DistributedReuse
 from pipeline.reuse.local import LocalReuse
 from pipeline.run.estimate import RowSize, live_row_bytes, measure_rows
 from pipeline.sinks.writing import RowFormat

@@ -114,6 +114,21 @@ def iterate_records(path: str, dtype: np.dtype = ENTRY) -> Iterator[np.ndarray]:
             yield np.frombuffer(stream.read(min(_READ_RECORDS, n - start) * dtype.itemsize), dtype)
 
 
+def read_sources(path: str, dtype: np.dtype = ENTRY) -> list[str]:
+    """The paths that the records of a file name by number, read without the records.
+
+    Raises:
+      ValueError: if the file is damaged.
+    """
+    with open_file(path) as stream:
+        n_bytes = stream.seek(0, os.SEEK_END)
+        stream.seek(max(0, n_bytes - _LENGTH.size))
+        n = _count_records(n_bytes, stream.read(), dtype)
+        stream.seek(n * dtype.itemsize)
+        sources: list[str] = json.loads(stream.read()[: -_LENGTH.size])
+    return sources
+
+
 def _count_records(n_bytes: int, length: bytes, dtype: np.dtype) -> int:
     """How many records a file of so many bytes holds whose last bytes say how long its JSON is."""
     if len(length) < _LENGTH.size:

@@ -12,12 +12,12 @@ import numpy as np
 from pipeline.errors import RunError, ValidationError
 from pipeline.progress import check_dead_fraction
 from pipeline.records import BundleCounts, Row
-from pipeline.reuse.complete import FRESH, LiveDecisions, decide_live, list_shared, number_files, plan_requests
+from pipeline.reuse.complete import BLOCK, FRESH, LiveDecisions, decide_live, list_shared, number_files, plan_requests
 from pipeline.reuse.dead_letters import DeadLetterFacts
 from pipeline.reuse.decide import ROW_COUNTS
-from pipeline.reuse.distributed import DistributedReuse
 from pipeline.reuse.index import SEGMENT, VectorIndex
 from pipeline.reuse.journal import SegmentReader
+from pipeline.reuse.live_table import DistributedReuse
 from pipeline.reuse.local import LocalReuse
 from pipeline.reuse.merge import Merger
 from pipeline.sinks.readers import ROWS as LIVE
@@ -87,7 +87,8 @@ class LocalCompletion:
         """Raises ValidationError if the new state must not be published."""
         rows = [shard for shard in self.shards if shard.kind == ROWS]
         staying = np.zeros(0, int) if self.whole else np.flatnonzero(self.decisions.kept)
-        check_rows(rows, self.index.entries[staying], self.expected)
+        blocks = (self.index.entries[staying[i : i + BLOCK]] for i in range(0, len(staying), BLOCK))
+        check_rows(rows, blocks, len(staying), self.expected, self.index.folder)
         own = [shard for shard in rows if not shard.linked]
         check_vectors(number_files(own[:: max(1, len(own) // SAMPLED_FILES)], 0), self.readers[FRESH])
         files = zip(number_files(self.fresh, len(self.index.entries)), self.fresh, strict=True)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from pipeline.config import EmbedConfig
 from pipeline.files import create_file, exists, join, measure_files, read_checksum, read_text
-from pipeline.reuse.copy import LiveFile
+from pipeline.reuse.live_table import LiveFile
 from pipeline.signals import PUBLISHING
 from pipeline.sinks.index import Index, read_index
 from pipeline.sinks.layout import TableLayout

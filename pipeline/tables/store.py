@@ -14,7 +14,7 @@ from pipeline.tables.manifest import Manifest
 if TYPE_CHECKING:  # what only a run needs
     import apache_beam as beam
 
-    from pipeline.reuse.distributed import DistributedReuse
+    from pipeline.reuse.live_table import DistributedReuse
     from pipeline.reuse.local import LocalReuse
     from pipeline.sinks.index import Index
     from pipeline.sinks.readers import VectorReader

@@ -36,22 +36,30 @@ class Expected(NamedTuple):
     most: int
 
 
-def check_rows(shards: Sequence[Shard], staying: np.ndarray, expected: Expected, scratch: str | None = None) -> None:
+def check_rows(
+    shards: Sequence[Shard],
+    staying: Iterable[np.ndarray],
+    n_staying: int,
+    expected: Expected,
+    scratch: str | None = None,
+) -> None:
     """Checks that no document is missing, none surplus, and none there twice.
 
     Takes the same memory for any number of rows up to a few hundred million, and 20 bytes of disk for each.
 
     Args:
       shards: files that are written.
-      staying: entries `[n]` of rows that stay in a database.
+      staying: entries `[n]` of rows that stay in a database, some at a time.
+      n_staying: how many those are.
       expected: how many documents there should be.
       scratch: a local folder for files without names; None for the system's own.
 
     Raises:
       ValidationError: naming what is wrong.
     """
-    keys = Partitions(_KEY, sum(shard.rows for shard in shards) + len(staying), scratch)
-    _add_keys(keys, staying)
+    keys = Partitions(_KEY, sum(shard.rows for shard in shards) + n_staying, scratch)
+    for entries in staying:
+        _add_keys(keys, entries)
     for shard in shards:
         n_entries = sum(_add_keys(keys, entries) for entries in iterate_records(shard.index_path))
         if n_entries != shard.rows:

@@ -17,12 +17,13 @@ from apache_beam.pvalue import TaggedOutput
 
 from pipeline.preprocess.chunking import hash_content
 from pipeline.records import Document, Origin, Row
-from pipeline.reuse.by_content import REQUEST, AnswerRequests, DecideTexts, key_document, key_vector
-from pipeline.reuse.by_id import CompareDocuments
+from pipeline.reuse.answer_requests import AnswerRequests, key_vector
+from pipeline.reuse.compare_by_id import CompareDocuments
 from pipeline.reuse.copy import CollectRows
 from pipeline.reuse.decide import ReusePolicy
+from pipeline.reuse.decide_by_content import DecideTexts, key_document
 from pipeline.reuse.requests import ReuseRequest, WantedRows
-from pipeline.reuse.wire import CHECK, DocumentPacker, pack_place, unpack_rows
+from pipeline.reuse.wire import CHECK, REQUEST, DocumentPacker, pack_place, unpack_rows
 
 FEW, MANY = 1_000, 10_000
 MOST_BYTES = 500_000  # beyond what a tenth of the elements takes: less than 60 bytes for each of the others

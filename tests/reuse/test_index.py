@@ -13,15 +13,15 @@ from hypothesis import strategies as st
 
 from pipeline.records import Document, Origin, Row, digest_id
 from pipeline.reuse import journal_writer, local
-from pipeline.reuse.by_content import unpack_known
 from pipeline.reuse.digests import DigestSet
-from pipeline.reuse.distributed import list_segment
 from pipeline.reuse.index import SEGMENT, VectorIndex, build_index
 from pipeline.reuse.journal import list_folder, read_segment, write_segment
 from pipeline.reuse.journal_writer import JournalWriter, flush_journals
+from pipeline.reuse.live_table import list_segment
 from pipeline.reuse.merge import bare_rows
 from pipeline.reuse.requests import ReuseRequest
 from pipeline.reuse.spot_checks import SpotCheckPicker
+from pipeline.reuse.wire import unpack_known
 from pipeline.sinks.index import Index, SourceNumbers, index_rows
 from pipeline.sinks.readers import ROWS
 from tests.support.steps import SteppedTable, make_document

@@ -16,8 +16,9 @@ from hypothesis import strategies as st
 from pipeline import partitions
 from pipeline.config import ReadConfig
 from pipeline.errors import ConfigError
+from pipeline.reuse.compare_by_id import CompareById
 from pipeline.reuse.decide import ReusePolicy
-from pipeline.reuse.distributed import CompareById, DistributedReuse
+from pipeline.reuse.live_table import DistributedReuse
 from pipeline.sinks.layout import TableLayout
 from pipeline.sinks.writing import RowFormat
 from pipeline.sources.duplicates import ENTRY, LoserCursor, find_losers

@@ -10,7 +10,7 @@ from apache_beam.options.pipeline_options import PipelineOptions
 
 from pipeline.engines.runner import make_runner
 from pipeline.files import make_folder
-from pipeline.reuse.distributed import DistributedReuse
+from pipeline.reuse.live_table import DistributedReuse
 from pipeline.run.job import prepare_job, run_job, scratch_folder
 from pipeline.run.resolve import resolve
 from pipeline.tables.manifest import Manifest, open_table

@@ -29,7 +29,7 @@ from pipeline.engines.runner import make_runner
 from pipeline.files import make_folder
 from pipeline.preprocess.chunking import hash_content
 from pipeline.records import BundleCounts, Chunk, DeadLetter, Document, Origin, Row
-from pipeline.reuse import by_content, by_id, copy, distributed, wire
+from pipeline.reuse import answer_requests, compare_by_id, copy, decide_by_content, decide_by_id, live_table, wire
 from pipeline.reuse.journal import journal_folder, list_folder, write_segment
 from pipeline.reuse.local import LookUpDocuments
 from pipeline.run.resolve import prepare_distributed_reuse, prepare_local_reuse
@@ -226,29 +226,29 @@ class Attempt:
         numbers = range(len(reuse.files))
         packer = wire.DocumentPacker(reuse.inputs)
         compared = Outputs()
-        live = flatten(distributed.list_live(i, reuse) for i in numbers)
-        step = by_id.CompareDocuments(reuse.policy, reuse.inputs, reuse.prefix)
+        live = flatten(live_table.list_live(i, reuse) for i in numbers)
+        step = compare_by_id.CompareDocuments(reuse.policy, reuse.inputs, reuse.prefix)
         compared.add_bundle(step, group(map(packer.pack, documents), live))
         decided = Outputs()
-        known = flatten(distributed.list_known(i, reuse) for i in numbers if reuse.policy.same_fingerprint)
+        known = flatten(live_table.list_known(i, reuse) for i in numbers if reuse.policy.same_fingerprint)
         decided.add_bundle(
-            by_content.DecideTexts(reuse.inputs, reuse.keep_text),
+            decide_by_content.DecideTexts(reuse.inputs, reuse.keep_text),
             group(
-                (by_content.key_document(document, reuse.prefix, packer) for document in compared["main"]),
+                (decide_by_content.key_document(document, reuse.prefix, packer) for document in compared["main"]),
                 known,
-                flatten(map(distributed.list_segment, list_folder(reuse.journal))),
-                (distributed.mark_unseen(*one) for one in compared["unseen"]),
+                flatten(map(live_table.list_segment, list_folder(reuse.journal))),
+                (decide_by_content.mark_unseen(*one) for one in compared["unseen"]),
             ),
         )
         encoded, spot_checks, dead = self._encode([*decided["main"], *compared["spot_checks"]])
         answered = Outputs()
         wanted = combine([*compared["wanted"], *decided["wanted"]], copy.CollectRows())
-        reused = flatten(copy.read_wanted(one, reuse.files, reuse.reader, reuse.form.layout) for one in wanted.items())
+        reused = flatten(live_table.read_wanted(one, reuse) for one in wanted.items())
         answered.add_bundle(
-            by_content.AnswerRequests(reuse.keep_text),
+            answer_requests.AnswerRequests(reuse.keep_text),
             group(
-                map(by_content.key_vector, [*reused, *(row for row in encoded if row.shared)]),
-                (by_content.key_letter(letter) for letter in dead if letter.shared),
+                map(answer_requests.key_vector, [*reused, *(row for row in encoded if row.shared)]),
+                (answer_requests.key_letter(letter) for letter in dead if letter.shared),
                 compared["requests"],
                 decided["requests"],
             ),
@@ -256,10 +256,10 @@ class Attempt:
         rows = [*encoded, *answered["main"]]
         dead_letters = [*dead_letters, *dead, *compared["dead_letters"], *answered["dead_letters"]]
         dropped = Outputs()
-        incomplete = list(dict.fromkeys(flatten(map(by_id.find_incomplete, dead_letters))))
-        marks = (map(by_id.mark_new, rows), flatten(map(by_id.mark_dead, dead_letters)))
+        incomplete = list(dict.fromkeys(flatten(map(decide_by_id.find_incomplete, dead_letters))))
+        marks = (map(decide_by_id.mark_new, rows), flatten(map(decide_by_id.mark_dead, dead_letters)))
         groups = group(compared["open_rows"], decided["moved"], *marks)
-        dropped.add_bundle(by_id.DecideRows(reuse.policy), groups, incomplete)
+        dropped.add_bundle(decide_by_id.DecideRows(reuse.policy), groups, incomplete)
         copied = Outputs()
         sides = [
             {i: [values[i]] if i in values else [] for i in numbers}

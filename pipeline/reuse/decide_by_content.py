@@ -1,6 +1,6 @@
-"""What meets under a text on a distributed engine: documents and known vectors before encoding, and requests after it.
+"""Documents that changed meet known vectors of their texts, on a distributed engine.
 
-A text that a million documents share is one group of a million elements. Groups are read twice instead of being held:
+A text that a million documents share is one group of a million elements. A group is read twice instead of being held:
 once to see what is known, once to decide about each document.
 """
 
@@ -8,26 +8,40 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import apache_beam as beam
 import numpy as np
-from apache_beam import coders
 from apache_beam.pvalue import TaggedOutput
 
 from pipeline.bundles import end_bundle
-from pipeline.errors import RunError
 from pipeline.preprocess.chunking import hash_content
-from pipeline.records import BundleCounts, DeadLetter, Document, Row
+from pipeline.records import BundleCounts, Document
 from pipeline.reuse.decide import DocumentAction, count_actions, decide_documents
+from pipeline.reuse.journal import list_folder
+from pipeline.reuse.live_table import (
+    KEYED,
+    PLACED,
+    DistributedReuse,
+    list_known,
+    list_segment,
+)
 from pipeline.reuse.requests import ReuseRequest
 from pipeline.reuse.spot_checks import SpotCheckPicker
-from pipeline.reuse.wire import CHECK, DOCUMENT, LIVE, MOVED, DocumentPacker, unpack_place
+from pipeline.reuse.wire import (
+    CHECK,
+    DOCUMENT,
+    JOURNAL,
+    LIVE,
+    MOVED,
+    REQUEST,
+    UNSEEN,
+    DocumentPacker,
+    unpack_known,
+)
 
-JOURNAL, UNSEEN = b"J", b"S"
-VECTOR, LETTER, REQUEST = b"V", b"X", b"R"
 BLOCK_DOCUMENTS = 1024
-_ROWS, _LETTERS = coders.registry.get_coder(Row), coders.registry.get_coder(DeadLetter)
 
 
 class Waiting(NamedTuple):
@@ -136,51 +150,71 @@ def _order(where: int | str, row: int) -> tuple[str, int]:
     return str(where), row
 
 
-class AnswerRequests(beam.DoFn):
-    """(content hash, vectors, dead letters and requests) -> rows, and under tags samples and dead letters.
+class Decided(NamedTuple):
+    """What `DecideByContent` gives; see `DecideTexts`."""
 
-    Args:
-      keep_text: rows carry their document's text.
+    documents: beam.PCollection
+    requests: beam.PCollection
+    wanted: beam.PCollection
+    moved: beam.PCollection
+    bundle_counts: beam.PCollection
+
+
+@dataclass
+class DecideByContent(beam.PTransform):
+    """PCollection[Document] that are not unchanged -> Decided.
+
+    Attributes:
+      reuse: what may be reused.
+      unseen: from `CompareById`.
     """
 
-    def __init__(self, keep_text: bool) -> None:
-        self._keep_text = keep_text
+    reuse: DistributedReuse
+    unseen: beam.PCollection
 
-    def process(self, group: tuple[bytes, Iterable[bytes]]) -> Iterator[Any]:
-        rows: dict[int, Row] = {}
-        letters: dict[tuple[str, str, str], None] = {}
-        for value in group[1]:
-            if value[:1] == VECTOR:
-                row = _ROWS.decode(value[1:])
-                rows[row.chunk] = row
-            elif value[:1] == LETTER:
-                letter = _LETTERS.decode(value[1:])
-                letters[letter.stage, letter.reason, letter.message] = None
-        own = [rows[chunk] for chunk in sorted(rows)]
-        for value in group[1]:
-            if value[:1] == REQUEST:
-                if not own and not letters:
-                    raise RunError("a vector was lost between encoding and publishing; run the same command again")
-                document, content_hash = ReuseRequest.from_line(value[1:])
-                for row in own:
-                    yield give_row(row, document, self._keep_text)
-                for facts in letters:
-                    letter = DeadLetter.of(*facts, document, content_hash)
-                    yield TaggedOutput("dead_letters", letter)
-            elif value[:1] == CHECK:
-                for row in own:
-                    yield TaggedOutput("samples", row)
+    def expand(self, documents: beam.PCollection) -> Decided:
+        reuse = self.reuse
+        files = range(len(reuse.files)) if reuse.policy.same_fingerprint else ()
+        known = (
+            documents.pipeline
+            | "KnownFiles" >> beam.Create(files, reshuffle=True).with_output_types(int)
+            | "ListKnownRows" >> beam.FlatMap(list_known, reuse).with_output_types(KEYED)
+        )
+        journal = (
+            documents.pipeline
+            | "Journal" >> beam.Create([reuse.journal], reshuffle=False)
+            | "ListJournal" >> beam.FlatMap(list_folder).with_output_types(str)
+            | "Segments" >> beam.Reshuffle()
+            | "ListSegmentRows" >> beam.FlatMap(list_segment).with_output_types(KEYED)
+        )
+        unseen = self.unseen | "MarkUnseen" >> beam.MapTuple(mark_unseen).with_output_types(KEYED)
+        packed = documents | "PackChanged" >> beam.ParDo(PackByContent(reuse.inputs, reuse.prefix)).with_output_types(
+            KEYED
+        )
+        decide = beam.ParDo(DecideTexts(reuse.inputs, reuse.keep_text)).with_output_types(
+            Document, requests=KEYED, wanted=PLACED, moved=KEYED, bundle_counts=BundleCounts
+        )
+        outputs = (
+            (packed, known, journal, unseen)
+            | "DocumentsAndVectors" >> beam.Flatten()
+            | "GroupByContent" >> beam.GroupByKey()
+            | "DecideTexts" >> decide.with_outputs(*Decided._fields[1:], main="documents")
+        )
+        return Decided(*(outputs[name] for name in Decided._fields))
 
 
-def give_row(row: Row, document: Document, keep_text: bool) -> Row:
-    """A document's row from the vector of one with the same text."""
-    return row._replace(
-        id=document.id,
-        kept=document.kept,
-        text=document.text if keep_text else None,
-        source=document.origin.path,
-        shared=False,
-    )
+class PackByContent(beam.DoFn):
+    """Document -> (content hash, packed document)."""
+
+    def __init__(self, inputs: Sequence[str], prefix: str) -> None:
+        self._inputs = inputs
+        self._prefix = prefix
+
+    def setup(self) -> None:
+        self._packer = DocumentPacker(self._inputs)
+
+    def process(self, document: Document) -> Iterator[tuple[bytes, bytes]]:
+        yield key_document(document, self._prefix, self._packer)
 
 
 def key_document(document: Document, prefix: str, packer: DocumentPacker) -> tuple[bytes, bytes]:
@@ -188,24 +222,6 @@ def key_document(document: Document, prefix: str, packer: DocumentPacker) -> tup
     return bytes.fromhex(hash_content(prefix + document.text, document.pair)), packer.pack(document)[1]
 
 
-def key_vector(row: Row) -> tuple[bytes, bytes]:
-    """A row whose vector others need, as `AnswerRequests` takes it."""
-    return bytes.fromhex(row.content_hash), VECTOR + _ROWS.encode(row)
-
-
-def key_letter(letter: DeadLetter) -> tuple[bytes, bytes]:
-    """A dead letter whose document others have the text of, as `AnswerRequests` takes it."""
-    return bytes.fromhex(letter.content_hash or ""), LETTER + _LETTERS.encode(letter._replace(text=None, pair=None))
-
-
-def pack_journal_place(path: str, row: int, chunk: int, n_chunks: int) -> bytes:
-    """A record of the journal as a place where a vector is."""
-    return JOURNAL + b"".join(n.to_bytes(4, "little") for n in (row, chunk, n_chunks)) + path.encode()
-
-
-def unpack_known(value: bytes) -> tuple[int | str, int, int, int]:
-    """File of the live table or path of a segment, row, number of the chunk, number of chunks."""
-    if value[:1] == LIVE:
-        return unpack_place(value)
-    row, chunk, n_chunks = (int.from_bytes(value[i : i + 4], "little") for i in (1, 5, 9))
-    return value[13:].decode(), row, chunk, n_chunks
+def mark_unseen(content: bytes, digest: bytes) -> tuple[bytes, bytes]:
+    """A live row whose document was not seen, as `DecideTexts` takes it."""
+    return content, UNSEEN + digest

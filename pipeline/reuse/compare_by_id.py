@@ -1,12 +1,13 @@
-"""What meets under an id on a distributed engine: documents and live rows before encoding, and their results after it.
+"""Documents meet the live rows of their ids, on a distributed engine, before anything is encoded.
 
-No step holds a group: what has one id is read once, and decided about together with some hundred other ids.
+No step holds a group: what has one id is read once, and compared together with some hundred other ids.
 """
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple, Optional
 
 import apache_beam as beam
@@ -15,31 +16,27 @@ from apache_beam.pvalue import TaggedOutput
 
 from pipeline.bundles import end_bundle
 from pipeline.preprocess.chunking import hash_content
-from pipeline.records import BundleCounts, DeadLetter, Document, Row, digest_id
+from pipeline.records import BundleCounts, DeadLetter, Document
 from pipeline.reuse.decide import (
     Change,
     ReusePolicy,
-    RowAction,
-    RowFacts,
     compare_documents,
     count_changes,
-    decide_rows,
+)
+from pipeline.reuse.live_table import (
+    KEYED,
+    PLACED,
+    DistributedReuse,
+    list_live,
 )
 from pipeline.reuse.spot_checks import SpotCheckPicker
 from pipeline.reuse.wire import (
     CHECK,
-    DEAD,
     LIVE,
-    MOVED,
-    NEW,
-    OPEN,
-    UNREAD,
     DocumentPacker,
     LiveRow,
-    OpenRow,
     pack_open_row,
     unpack_live_row,
-    unpack_open_row,
 )
 from pipeline.sinks.index import digest_kept, digest_source, parse_hashes
 from pipeline.sources.duplicates import reject_duplicate
@@ -164,105 +161,62 @@ class CompareDocuments(beam.DoFn):
                 yield TaggedOutput("sources", (row.file, (row.row, self._numbers[path])))
 
 
-class Results(NamedTuple):
-    """What a run has found out about one id that is not unchanged.
+class Compared(NamedTuple):
+    """What `CompareById` gives; see `CompareDocuments`."""
 
-    Attributes:
-      rows: its live rows.
-      new: numbers of the chunks of its new rows.
-      dead: whether there is a dead letter with the id.
-      was_read: whether that is of a document that was read.
-      moved: whether another document has taken its vector.
-    """
-
-    digest: bytes
-    rows: list[OpenRow]
-    new: list[int]
-    dead: bool
-    was_read: bool
-    moved: bool
+    documents: beam.PCollection
+    spot_checks: beam.PCollection
+    open_rows: beam.PCollection
+    unseen: beam.PCollection
+    sources: beam.PCollection
+    wanted: beam.PCollection
+    requests: beam.PCollection
+    dead_letters: beam.PCollection
+    bundle_counts: beam.PCollection
 
 
-class DecideRows(beam.DoFn):
-    """(digest of an id, its results) -> (file, row) of live rows that do not stay.
+@dataclass
+class CompareById(beam.PTransform):
+    """PCollection[Document] -> Compared."""
 
-    Args:
-      policy: what may be reused.
-    """
+    reuse: DistributedReuse
 
-    def __init__(self, policy: ReusePolicy) -> None:
-        self._policy = policy
-
-    def start_bundle(self) -> None:
-        self._block: list[Results] = []
-        self._counts: Counter[str] = Counter()
-        self._incomplete: set[int] | None = None
-
-    def process(self, group: tuple[bytes, Iterable[bytes]], incomplete: Sequence[str]) -> Iterator[tuple[int, int]]:
-        """Takes an id; `incomplete` are input files that have records which could not be told."""
-        results = Results(group[0], [], [], False, False, False)
-        for value in group[1]:
-            kind = value[:1]
-            if kind == OPEN:
-                results.rows.append(unpack_open_row(value))
-            elif kind == NEW:
-                results.new.append(int.from_bytes(value[1:], "little"))
-            elif kind == MOVED:
-                results = results._replace(moved=True)
-            elif kind in (DEAD, UNREAD):
-                results = results._replace(dead=True, was_read=results.was_read or kind == DEAD)
-        self._block.append(results)
-        if self._incomplete is None:
-            self._incomplete = {digest_source(path) for path in incomplete}
-        if len(self._block) >= BLOCK_DOCUMENTS:
-            yield from self._flush()
-
-    def finish_bundle(self) -> Iterator[Any]:
-        yield from end_bundle(self._flush())
-        counted = BundleCounts.of("merge", {name: n for name, n in self._counts.items() if n})
-        yield from end_bundle([TaggedOutput("bundle_counts", counted)])
-
-    def _flush(self) -> Iterator[tuple[int, int]]:
-        block, self._block = self._block, []
-        if not block:
-            return
-        incomplete = self._incomplete or set()
-        for results in block:
-            self._counts["new_rows"] += len(results.new)
-            self._counts["duplicate_rows"] += len(results.new) - len(set(results.new))
-            self._counts["dead"] += results.was_read
-        rows = [(results, row) for results in block for row in results.rows]
-        facts = RowFacts(
-            id=np.array([results.digest for results, _ in rows], "S16"),
-            unchanged=np.zeros(len(rows), bool),
-            seen=np.array([row.seen for _, row in rows], bool),
-            dead=np.array([results.dead and not results.new for results, _ in rows], bool),
-            incomplete=np.array([row.source in incomplete for _, row in rows], bool),
-            moved=np.array([results.moved for results, _ in rows], bool),
+    def expand(self, documents: beam.PCollection) -> Compared:
+        reuse = self.reuse
+        live = (
+            documents.pipeline
+            | "LiveFiles" >> beam.Create(range(len(reuse.files)), reshuffle=True).with_output_types(int)
+            | "ListLiveRows" >> beam.FlatMap(list_live, reuse).with_output_types(KEYED)
         )
-        decisions = decide_rows(facts, self._policy)
-        self._counts.update(decisions.counts)
-        stays = ~np.isin(decisions.actions, (RowAction.REPLACE, RowAction.DELETE))
-        self._counts["documents"] += sum(bool(results.new) for results in block)
-        self._counts["documents"] += decisions.counts["stale"] + decisions.counts["kept"]
-        for (_, row), kept in zip(rows, stays.tolist(), strict=True):
-            if not kept:
-                yield row.file, row.row
-        self._counts["dropped_rows"] += int((~stays).sum())
+        packed = documents | "PackDocuments" >> beam.ParDo(PackDocuments(reuse.inputs)).with_output_types(KEYED)
+        compare = beam.ParDo(CompareDocuments(reuse.policy, reuse.inputs, reuse.prefix)).with_output_types(
+            Document,
+            spot_checks=Document,
+            open_rows=KEYED,
+            unseen=KEYED,
+            sources=tuple[int, tuple[int, int]],
+            wanted=PLACED,
+            requests=KEYED,
+            dead_letters=DeadLetter,
+            bundle_counts=BundleCounts,
+        )
+        outputs = (
+            (packed, live)
+            | "DocumentsAndLiveRows" >> beam.Flatten()
+            | "GroupById" >> beam.GroupByKey()
+            | "CompareDocuments" >> compare.with_outputs(*Compared._fields[1:], main="documents")
+        )
+        return Compared(*(outputs[name] for name in Compared._fields))
 
 
-def mark_new(row: Row) -> tuple[bytes, bytes]:
-    """A new row, as `DecideRows` takes it."""
-    return digest_id(row.id), NEW + row.chunk.to_bytes(4, "little")
+class PackDocuments(beam.DoFn):
+    """Document -> (digest of the id, packed document)."""
 
+    def __init__(self, inputs: Sequence[str]) -> None:
+        self._inputs = inputs
 
-def mark_dead(letter: DeadLetter) -> list[tuple[bytes, bytes]]:
-    """A dead letter, as `DecideRows` takes it; a duplicate says nothing about the document that has the id."""
-    if letter.id is None or letter.reason == "duplicate_id":
-        return []
-    return [(digest_id(letter.id), DEAD if letter.content_hash is not None else UNREAD)]
+    def setup(self) -> None:
+        self._packer = DocumentPacker(self._inputs)
 
-
-def find_incomplete(letter: DeadLetter) -> list[str]:
-    """The input file of a record that could not be told."""
-    return [letter.origin.path] if letter.id is None else []
+    def process(self, document: Document) -> Iterator[tuple[bytes, bytes]]:
+        yield self._packer.pack(document)

@@ -1,0 +1,143 @@
+"""Requests meet the vectors that they ask for, on a distributed engine, after everything is encoded."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import apache_beam as beam
+from apache_beam import coders
+from apache_beam.pvalue import TaggedOutput
+
+from pipeline.errors import RunError
+from pipeline.records import DeadLetter, Document, Row
+from pipeline.reuse.copy import CollectRows
+from pipeline.reuse.live_table import (
+    KEYED,
+    DistributedReuse,
+    read_wanted,
+)
+from pipeline.reuse.requests import ReuseRequest
+from pipeline.reuse.wire import (
+    CHECK,
+    LETTER,
+    REQUEST,
+    VECTOR,
+)
+
+_ROWS, _LETTERS = coders.registry.get_coder(Row), coders.registry.get_coder(DeadLetter)
+
+
+class AnswerRequests(beam.DoFn):
+    """(content hash, vectors, dead letters and requests) -> rows, and under tags samples and dead letters.
+
+    Args:
+      keep_text: rows carry their document's text.
+    """
+
+    def __init__(self, keep_text: bool) -> None:
+        self._keep_text = keep_text
+
+    def process(self, group: tuple[bytes, Iterable[bytes]]) -> Iterator[Any]:
+        rows: dict[int, Row] = {}
+        letters: dict[tuple[str, str, str], None] = {}
+        for value in group[1]:
+            if value[:1] == VECTOR:
+                row = _ROWS.decode(value[1:])
+                rows[row.chunk] = row
+            elif value[:1] == LETTER:
+                letter = _LETTERS.decode(value[1:])
+                letters[letter.stage, letter.reason, letter.message] = None
+        own = [rows[chunk] for chunk in sorted(rows)]
+        for value in group[1]:
+            if value[:1] == REQUEST:
+                if not own and not letters:
+                    raise RunError("a vector was lost between encoding and publishing; run the same command again")
+                document, content_hash = ReuseRequest.from_line(value[1:])
+                for row in own:
+                    yield give_row(row, document, self._keep_text)
+                for facts in letters:
+                    letter = DeadLetter.of(*facts, document, content_hash)
+                    yield TaggedOutput("dead_letters", letter)
+            elif value[:1] == CHECK:
+                for row in own:
+                    yield TaggedOutput("samples", row)
+
+
+def give_row(row: Row, document: Document, keep_text: bool) -> Row:
+    """A document's row from the vector of one with the same text."""
+    return row._replace(
+        id=document.id,
+        kept=document.kept,
+        text=document.text if keep_text else None,
+        source=document.origin.path,
+        shared=False,
+    )
+
+
+def key_vector(row: Row) -> tuple[bytes, bytes]:
+    """A row whose vector others need, as `AnswerRequests` takes it."""
+    return bytes.fromhex(row.content_hash), VECTOR + _ROWS.encode(row)
+
+
+def key_letter(letter: DeadLetter) -> tuple[bytes, bytes]:
+    """A dead letter whose document others have the text of, as `AnswerRequests` takes it."""
+    return bytes.fromhex(letter.content_hash or ""), LETTER + _LETTERS.encode(letter._replace(text=None, pair=None))
+
+
+class Answered(NamedTuple):
+    """What `AnswerByContent` gives."""
+
+    rows: beam.PCollection  # of Row
+    samples: beam.PCollection  # of Row, to compare spot checks with
+    dead_letters: beam.PCollection  # of DeadLetter
+
+
+@dataclass
+class AnswerByContent(beam.PTransform):
+    """PCollection[Row] that were encoded -> Answered.
+
+    Attributes:
+      reuse: what may be reused.
+      wanted: PCollections of (file or segment, row) whose vectors are wanted.
+      requests: PCollections of packed requests.
+      dead_letters: of documents that could not be encoded.
+    """
+
+    reuse: DistributedReuse
+    wanted: Sequence[beam.PCollection]
+    requests: Sequence[beam.PCollection]
+    dead_letters: beam.PCollection
+
+    def expand(self, rows: beam.PCollection) -> Answered:
+        reuse = self.reuse
+        reused = (
+            tuple(self.wanted)
+            | "Wanted" >> beam.Flatten()
+            | "CollectWanted" >> beam.CombinePerKey(CollectRows())
+            | "SpreadWanted" >> beam.Reshuffle()
+            | "ReadWanted" >> beam.FlatMap(read_wanted, reuse)
+            | "KeyReused" >> beam.Map(key_vector).with_output_types(KEYED)
+        )
+        fresh = rows | "Shared" >> beam.Filter(is_shared) | "KeyShared" >> beam.Map(key_vector).with_output_types(KEYED)
+        letters = (
+            self.dead_letters
+            | "SharedDead" >> beam.Filter(is_shared)
+            | "KeyDead" >> beam.Map(key_letter).with_output_types(KEYED)
+        )
+        answer = beam.ParDo(AnswerRequests(reuse.keep_text)).with_output_types(
+            Row, samples=Row, dead_letters=DeadLetter
+        )
+        outputs = (
+            (reused, fresh, letters, *self.requests)
+            | "VectorsAndRequests" >> beam.Flatten()
+            | "GroupByContent" >> beam.GroupByKey()
+            | "AnswerRequests" >> answer.with_outputs("samples", "dead_letters", main="rows")
+        )
+        return Answered(outputs.rows, outputs.samples, outputs.dead_letters)
+
+
+def is_shared(output: Row | DeadLetter) -> bool:
+    """Whether others wait for a row's vector, or share a dead letter."""
+    return output.shared
