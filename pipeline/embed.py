@@ -15,7 +15,7 @@ from pipeline.encoders.handler import Encode
 from pipeline.preprocess.batching import BatchByTokens
 from pipeline.preprocess.chunking import Preprocess
 from pipeline.progress import Progress
-from pipeline.reuse.distributed import LookUpKnown, ReuseRows
+from pipeline.reuse.distributed import LookUpVectors, ReuseRows
 from pipeline.reuse.journal_writer import Journal
 from pipeline.reuse.local import LocalReuse, LookUp
 from pipeline.sinks.writing import WriteTo
@@ -147,28 +147,28 @@ def build_pipeline(pipeline: beam.Pipeline, job: Job) -> beam.PCollection:
     documents, unread, read_counts = pipeline | "Read" >> ReadDocuments(
         job.input, job.config.read, job.kept, job.attempts, job.distributed, job.progress
     )
-    known = documents | "LookUp" >> (LookUp(reuse) if isinstance(reuse, LocalReuse) else LookUpKnown(reuse))
-    chunks, bad_documents, preprocess_counts = known.documents | "Preprocess" >> Preprocess(job.spec.split)
+    looked_up = documents | "LookUp" >> (LookUp(reuse) if isinstance(reuse, LocalReuse) else LookUpVectors(reuse))
+    chunks, bad_documents, preprocess_counts = looked_up.documents | "Preprocess" >> Preprocess(job.spec.split)
     encode = EncodeChunks(job.spec, job.journal, job.gpu_memory_mib)
     embedded = chunks | "Embed" >> job.place_encoder(encode)
     rows, dead_letters = embedded.rows, [unread, bad_documents, embedded.dead_letters]
-    bundle_counts = [read_counts, known.bundle_counts, preprocess_counts, embedded.bundle_counts]
+    bundle_counts = [read_counts, looked_up.bundle_counts, preprocess_counts, embedded.bundle_counts]
     results, shards = {"spot_checks": embedded.spot_checks}, []
     if isinstance(reuse, LocalReuse):
-        results["notes"] = known.notes
+        results["notes"] = looked_up.notes
     else:
-        reused = rows | "Reuse" >> ReuseRows(reuse, known, dead_letters)
+        reused = rows | "Reuse" >> ReuseRows(reuse, looked_up, dead_letters)
         rows, results["samples"] = reused.rows, reused.samples
-        dead_letters += [known.dead_letters, reused.dead_letters]
+        dead_letters += [looked_up.dead_letters, reused.dead_letters]
         bundle_counts.append(reused.bundle_counts)
         shards.append(reused.shards)
     row_shards, row_counts = rows | "WriteRows" >> WriteTo(job.attempts, plan.form, write.shard_bytes, job.progress)
     shards, bundle_counts = [*shards, row_shards], [*bundle_counts, row_counts]
 
     # One writer per stage instead of one for all: the local engine would hold what crosses a Flatten in memory.
-    for stage, letters in zip(DEAD_LETTER_STAGES, dead_letters, strict=False):
+    for stage, some in zip(DEAD_LETTER_STAGES, dead_letters, strict=False):
         to = WriteTo(job.attempts, plan.dead_letter_format, write.shard_bytes, job.progress)
-        dead_shards, dead_counts = letters | f"Write{stage}DeadLetters" >> to
+        dead_shards, dead_counts = some | f"Write{stage}DeadLetters" >> to
         shards.append(dead_shards)
         bundle_counts.append(dead_counts)
 

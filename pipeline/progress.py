@@ -95,7 +95,7 @@ def check_dead_fraction(dead: Mapping[str, int], documents: int, max_fraction: f
         reasons = ", ".join(f"{count:,} {reason}" for reason, count in sorted(dead.items(), key=lambda item: -item[1]))
         raise RunError(
             f"{n_dead:,} of {documents:,} documents cannot be embedded, more than --max_dead_fraction={max_fraction} "
-            f"allows ({reasons}{example}); mend the input or the flags, or raise --max_dead_fraction"
+            f"allows ({reasons}{example}); fix the input or the flags, or raise --max_dead_fraction"
         )
 
 

@@ -61,7 +61,7 @@ class TokenEncoder:
         return vectors[: len(batch)]
 
     def warm_up(self) -> int:
-        return self.encode(Batch([_probe_chunk(np.zeros(8, "<i4").tobytes())], length=8))[0].shape[-1]
+        return self.encode(Batch([_trial_chunk(np.zeros(8, "<i4").tobytes())], length=8))[0].shape[-1]
 
     def compile_shapes(self, shapes: Iterable[tuple[int, int]]) -> None:
         for rows, length in shapes if self._compiled else ():
@@ -82,12 +82,12 @@ class TextEncoder:
         return vectors.numpy().astype(np.float32)
 
     def warm_up(self) -> int:
-        return self.encode(Batch([_probe_chunk(b"warm up")]))[0].shape[-1]
+        return self.encode(Batch([_trial_chunk(b"warm up")]))[0].shape[-1]
 
     def compile_shapes(self, shapes: Iterable[tuple[int, int]]) -> None:
         pass
 
 
-def _probe_chunk(ids: bytes) -> Chunk:
+def _trial_chunk(ids: bytes) -> Chunk:
     """A chunk of no document, to try an encoder with."""
     return Chunk(Document("", ""), "", 0, 1, ids, len(ids) // 4, 1, 0)

@@ -21,7 +21,7 @@ from pipeline.encoders.weights import Weights, read_weights
 from pipeline.errors import first_line
 
 POOLED, TOKENS = VectorChoice("pooled_output"), VectorChoice("sequence_output", None, "tokens")
-LENGTHS = (1, 2, 5, 9, 17, 30, 47, 60)  # tokens of the probe's rows; longer ones would show the same
+LENGTHS = (1, 2, 5, 9, 17, 30, 47, 60)  # tokens of the rows that are compared; longer ones would show the same
 # What float32 may differ by in two orders of summation: up to 1e-4 was seen in the largest models, while another
 # epsilon, mask or form of GELU changes far more.
 LARGEST_DIFFERENCE = 1e-3
@@ -32,7 +32,7 @@ NEAR_COSINE = 0.9995
 
 
 class Parity(NamedTuple):
-    """How near our graph came to the published one, over all rows of a probe and both kinds of output.
+    """How near our graph came to the published one, over all rows of the check and both kinds of output.
 
     Attributes:
       precision: what our graph's dense layers ran in; the published one runs in its own.
@@ -86,7 +86,9 @@ class ParityCheck:
         try:
             difference, cosine = remembered(name, lambda: self._measure(mode), _are_figures)
         except Exception as error:
-            return Parity(mode.precision, float("inf"), 0.0, f"the probe failed: {first_line(error)}", mode.attention)
+            return Parity(
+                mode.precision, float("inf"), 0.0, f"the parity check failed: {first_line(error)}", mode.attention
+            )
         return Parity(mode.precision, difference, cosine, attention=mode.attention)
 
     def _measure(self, mode: Mode) -> list[float]:

@@ -104,8 +104,8 @@ def describe_encoder(config: EncoderConfig, device: Device | None = None) -> tup
         recognise_architecture(model.variables) if takes == "tokens" else "it takes strings and tokenises itself"
     )
     if isinstance(found, Architecture):
-        probe = ParityCheck(folder, found, weights_hash)
-        parity = probe.prove("float32")
+        check = ParityCheck(folder, found, weights_hash)
+        parity = check.prove("float32")
         if not parity.holds:
             found = f"it does not compute what its variables suggest ({parity})"
     spec = EncoderSpec(
@@ -120,14 +120,14 @@ def describe_encoder(config: EncoderConfig, device: Device | None = None) -> tup
     )
     if isinstance(found, Architecture):
         spec = replace(spec, architecture=found, parity=parity)
-        return choose_graph(spec, config, probe, device or this_device()), model
+        return choose_graph(spec, config, check, device or this_device()), model
     refuse_fast_graph(config, shown, found)
     if takes == "tokens" and config.encoder_graph == "auto":
         _LOGGER.warning("%s runs as published, not in the fast graph: %s", shown, found)
     return spec, model
 
 
-def choose_graph(spec: EncoderSpec, config: EncoderConfig, probe: ParityCheck, device: Device) -> EncoderSpec:
+def choose_graph(spec: EncoderSpec, config: EncoderConfig, check: ParityCheck, device: Device) -> EncoderSpec:
     """Resolves graph and precision of an encoder of a known family, once for all workers.
 
     Raises:
@@ -145,7 +145,7 @@ def choose_graph(spec: EncoderSpec, config: EncoderConfig, probe: ParityCheck, d
             "--precision=%s: the device multiplies it no faster than float32; the vectors are rounded alike",
             precision,
         )
-    parity = probe.prove(precision)
+    parity = check.prove(precision)
     if parity.holds:
         return replace(spec, precision=precision, attention=parity.attention, native=precision == native, parity=parity)
     if config.precision == "auto":

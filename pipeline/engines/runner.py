@@ -71,8 +71,8 @@ def make_runner(options: PipelineOptions) -> Any:
             return create_runner(name)
         except (ValueError, ImportError, AttributeError) as error:
             close = difflib.get_close_matches(name, KNOWN_RUNNERS, 1)
-            cure = f"did you mean {close[0]}?" if close else f"use local, or one of {', '.join(KNOWN_RUNNERS)}"
-            raise ConfigError(f"--runner={name} is no Beam runner; {cure}") from error
+            fix = f"did you mean {close[0]}?" if close else f"use local, or one of {', '.join(KNOWN_RUNNERS)}"
+            raise ConfigError(f"--runner={name} is no Beam runner; {fix}") from error
     encoded = JobServiceHandle.encode_pipeline_options(options.get_all_options(drop_default=True))
     info = beam_provision_api_pb2.ProvisionInfo(pipeline_options=encoded, retrieval_token="unused")
     return fn_runner.FnApiRunner(provision_info=fn_runner.ExtendedProvisionInfo(info))

@@ -27,7 +27,7 @@ _DIFFERENT_CASED = _DIFFERENT + "\u00a0\u2000-\u200a\u202f\u205f\u3000"
 
 # The ops that make a preprocessor one of the BERT family.
 _WORDPIECE_OPS = frozenset(("RegexSplitWithOffsets", "WordpieceTokenizeWithOffsets"))
-PROBE_TEXTS = (
+PARITY_TEXTS = (
     "Hello, World! It's 3.14 o'clock.",
     "naïve café, Straße ΣΊΣΥΦΟΣ ﬁ ½ Å",
     "日本語 テスト 안녕 мир עברית हिन्दी",
@@ -82,7 +82,7 @@ def agrees_with_preprocessor(vocabulary: Vocabulary, folder: str) -> bool:
 
     graph = hash_file(str(Path(folder, "saved_model.pb")))
     ours = [text.__version__, _DIFFERENT, _DIFFERENT_CASED, str(vocabulary.lower_case), *vocabulary.pieces]
-    digest = hashlib.sha256("\n".join([graph, *PROBE_TEXTS, *ours]).encode("utf-8", "surrogateescape")).hexdigest()
+    digest = hashlib.sha256("\n".join([graph, *PARITY_TEXTS, *ours]).encode("utf-8", "surrogateescape")).hexdigest()
     return remembered(
         f"tokenizer-{digest[:24]}",
         lambda: _compare_tokens(vocabulary, folder),
@@ -92,10 +92,10 @@ def agrees_with_preprocessor(vocabulary: Vocabulary, folder: str) -> bool:
 
 def _compare_tokens(vocabulary: Vocabulary, folder: str) -> bool:
     tf = load_tensorflow()
-    expected = tf.saved_model.load(folder).tokenize(tf.constant(PROBE_TEXTS))
+    expected = tf.saved_model.load(folder).tokenize(tf.constant(PARITY_TEXTS))
     while expected.ragged_rank > 1:
         expected = expected.merge_dims(-2, -1)
-    ids, splits = load_tokenizer(vocabulary).tokenize(PROBE_TEXTS)
+    ids, splits = load_tokenizer(vocabulary).tokenize(PARITY_TEXTS)
     return np.array_equal(ids, expected.flat_values.numpy()) and np.array_equal(splits, expected.row_splits.numpy())
 
 

@@ -25,9 +25,9 @@ from pipeline.reuse.spot_checks import SpotCheckPicker
 from pipeline.reuse.wire import CHECK, DOCUMENT, LIVE, MOVED, DocumentPacker, unpack_place
 
 JOURNAL, UNSEEN = b"J", b"S"
-VECTOR, LETTER, REQUEST = b"V", b"X", b"R"
+VECTOR, DEAD, REQUEST = b"V", b"X", b"R"
 BLOCK_DOCUMENTS = 1024
-_ROWS, _LETTERS = coders.registry.get_coder(Row), coders.registry.get_coder(DeadLetter)
+_ROWS, _DEAD_LETTERS = coders.registry.get_coder(Row), coders.registry.get_coder(DeadLetter)
 
 
 class Waiting(NamedTuple):
@@ -148,25 +148,25 @@ class AnswerRequests(beam.DoFn):
 
     def process(self, group: tuple[bytes, Iterable[bytes]]) -> Iterator[Any]:
         rows: dict[int, Row] = {}
-        letters: dict[tuple[str, str, str], None] = {}
+        dead: dict[tuple[str, str, str], None] = {}
         for value in group[1]:
             if value[:1] == VECTOR:
                 row = _ROWS.decode(value[1:])
                 rows[row.chunk] = row
-            elif value[:1] == LETTER:
-                letter = _LETTERS.decode(value[1:])
-                letters[letter.stage, letter.reason, letter.message] = None
+            elif value[:1] == DEAD:
+                dead_letter = _DEAD_LETTERS.decode(value[1:])
+                dead[dead_letter.stage, dead_letter.reason, dead_letter.message] = None
         own = [rows[chunk] for chunk in sorted(rows)]
         for value in group[1]:
             if value[:1] == REQUEST:
-                if not own and not letters:
+                if not own and not dead:
                     raise RunError("a vector was lost between encoding and publishing; run the same command again")
                 document, content_hash = ReuseRequest.from_line(value[1:])
                 for row in own:
                     yield give_row(row, document, self._keep_text)
-                for facts in letters:
-                    letter = DeadLetter.of(*facts, document, content_hash)
-                    yield TaggedOutput("dead_letters", letter)
+                for facts in dead:
+                    dead_letter = DeadLetter.of(*facts, document, content_hash)
+                    yield TaggedOutput("dead_letters", dead_letter)
             elif value[:1] == CHECK:
                 for row in own:
                     yield TaggedOutput("samples", row)
@@ -193,9 +193,10 @@ def key_vector(row: Row) -> tuple[bytes, bytes]:
     return bytes.fromhex(row.content_hash), VECTOR + _ROWS.encode(row)
 
 
-def key_letter(letter: DeadLetter) -> tuple[bytes, bytes]:
+def key_dead_letter(dead_letter: DeadLetter) -> tuple[bytes, bytes]:
     """A dead letter whose document others have the text of, as `AnswerRequests` takes it."""
-    return bytes.fromhex(letter.content_hash or ""), LETTER + _LETTERS.encode(letter._replace(text=None, pair=None))
+    value = DEAD + _DEAD_LETTERS.encode(dead_letter._replace(text=None, pair=None))
+    return bytes.fromhex(dead_letter.content_hash or ""), value
 
 
 def pack_journal_place(path: str, row: int, chunk: int, n_chunks: int) -> bytes:

@@ -27,7 +27,7 @@ from pipeline.sinks.writing import Shard, ShardWriter
 FRESH = "fresh"  # the kind of this run's own files
 _PLACE = np.dtype([("content", "S16"), ("chunk", "<u4"), ("row", "<u8")])
 _BLOCK = 1 << 15
-_WRITTEN_LETTERS = 256
+_WRITTEN_DEAD_LETTERS = 256
 
 
 @dataclass(frozen=True)
@@ -123,12 +123,12 @@ def plan_requests(
                 rows = places["row"][np.arange(len(which)) + begins]
                 wanted.add(_want(rows, number, block["offset"][which]))
                 dead.mark_embedded(block["id"][high > low])
-                has_letters = dead.has(block["content"])
-                n_dead += int(has_letters.sum())
-                dead_ids.append(block["id"][has_letters & (high == low)])
-                for letters in _repeat_letters(block["offset"][has_letters], lines, dead):
-                    dead_counts.update(letter.reason for letter in letters)
-                    dead_writer.write(letters)
+                is_dead = dead.has(block["content"])
+                n_dead += int(is_dead.sum())
+                dead_ids.append(block["id"][is_dead & (high == low)])
+                for dead_letters in _repeat_dead_letters(block["offset"][is_dead], lines, dead):
+                    dead_counts.update(dead_letter.reason for dead_letter in dead_letters)
+                    dead_writer.write(dead_letters)
     wanted.finish()
     ids = np.unique(np.concatenate([*dead_ids, dead.dead_ids()]))
     lines_paths = [RequestFiles.of(note).lines for note in notes]
@@ -161,17 +161,17 @@ def _want(rows: np.ndarray, file: int, offsets: np.ndarray) -> np.ndarray:
     return wanted
 
 
-def _repeat_letters(offsets: np.ndarray, lines: object, dead: DeadLetterFacts) -> Iterator[list[DeadLetter]]:
+def _repeat_dead_letters(offsets: np.ndarray, lines: object, dead: DeadLetterFacts) -> Iterator[list[DeadLetter]]:
     """Dead letters for the requests at some places, some hundreds at a time."""
-    letters: list[DeadLetter] = []
+    dead_letters: list[DeadLetter] = []
     for offset in offsets.tolist():
         lines.seek(offset)  # type: ignore[attr-defined]
-        letters += dead.repeat(*ReuseRequest.from_line(lines.readline()))  # type: ignore[attr-defined]
-        if len(letters) >= _WRITTEN_LETTERS:
-            yield letters
-            letters = []
-    if letters:
-        yield letters
+        dead_letters += dead.repeat(*ReuseRequest.from_line(lines.readline()))  # type: ignore[attr-defined]
+        if len(dead_letters) >= _WRITTEN_DEAD_LETTERS:
+            yield dead_letters
+            dead_letters = []
+    if dead_letters:
+        yield dead_letters
 
 
 def decide_live(

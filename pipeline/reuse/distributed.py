@@ -21,8 +21,8 @@ from pipeline.reuse.by_content import (
     UNSEEN,
     AnswerRequests,
     DecideTexts,
+    key_dead_letter,
     key_document,
-    key_letter,
     key_vector,
     pack_journal_place,
 )
@@ -172,8 +172,8 @@ class DecideByContent(beam.PTransform):
         return Decided(*(outputs[name] for name in Decided._fields))
 
 
-class Known(NamedTuple):
-    """What `LookUpKnown` gives."""
+class LookedUp(NamedTuple):
+    """What `LookUpVectors` gives."""
 
     documents: beam.PCollection  # of Document, to encode
     dead_letters: beam.PCollection  # of DeadLetter, of duplicates
@@ -183,17 +183,17 @@ class Known(NamedTuple):
 
 
 @dataclass
-class LookUpKnown(beam.PTransform):
-    """PCollection[Document] -> Known: everything that is decided before a run encodes."""
+class LookUpVectors(beam.PTransform):
+    """PCollection[Document] -> LookedUp: everything that is decided before a run encodes."""
 
     reuse: DistributedReuse
 
-    def expand(self, documents: beam.PCollection) -> Known:
+    def expand(self, documents: beam.PCollection) -> LookedUp:
         compared = documents | "CompareById" >> CompareById(self.reuse)
         decided = compared.documents | "DecideByContent" >> DecideByContent(self.reuse, compared.unseen)
         to_encode = (decided.documents, compared.spot_checks) | "ToEncode" >> beam.Flatten()
         counts = (compared.bundle_counts, decided.bundle_counts) | "Counts" >> beam.Flatten()
-        return Known(to_encode, compared.dead_letters, counts, compared, decided)
+        return LookedUp(to_encode, compared.dead_letters, counts, compared, decided)
 
 
 class Answered(NamedTuple):
@@ -210,16 +210,16 @@ class AnswerByContent(beam.PTransform):
 
     Attributes:
       reuse: what may be reused.
-      known: from `LookUpKnown`.
+      looked_up: from `LookUpVectors`.
       dead_letters: of documents that could not be encoded.
     """
 
     reuse: DistributedReuse
-    known: Known
+    looked_up: LookedUp
     dead_letters: beam.PCollection
 
     def expand(self, rows: beam.PCollection) -> Answered:
-        reuse, compared, decided = self.reuse, self.known.compared, self.known.decided
+        reuse, compared, decided = self.reuse, self.looked_up.compared, self.looked_up.decided
         reused = (
             (compared.wanted, decided.wanted)
             | "Wanted" >> beam.Flatten()
@@ -229,16 +229,16 @@ class AnswerByContent(beam.PTransform):
             | "KeyReused" >> beam.Map(key_vector).with_output_types(KEYED)
         )
         fresh = rows | "Shared" >> beam.Filter(is_shared) | "KeyShared" >> beam.Map(key_vector).with_output_types(KEYED)
-        letters = (
+        dead_letters = (
             self.dead_letters
             | "SharedDead" >> beam.Filter(is_shared)
-            | "KeyDead" >> beam.Map(key_letter).with_output_types(KEYED)
+            | "KeyDead" >> beam.Map(key_dead_letter).with_output_types(KEYED)
         )
         answer = beam.ParDo(AnswerRequests(reuse.keep_text)).with_output_types(
             Row, samples=Row, dead_letters=DeadLetter
         )
         outputs = (
-            (reused, fresh, letters, compared.requests, decided.requests)
+            (reused, fresh, dead_letters, compared.requests, decided.requests)
             | "VectorsAndRequests" >> beam.Flatten()
             | "GroupByContent" >> beam.GroupByKey()
             | "AnswerRequests" >> answer.with_outputs("samples", "dead_letters", main="rows")
@@ -259,21 +259,21 @@ class DecideById(beam.PTransform):
 
     Attributes:
       reuse: what may be reused.
-      known: from `LookUpKnown`.
+      looked_up: from `LookUpVectors`.
       dead_letters: PCollections of all dead letters of the run.
     """
 
     reuse: DistributedReuse
-    known: Known
+    looked_up: LookedUp
     dead_letters: Sequence[beam.PCollection]
 
     def expand(self, rows: beam.PCollection) -> Dropped:
-        letters = tuple(self.dead_letters) | "DeadLetters" >> beam.Flatten()
+        dead_letters = tuple(self.dead_letters) | "DeadLetters" >> beam.Flatten()
         new = rows | "MarkNew" >> beam.Map(mark_new).with_output_types(KEYED)
-        dead = letters | "MarkDead" >> beam.FlatMap(mark_dead).with_output_types(KEYED)
-        incomplete = letters | "FindIncomplete" >> beam.FlatMap(find_incomplete).with_output_types(str)
+        dead = dead_letters | "MarkDead" >> beam.FlatMap(mark_dead).with_output_types(KEYED)
+        incomplete = dead_letters | "FindIncomplete" >> beam.FlatMap(find_incomplete).with_output_types(str)
         outputs = (
-            (self.known.compared.open_rows, self.known.decided.moved, new, dead)
+            (self.looked_up.compared.open_rows, self.looked_up.decided.moved, new, dead)
             | "RowsAndResults" >> beam.Flatten()
             | "GroupById" >> beam.GroupByKey()
             | "DecideRows"
@@ -345,21 +345,21 @@ class ReuseRows(beam.PTransform):
 
     Attributes:
       reuse: what may be reused.
-      known: from `LookUpKnown`.
+      looked_up: from `LookUpVectors`.
       dead_letters: PCollections of the run's dead letters so far.
     """
 
     reuse: DistributedReuse
-    known: Known
+    looked_up: LookedUp
     dead_letters: Sequence[beam.PCollection]
 
     def expand(self, encoded: beam.PCollection) -> Reused:
-        reuse, known = self.reuse, self.known
-        letters = tuple(self.dead_letters) | "DeadLetters" >> beam.Flatten()
-        answered = encoded | "AnswerByContent" >> AnswerByContent(reuse, known, letters)
+        reuse, looked_up = self.reuse, self.looked_up
+        dead_letters = tuple(self.dead_letters) | "DeadLetters" >> beam.Flatten()
+        answered = encoded | "AnswerByContent" >> AnswerByContent(reuse, looked_up, dead_letters)
         rows = (encoded, answered.rows) | "Rows" >> beam.Flatten()
-        dropped = rows | "DecideById" >> DecideById(reuse, known, [letters, answered.dead_letters])
-        copied = dropped.rows | "CopyLiveRows" >> CopyLiveRows(reuse, known.compared.sources)
+        dropped = rows | "DecideById" >> DecideById(reuse, looked_up, [dead_letters, answered.dead_letters])
+        copied = dropped.rows | "CopyLiveRows" >> CopyLiveRows(reuse, looked_up.compared.sources)
         counts = (dropped.bundle_counts, copied.bundle_counts) | "Counts" >> beam.Flatten()
         return Reused(rows, answered.samples, answered.dead_letters, copied.shards, counts)
 

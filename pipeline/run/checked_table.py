@@ -58,7 +58,7 @@ class CheckedTable:
       counts: what was looked at, and what dead letters account for.
       dead_letters: whose they are.
       redigests: whether the digest of the kept fields can be made from the rows.
-      compares_kept: whether the digest of the kept fields is known.
+      compares_kept: whether the digest of the kept fields is index.
       required: the columns that may not be null.
     """
 
@@ -81,14 +81,14 @@ class CheckedTable:
         """Reports a finding."""
         self._report(Finding(kind, what, message))
 
-    def read_rows(self, known: VectorIndex, numbers: np.ndarray) -> Iterator[tuple[int, str, dict[str, Any]]]:
+    def read_rows(self, index: VectorIndex, numbers: np.ndarray) -> Iterator[tuple[int, str, dict[str, Any]]]:
         """Yields number, place and columns of some rows; of one that cannot be read only its id's digest as the id.
 
         Args:
-          known: the index of the rows.
+          index: the index of the rows.
           numbers: which rows, ascending.
         """
-        for file in known.files:
+        for file in index.files:
             low, high = np.searchsorted(numbers, [file.first, file.first + file.rows])
             left = numbers[low:high]
             name = os.path.basename(file.path)
@@ -109,6 +109,6 @@ class CheckedTable:
             except Exception:  # it was reported when all rows were read
                 pass
             for number in left.tolist():
-                digest = whole_digest(known.entries["id"][number]).hex()
-                row = {"id": f"digest {digest}", "chunk": int(known.entries["chunk"][number])}
+                digest = whole_digest(index.entries["id"][number]).hex()
+                row = {"id": f"digest {digest}", "chunk": int(index.entries["chunk"][number])}
                 yield number, f"{name} row {number - file.first}", row

@@ -166,7 +166,7 @@ class Seen(NamedTuple):
       n_reused: how many rows they get.
       same_text: of some documents with the text of another one that is encoded: content hash, id and file.
       sample: of the texts to encode.
-      known: the index of known vectors.
+      vector_index: the vectors that are known already.
       note: path of the notes on live rows.
     """
 
@@ -179,7 +179,7 @@ class Seen(NamedTuple):
     n_reused: int
     same_text: list[tuple[str, str, str]]
     sample: ThinnedSample
-    known: VectorIndex
+    vector_index: VectorIndex
     note: str
 
 
@@ -258,7 +258,7 @@ def combine(resolved: ResolvedRun, policy: ReusePolicy, seen: Seen, measured: Me
     dead_ids = np.unique(np.array(list(seen.dead_letters.ids), "S16"))
     dead_ids = dead_ids[~is_in(dead_ids, seen.reused_ids)]
     incomplete, moved = seen.dead_letters.incomplete_files, seen.reused_contents
-    decisions = decide_live(seen.known, [seen.note], dead_ids, incomplete, moved, policy)
+    decisions = decide_live(seen.vector_index, [seen.note], dead_ids, incomplete, moved, policy)
     n_kept = int(decisions.kept.sum())
     rows = n_kept + seen.n_reused + round(to_encode * each + equal_rows)
     row_bytes = live_row_bytes(live, form) or measured.row_bytes or live_row_bytes(live)

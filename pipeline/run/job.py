@@ -98,9 +98,9 @@ def build_table(
             job = prepare_job(resolved, name, started, distributed, scratch)
             reporter = ProgressReporter(scratch, job.input.total_bytes)
             with reporter if show_progress and not distributed else nullcontext():
-                run_job(job, runner, options, lock.hand_over, show_progress)
+                run_job(job, runner, options, lock.leave_to_job, show_progress)
             if options.view_as(GoogleCloudOptions).template_location:
-                lock.hand_over()
+                lock.leave_to_job()
                 return None
         finally:
             forget()

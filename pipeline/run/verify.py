@@ -52,12 +52,12 @@ def check_table(table: CheckedTable, input_globs: Sequence[str] = (), sample: in
     check_dead_letters(table, there)
     with tempfile.TemporaryDirectory(prefix="embeam-verify-") as scratch:
         build_index(scratch, check_rows(table, there), [], True)
-        known = VectorIndex(scratch)
-        check_ids(table, known)
-        wanted = _spread(np.flatnonzero(known.entries["n_chunks"] == 1), sample)
-        texts = check_input(table, known, *plan, scratch, wanted) if plan else None
+        index = VectorIndex(scratch)
+        check_ids(table, index)
+        wanted = _spread(np.flatnonzero(index.entries["n_chunks"] == 1), sample)
+        texts = check_input(table, index, *plan, scratch, wanted) if plan else None
         if embedder:
-            check_sample(table, known, embedder, wanted, texts)
+            check_sample(table, index, embedder, wanted, texts)
 
 
 def _plan_input(table: CheckedTable, input_globs: Sequence[str]) -> tuple[InputPlan, ReadConfig]:

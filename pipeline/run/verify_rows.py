@@ -205,9 +205,9 @@ def _check_vector(table: CheckedTable, name: str, row: dict[str, Any]) -> None:
         table.find("not_finite", name, f"the vector of {row['id']!r} holds NaN or infinity")
 
 
-def check_ids(table: CheckedTable, known: VectorIndex) -> None:
+def check_ids(table: CheckedTable, index: VectorIndex) -> None:
     """Finds rows that are there twice, and documents of which chunks are missing."""
-    ids = known.live_ids()
+    ids = index.live_ids()
     is_first = np.ones(len(ids), bool)
     is_first[1:] = ids[1:] != ids[:-1]
     table.counts["documents"] = int(is_first.sum())
@@ -218,18 +218,18 @@ def check_ids(table: CheckedTable, known: VectorIndex) -> None:
     for start in range(0, len(firsts), BLOCK):
         some = ids[firsts[start : start + BLOCK]]
         short = []
-        for digest, rows in zip(some, known.find_ids(some), strict=True):
+        for digest, rows in zip(some, index.find_ids(some), strict=True):
             if not digest:  # a row that cannot be read
                 continue
-            entries = known.entries[rows]
+            entries = index.entries[rows]
             chunks, at = np.unique(entries["chunk"], return_index=True)
             if len(chunks) < len(rows):
                 twice.append(np.delete(rows, at).astype(np.int64))
             if len(chunks) < entries["n_chunks"].max() and digest not in table.dead_letters.ids:
                 short.append((int(rows[0]), len(chunks), int(entries["n_chunks"].max())))
         partial = np.concatenate([partial, np.array(short, partial.dtype)])
-    for _, place, row in table.read_rows(known, np.sort(np.concatenate(twice))):
+    for _, place, row in table.read_rows(index, np.sort(np.concatenate(twice))):
         table.find("duplicate_row", row["id"], f"{place} repeats its chunk {row['chunk']}")
     partial.sort(order="row")
-    for (_, n, n_chunks), (_, _, row) in zip(partial, table.read_rows(known, partial["row"]), strict=True):
+    for (_, n, n_chunks), (_, _, row) in zip(partial, table.read_rows(index, partial["row"]), strict=True):
         table.find("missing_chunk", row["id"], f"{n:,} of its {n_chunks:,} chunks are there")

@@ -84,8 +84,8 @@ def read_text(values: Mapping[str, Any], names: Sequence[str]) -> str:
     """
     found = [as_text(values[name], name) for name in names if values.get(name) is not None]
     if not found:
-        cure = f"; it has {', '.join(map(str, values))}" if values else ""
-        raise BadRecord("missing_field", f"the text field {' or '.join(map(repr, names))} is missing{cure[:200]}")
+        hint = f"; it has {', '.join(map(str, values))}" if values else ""
+        raise BadRecord("missing_field", f"the text field {' or '.join(map(repr, names))} is missing{hint[:200]}")
     return " ".join(found)
 
 

@@ -17,7 +17,7 @@ from pipeline.errors import ConfigError
 from pipeline.records import BundleCounts, DeadLetter, Document
 from pipeline.sources import SOURCES
 from pipeline.sources.compression import FileError
-from pipeline.sources.duplicates import reject_duplicate, scan_through_files, select_losers
+from pipeline.sources.duplicates import reject_duplicate, scan_through_files, select_duplicates
 from pipeline.sources.fields import build_document
 from pipeline.sources.planning import InputPlan
 from pipeline.sources.source import FileRange, Record
@@ -65,11 +65,11 @@ class ReadSplit(beam.DoFn):
         self._kept_fields = tuple(kept_fields)
         self._progress = progress
 
-    def process(self, split: tuple[FileRange, ...], losers: Any = None) -> Iterator[Any]:
+    def process(self, split: tuple[FileRange, ...], duplicates: Any = None) -> Iterator[Any]:
         counts: Counter[str] = Counter(records=0, bytes=0, documents=0, dead_letters=0, skipped_empty=0)
         reported: Counter[str] = Counter()
         seconds, since = 0.0, time.perf_counter()
-        for outcome in self._read_outcomes(split, losers, counts):
+        for outcome in self._read_outcomes(split, duplicates, counts):
             # Before a dead letter, too: their share is judged by how many documents were reported.
             if isinstance(outcome, DeadLetter) or counts["documents"] - reported["documents"] >= PROGRESS_EVERY:
                 self._report(counts, reported)
@@ -93,11 +93,11 @@ class ReadSplit(beam.DoFn):
                         return
 
     def _read_outcomes(
-        self, split: tuple[FileRange, ...], losers: Any, counts: Counter[str]
+        self, split: tuple[FileRange, ...], duplicates: Any, counts: Counter[str]
     ) -> Iterator[Union[Document, DeadLetter, None]]:
         n_left = self._config.limit or -1
         for file_range in split:
-            cursor = select_losers(losers, file_range)
+            cursor = select_duplicates(duplicates, file_range)
             bytes_before = counts["bytes"]
             for outcome, n_read in read_range(file_range, self._config, self._kept_fields):
                 counts["records"] += 1
@@ -158,10 +158,10 @@ class ReadDocuments(beam.PTransform):
     def expand(self, begin: beam.pvalue.PBegin) -> tuple[beam.PCollection, beam.PCollection, beam.PCollection]:
         splits = begin | "Splits" >> beam.Create(self.plan.splits).with_output_types(Any)
         read = ReadSplit(self.config, self.kept_fields, self.progress)
-        losers = None
+        duplicates = None
         if self.config.id_field and not self.distributed:
-            losers = scan_through_files(splits, read.list_ids, self.work_dir)
-        typed = beam.ParDo(read, losers).with_output_types(
+            duplicates = scan_through_files(splits, read.list_ids, self.work_dir)
+        typed = beam.ParDo(read, duplicates).with_output_types(
             Document, dead_letters=DeadLetter, bundle_counts=BundleCounts
         )
         outputs = splits | "Read" >> typed.with_outputs("dead_letters", "bundle_counts", main="documents")

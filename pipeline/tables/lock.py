@@ -83,7 +83,7 @@ class TableLock:
         if self._lock is not None:
             self._lock.release()
 
-    def hand_over(self) -> None:
+    def leave_to_job(self) -> None:
         """Leaves the lock to the run's job, whose workers renew it and whose last step releases it."""
         if isinstance(self._lock, _GcsLock):
             self._lock.leave()

@@ -125,7 +125,7 @@ def restore_row(columns: Columns, i: int, layout: TableLayout) -> np.ndarray:
 
 def compare_spot_checks(
     spot_checks: Sequence[Row],
-    known: VectorIndex,
+    index: VectorIndex,
     fresh: Sequence[tuple[VectorFile, Shard]],
     readers: dict[str, VectorReader],
     layout: TableLayout,
@@ -138,7 +138,7 @@ def compare_spot_checks(
     Raises:
       ValidationError: if one differs by more than the encoder's rounding.
     """
-    found = known.find_contents(np.array([bytes.fromhex(row.content_hash) for row in spot_checks], "S16"))
+    found = index.find_contents(np.array([bytes.fromhex(row.content_hash) for row in spot_checks], "S16"))
     by_file: dict[VectorFile, list[tuple[int, Row]]] = {}
     fresh_rows = _find_fresh([row for row, rows in zip(spot_checks, found, strict=True) if not len(rows)], fresh)
     for spot_check, rows in zip(spot_checks, found, strict=True):
@@ -149,7 +149,7 @@ def compare_spot_checks(
         )
         if place is None:  # its document became a dead letter
             continue
-        file = next(f for f in [*known.files, *(f for f, _ in fresh)] if f.first <= place < f.first + f.rows)
+        file = next(f for f in [*index.files, *(f for f, _ in fresh)] if f.first <= place < f.first + f.rows)
         by_file.setdefault(file, []).append((int(place), spot_check))
     n = 0
     for file, pairs in by_file.items():

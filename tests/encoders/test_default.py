@@ -102,7 +102,7 @@ class TestCache:
         assert other != folder and Path(other, "variables", "data").read_bytes() == b"1234"
         assert cache.cached_folder("model", self.make) == other
 
-    def test_the_loser_uses_the_winners_folder(self):
+    def test_the_second_process_uses_the_first_ones_folder(self):
         def make_slowly(folder):
             self.make(folder)
             winner.append(cache.cached_folder("model", self.make))

@@ -225,8 +225,8 @@ def test_attention_is_rounded_where_that_is_near_enough(cosines, attention, monk
     found = dict(zip(modes, cosines, strict=True))
     monkeypatch.setattr(parity, "choose_modes", lambda precision: modes)
     monkeypatch.setattr(parity, "remembered", lambda name, *_: [0.1, found[modes["-float32-" in name]]])
-    probe = ParityCheck(ENCODER, read_architecture(Path(ENCODER)), "weights")
-    assert probe.prove("bfloat16").attention == attention
+    check = ParityCheck(ENCODER, read_architecture(Path(ENCODER)), "weights")
+    assert check.prove("bfloat16").attention == attention
 
 
 def test_lengths_from_1_to_512_and_what_stands_under_the_padding_change_nothing():
@@ -479,14 +479,14 @@ def test_a_damaged_proof_is_made_again(figures, own_cache, tmp_path):
     assert describe(ENCODER).parity == proven
 
 
-def test_a_probe_that_cannot_run_is_no_proof_and_is_not_remembered(own_cache, monkeypatch, caplog):
+def test_a_parity_check_that_cannot_run_is_no_proof_and_is_not_remembered(own_cache, monkeypatch, caplog):
     def fail(*arguments: Any) -> list[float]:
         raise MemoryError("no room")
 
     monkeypatch.setattr(ParityCheck, "_measure", fail)
     with caplog.at_level(logging.WARNING):
         assert describe(ENCODER).graph == "published"
-    assert "the probe failed: no room" in caplog.text
+    assert "the parity check failed: no room" in caplog.text
     monkeypatch.setattr(ParityCheck, "_measure", lambda *arguments: [0.0, 1.0])
     assert describe(ENCODER).graph == "fast"
 

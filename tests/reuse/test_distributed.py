@@ -103,7 +103,7 @@ def test_a_job_that_is_started_again_finds_what_it_had_made(tmp_path, monkeypatc
     assert manifest.counts["encode"].get("rows", 0) == 0
 
 
-def test_the_gate_compares_what_is_taken_over(tmp_path, monkeypatch):
+def test_validation_compares_what_is_reused(tmp_path, monkeypatch):
     write_corpus(tmp_path, first_records())
     run_pipeline(tmp_path, **SETTINGS)
     encode = LoadedEncoder.encode

@@ -38,7 +38,7 @@ from pipeline.tables.retention import roll_back
 from tests.support.histories import run_joined
 from tests.support.official import official_tokens, official_vector
 from tests.support.runs import run_pipeline, watch_encoder
-from tests.support.steps import LAYOUT, SteppedTable, draw_vector, make_document, make_letter
+from tests.support.steps import LAYOUT, SteppedTable, draw_vector, make_dead_letter, make_document
 from tests.support.tables import assert_close, read_rows
 
 FILES = ("a.jsonl", "b.jsonl", "c.jsonl.gz")
@@ -344,7 +344,7 @@ class SteppedRuns(Histories):
             for name, doc in found.readable.items()
             if doc.file == file
         ]
-        dead_letters = [make_letter(FILES[2], None, "truncated_file")] if found.is_cut else []
+        dead_letters = [make_dead_letter(FILES[2], None, "truncated_file")] if found.is_cut else []
         too_long = {text for text in TEXTS if is_too_long(text, self.model)}
         outcome = self.steps.run(documents, dead_letters, too_long, dies=self.dies, keep_snapshots=99)
         encoded = [text for text in outcome.encoded if text not in too_long]

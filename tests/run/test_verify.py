@@ -143,7 +143,7 @@ def set_row(i, **values):
     return edit_columns(change)
 
 
-def test_a_true_table_is_true(folder):
+def test_a_consistent_table_is_consistent(folder):
     assert verify(folder) == []
     assert verify(folder, "corpus.jsonl", sample=20) == []
     assert verify(folder, sample=20) == [], "texts come from the table itself"
@@ -311,7 +311,7 @@ def test_chunks_that_are_missing_are_found(tmp_path):
 
 @pytest.mark.parametrize("output_format", ["tfrecord", "parquet"])
 @pytest.mark.parametrize("kind", ["float32", "float16", "int8", "binary", "tokens", "int8 tokens", "chunks"])
-def test_rows_of_every_kind_are_true(tmp_path, kind, output_format):
+def test_rows_of_every_kind_are_consistent(tmp_path, kind, output_format):
     dtype = kind.split()[0] if kind.split()[0] in ("float16", "int8", "binary") else "float32"
     layout = replace(LAYOUT, dtype=dtype, tokens="tokens" in kind, chunked=kind == "chunks")
     table = SteppedTable(str(tmp_path / "table"), layout=layout, output_format=output_format)
@@ -332,7 +332,7 @@ def test_rows_of_every_kind_are_true(tmp_path, kind, output_format):
     ],
     ids=str,
 )
-def test_tables_of_all_kinds_are_true(tmp_path, settings):
+def test_tables_of_all_kinds_are_consistent(tmp_path, settings):
     records = [record | {"year": i / 3} for i, record in enumerate(make_records(12))]
     if "keep_fields" in settings:
         settings = settings | {"keep_fields": "year:float"}

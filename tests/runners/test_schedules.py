@@ -165,7 +165,7 @@ def test_the_timer_starts_one_run_at_a_time_and_makes_up_for_nights_that_it_miss
     assert service["SuccessExitStatus"] == str(128 + signal.SIGTERM)
 
 
-def test_the_service_s_command_makes_the_table_and_keeps_it_true(names, call):
+def test_the_service_s_command_makes_the_table_and_keeps_it_consistent(names, call):
     _, *arguments = split_command(fill((UNITS / "embeam.service").read_text(), names))
     summaries, pointers = [], []
     for _ in range(2):

@@ -61,7 +61,7 @@ def make_document(name: str, text: str, file: str = "a.jsonl", kept: bytes = b""
     return Document(name, text, kept=kept, origin=Origin(file, 0, "byte"))
 
 
-def make_letter(file: str, name: str | None = None, reason: str = "malformed_json") -> DeadLetter:
+def make_dead_letter(file: str, name: str | None = None, reason: str = "malformed_json") -> DeadLetter:
     """The dead letter of a record that could not be read; without a name nobody can say whose it is."""
     return DeadLetter("read", reason, "it is broken", Origin(file, 0, "byte"), name)
 
@@ -248,7 +248,7 @@ class Attempt:
             by_content.AnswerRequests(reuse.keep_text),
             group(
                 map(by_content.key_vector, [*reused, *(row for row in encoded if row.shared)]),
-                (by_content.key_letter(letter) for letter in dead if letter.shared),
+                (by_content.key_dead_letter(one) for one in dead if one.shared),
                 compared["requests"],
                 decided["requests"],
             ),

@@ -67,7 +67,7 @@ def test_a_damaged_manifest_or_pointer_is_an_error_that_names_the_table_and_the_
         said = str(caught.value)
         assert str(table) in said and "\n" not in said
         assert ("newer than this embeam reads" if "later release" in damage else " is damaged") in said
-        assert ";" in said, f"no cure is named: {said}"
+        assert ";" in said, f"no fix is named: {said}"
 
 
 @pytest.mark.parametrize("damage", ["pointer to nowhere", "manifest cut off"])

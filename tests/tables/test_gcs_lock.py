@@ -300,10 +300,10 @@ def age(monkeypatch, seconds):
     monkeypatch.setattr("pipeline.tables.lock._LOOK_SECONDS", 0)
 
 
-def test_a_lock_that_is_handed_over_stays(table):
+def test_a_lock_that_is_left_to_a_job_stays(table):
     lock = dead_lock(table, "job")
     lock.acquire()
-    lock.hand_over()
+    lock.leave_to_job()
     lock.release()
     assert GcsObject(f"{table}/{LOCK}").read() is not None
 
@@ -312,7 +312,7 @@ def test_workers_keep_a_lock_that_nobody_else_renews(table, monkeypatch):
     age(monkeypatch, 0)
     lock = TableLock(table, "job", heartbeat_seconds=1000, expiry_seconds=2.0)
     lock.acquire()
-    lock.hand_over()
+    lock.leave_to_job()
     for _ in range(8):
         Lease(table, "job").renew()
         with pytest.raises(TableError, match="is in use: run job"):

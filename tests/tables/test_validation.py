@@ -219,7 +219,7 @@ def test_few_texts_of_each_kind_are_encoded_again(table):
     assert len(table.run(many).spot_checks) == 4
 
 
-def test_probes_of_dead_letters_are_no_reason_to_stop(table):
+def test_spot_checks_of_dead_letters_do_not_stop_a_run(table):
     table.run(DOCUMENTS)
     new = [make_document(f"new {i}", f"new {i}") for i in range(4)]
     outcome = table.run([*DOCUMENTS, *new], fails=[one.text for one in new])
