@@ -132,7 +132,9 @@ def choose_split_rule(
     if encoder.takes == "texts":
         for flag, value in (("preprocessor", config.preprocessor), ("max_tokens", config.max_tokens or "")):
             if value:
-                raise ConfigError(f"--{flag}={value}: this encoder takes strings and tokenises itself; leave it out")
+                raise ConfigError(
+                    f"--{flag}={value}: this encoder takes strings and tokenises them itself; leave it out"
+                )
         if config.on_long != "truncate":
             raise ConfigError(f"--on_long={config.on_long}: this encoder tokenises itself; leave it out")
         return TextRule(config.text_prefix), {"kind": "none", "prefix": config.text_prefix}
@@ -156,9 +158,7 @@ def choose_split_rule(
     if config.preprocessor and (vocabulary is None or not agrees_with_preprocessor(vocabulary, model.folder)):
         return _use_preprocessor_as_is(config, model, max_tokens, cutting, pair_field)
     if vocabulary is None:
-        raise ConfigError(
-            f"--encoder={encoder.handle} carries no vocabulary; name its preprocessor with --preprocessor"
-        )
+        raise ConfigError(f"--encoder={encoder.handle} has no vocabulary; name its preprocessor with --preprocessor")
     if encoder.vocabulary_size and len(vocabulary.pieces) > encoder.vocabulary_size:
         raise ConfigError(
             f"--preprocessor={config.preprocessor} has {len(vocabulary.pieces):,} pieces and the encoder "

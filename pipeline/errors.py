@@ -18,7 +18,7 @@ class EncoderError(EmbeamError):
 
 
 class TableError(EmbeamError):
-    """An output folder that is no table, or a table that cannot be read or written."""
+    """An output folder that is not a table, or a table that cannot be read or written."""
 
 
 class RunError(EmbeamError):

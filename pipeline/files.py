@@ -161,7 +161,7 @@ def delete_file(path: str) -> None:
 
 
 def delete_folder(path: str) -> None:
-    """Removes a folder and what is in it; one that is not there is no error."""
+    """Removes a folder and what is in it; does nothing if the folder does not exist."""
     if is_local(path):
         shutil.rmtree(path, ignore_errors=True)
     elif file_systems().match([path + "/**"])[0].metadata_list:

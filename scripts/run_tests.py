@@ -25,7 +25,7 @@ NO_TESTS = 5  # pytest's exit code if it finds none
 def main(asked: list[str]) -> int:
     lanes = read_lanes()
     if unknown := set(asked) - {*lanes, "lanes"}:
-        return fail(f"{', '.join(sorted(unknown))} is no lane; there are {', '.join(lanes)}")
+        return fail(f"{', '.join(sorted(unknown))} is not a lane; there are {', '.join(lanes)}")
     if not asked:
         return run_pytest(f"not ({' or '.join(lanes)})", *PROCESSES)
     if "lanes" in asked and (missing := [name for name in TOOLS if not shutil.which(name)]):

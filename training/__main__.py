@@ -57,7 +57,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     known = parser.parse_args(arguments)
     for flag in ("sentences", "passages", "sts"):
         if not os.path.isfile(getattr(known, flag)):
-            parser.error(f"--{flag}={getattr(known, flag)} is no file")
+            parser.error(f"--{flag}={getattr(known, flag)} is not a file")
     if known.steps % known.cycles:
         parser.error(f"--steps={known.steps} batches cannot be cut into --cycles={known.cycles} of equal length")
     check_settings(known)

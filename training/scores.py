@@ -80,7 +80,7 @@ def make_exam(sts: str, passages: str) -> Exam:
     """Reads the pairs, a CSV of sentence, sentence, score, and takes the sentences out of the held-out passages.
 
     Raises:
-      ConfigError: if the files are no such.
+      ConfigError: if the files do not have this format.
     """
     exam = Exam({}, [], [], [], [])
     with open(sts, encoding="utf-8", newline="") as file:

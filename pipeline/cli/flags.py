@@ -131,7 +131,7 @@ def refuse(rest: Sequence[str], flags: Iterable[str], advice: str = "", stray: s
       rest: the arguments.
       flags: all flags that there are; the nearest one is named.
       advice: what to do where no flag is near.
-      stray: what to do about an argument that is no flag; `{}` stands for it.
+      stray: what to do about an argument that is not a flag; `{}` stands for it.
     """
     for argument in rest:
         if not argument.startswith("-"):
@@ -217,7 +217,7 @@ def read_config_file(path: str) -> tuple[dict[str, Any], dict[str, Any]]:
         flat.update(value if isinstance(value, dict) and name not in own else {name: value})
     for name, value in flat.items():
         if isinstance(value, dict) or name in ("config", "help"):
-            raise ConfigError(f"--config={path}: {name!r} is no setting; embeam embed --help lists them all")
+            raise ConfigError(f"--config={path}: {name!r} is not a setting; embeam embed --help lists them all")
     return {k: v for k, v in flat.items() if k in own}, {k: v for k, v in flat.items() if k not in own}
 
 

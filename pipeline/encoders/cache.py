@@ -43,7 +43,7 @@ def cached_folder(name: str, make: Callable[[str], None]) -> str:
         return next(filter(None, (_whole_folder(os.path.join(cache_dir(), n), make) for n in names)))
     except OSError as error:
         raise EncoderError(
-            f"the cache folder {cache_dir()} cannot be used ({error}); set EMBEAM_CACHE_DIR to a folder that can"
+            f"the cache folder {cache_dir()} cannot be used ({error}); set EMBEAM_CACHE_DIR to a writable folder"
         ) from error
 
 

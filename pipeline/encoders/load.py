@@ -67,8 +67,8 @@ def _load_and_measure(spec: EncoderSpec) -> tuple[Encoder, int]:
     shown = spec.handle or spec.folder
     if spec.native and spec.precision != "float32" and not native_half_precision():
         raise EncoderError(
-            f"--precision={spec.precision} was planned on a machine whose processor or GPU has it, and this worker's "
-            "has not; use workers of one kind, or --precision=float32"
+            f"--precision={spec.precision} was planned on a machine that supports it natively, and this worker does "
+            "not; use workers of one kind, or --precision=float32"
         )
     try:
         encoder = ENCODERS[spec.graph, spec.takes](spec)

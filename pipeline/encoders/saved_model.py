@@ -66,7 +66,7 @@ def describe_saved_model(folder: str, handle: str = "") -> SavedModelSpec:
     if not path.is_file():
         found = "it is a file" if Path(folder).is_file() else "the folder holds no saved_model.pb"
         found = found if Path(folder).exists() else "there is no such folder"
-        raise EncoderError(f"{shown} is no SavedModel: {found}; give the folder that holds saved_model.pb")
+        raise EncoderError(f"{shown} is not a SavedModel: {found}; give the folder that holds saved_model.pb")
     model = saved_model_pb2.SavedModel()
     try:
         model.ParseFromString(path.read_bytes())

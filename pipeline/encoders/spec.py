@@ -87,7 +87,7 @@ def describe_encoder(config: EncoderConfig, device: Device | None = None) -> tup
         takes = "texts"
     else:
         raise EncoderError(
-            f"{shown} is no text encoder: it takes {_list(model.inputs) or 'nothing'} instead of input_word_ids, "
+            f"{shown} is not a text encoder: it takes {_list(model.inputs) or 'nothing'} instead of input_word_ids, "
             "input_mask and input_type_ids, or one tensor of strings; give another model"
         )
     if set(TOKEN_INPUTS) <= set(model.outputs):
@@ -107,7 +107,7 @@ def describe_encoder(config: EncoderConfig, device: Device | None = None) -> tup
         check = ParityCheck(folder, found, weights_hash)
         parity = check.prove("float32")
         if not parity.holds:
-            found = f"it does not compute what its variables suggest ({parity})"
+            found = f"the fast graph does not give the same vectors ({parity})"
     spec = EncoderSpec(
         handle=config.encoder,
         folder=folder,
@@ -123,7 +123,7 @@ def describe_encoder(config: EncoderConfig, device: Device | None = None) -> tup
         return choose_graph(spec, config, check, device or this_device()), model
     refuse_fast_graph(config, shown, found)
     if takes == "tokens" and config.encoder_graph == "auto":
-        _LOGGER.warning("%s runs as published, not in the fast graph: %s", shown, found)
+        _LOGGER.warning("%s runs in the published graph, not in the fast one: %s", shown, found)
     return spec, model
 
 
@@ -142,22 +142,24 @@ def choose_graph(spec: EncoderSpec, config: EncoderConfig, check: ParityCheck, d
         return spec
     if precision != native:
         _LOGGER.warning(
-            "--precision=%s: the device multiplies it no faster than float32; the vectors are rounded alike",
+            "--precision=%s: the device does not support it natively: no faster than float32, with the same rounding",
             precision,
         )
     parity = check.prove(precision)
     if parity.holds:
         return replace(spec, precision=precision, attention=parity.attention, native=precision == native, parity=parity)
     if config.precision == "auto":
-        _LOGGER.warning("float32 instead of %s, which would spoil the vectors: %s", precision, parity)
+        _LOGGER.warning(
+            "float32 is used instead of %s, which is too inaccurate for this encoder: %s", precision, parity
+        )
         return spec
-    raise EncoderError(f"--precision={precision} would spoil this encoder's vectors ({parity}); use float32")
+    raise EncoderError(f"--precision={precision} is too inaccurate for this encoder ({parity}); use float32")
 
 
 def refuse_fast_graph(config: EncoderConfig, shown: str, why: str) -> None:
     """Raises an EncoderError if something was asked for that only the fast graph can do."""
     if config.encoder_graph == "fast":
-        raise EncoderError(f"--encoder_graph=fast: {shown} has none: {why}; leave it out")
+        raise EncoderError(f"--encoder_graph=fast: {shown} has no fast graph: {why}; leave it out")
     if config.precision in ("bfloat16", "float16"):
         raise EncoderError(
             f"--precision={config.precision} needs the fast graph, and {shown} has none: {why}; leave it out"

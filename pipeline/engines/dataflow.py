@@ -60,7 +60,9 @@ def check_needs(options: PipelineOptions, config: EmbedConfig) -> None:
     if not cloud.temp_location.startswith("gs://"):
         raise ConfigError(f"--temp_location={cloud.temp_location} is not on Cloud Storage; give a gs:// folder")
     for flag, path in local_paths(config):
-        raise ConfigError(f"--{flag}={path} is on this machine, which Dataflow's workers do not see; give a gs:// path")
+        raise ConfigError(
+            f"--{flag}={path} is on this machine, where Dataflow's workers cannot read it; give a gs:// path"
+        )
     image, setup = options.view_as(WorkerOptions).sdk_container_image, options.view_as(SetupOptions)
     if not (image or setup.setup_file or setup.extra_packages):
         raise ConfigError(
@@ -68,13 +70,11 @@ def check_needs(options: PipelineOptions, config: EmbedConfig) -> None:
             "(runners/flex_template builds one), or --setup_file=./setup.py"
         )
     if options.view_as(TestOptions).dry_run:
-        raise ConfigError("--dry_run runs nothing and publishes nothing; embeam plan says what a run would do")
+        raise ConfigError("--dry_run runs nothing and publishes nothing; use embeam plan for a dry run")
     if options.view_as(StandardOptions).streaming:
-        raise ConfigError("--streaming is for input without an end; leave it out")
+        raise ConfigError("--streaming is for unbounded input; leave it out")
     if cloud.update:
-        raise ConfigError(
-            "--update is for streaming jobs; leave it out: the next run takes over what this one has made"
-        )
+        raise ConfigError("--update is for streaming jobs; leave it out: the next run reuses the vectors of this one")
 
 
 def check_gpus(options: PipelineOptions, workers: WorkerConfig) -> None:
@@ -127,7 +127,7 @@ def explain_job(error: BaseException, options: PipelineOptions) -> str:
 
 
 def link_job(running: Any, options: PipelineOptions) -> str:
-    """The page on a job in Google's console; "" for what is no job there."""
+    """The page on a job in Google's console; "" for anything else."""
     if not getattr(running, "has_job", False):
         return ""
     cloud = options.view_as(GoogleCloudOptions)
@@ -162,7 +162,7 @@ def describe_job(running: Any, options: PipelineOptions) -> str:
     """How a job that goes on without us is called, and what one can do about it."""
     cloud, job = options.view_as(GoogleCloudOptions), running.job_id()
     return (
-        f"the Dataflow job {job}, which goes on and publishes by itself; to stop it: "
+        f"the Dataflow job {job}, which continues and publishes the table; to stop it: "
         f"gcloud dataflow jobs cancel {job} --region={cloud.region} --project={cloud.project}"
     )
 

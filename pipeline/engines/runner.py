@@ -37,7 +37,7 @@ def prepare_options(options: PipelineOptions, config: EmbedConfig) -> None:
             changed = next(f for f in fields(WorkerConfig) if getattr(config.workers, f.name) != f.default)
             raise ConfigError(
                 f"--{changed.name}={getattr(config.workers, changed.name)} is for workers of a distributed engine; the "
-                "local one takes the GPU that it finds: leave it out"
+                "local engine uses the GPU of this machine: leave it out"
             )
     elif _plain_name(name) == "dataflowrunner":
         prepare_dataflow(options, config)
@@ -72,7 +72,7 @@ def make_runner(options: PipelineOptions) -> Any:
         except (ValueError, ImportError, AttributeError) as error:
             close = difflib.get_close_matches(name, KNOWN_RUNNERS, 1)
             fix = f"did you mean {close[0]}?" if close else f"use local, or one of {', '.join(KNOWN_RUNNERS)}"
-            raise ConfigError(f"--runner={name} is no Beam runner; {fix}") from error
+            raise ConfigError(f"--runner={name} is not a Beam runner; {fix}") from error
     encoded = JobServiceHandle.encode_pipeline_options(options.get_all_options(drop_default=True))
     info = beam_provision_api_pb2.ProvisionInfo(pipeline_options=encoded, retrieval_token="unused")
     return fn_runner.FnApiRunner(provision_info=fn_runner.ExtendedProvisionInfo(info))

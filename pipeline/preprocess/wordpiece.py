@@ -53,7 +53,7 @@ class Vocabulary:
         try:
             return self.pieces.index(piece)
         except ValueError:
-            raise EncoderError(f"the vocabulary has no {piece}; it is no BERT vocabulary") from None
+            raise EncoderError(f"the vocabulary has no {piece}; it is not a BERT vocabulary") from None
 
     @classmethod
     def read(cls, path: str, lower_case: bool) -> Vocabulary:

@@ -132,7 +132,7 @@ class SegmentReader:
     def read(self, file: VectorFile, wanted: np.ndarray) -> Iterator[Stored]:
         segment = read_segment(file.path)
         if segment is None:
-            raise TableError(f"{file.path} has vanished or is damaged; run the same command again")
+            raise TableError(f"{file.path} is missing or damaged; run the same command again")
         yield Stored(np.arange(file.first, file.first + file.rows), segment)
 
     def select(self, stored: Stored, positions: np.ndarray) -> StoredRows:

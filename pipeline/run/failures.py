@@ -66,7 +66,7 @@ def explain_failure(error: BaseException, told: str = "") -> EmbeamError:
     if told:
         return RunError(told)
     if "No space left on device" in text or _CUT_SHORT.search(text):
-        return RunError("the disk is full: free some space and run again; the table is what it was")
+        return RunError("the disk is full: free some space and run again; the table is unchanged")
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     last = lines[-1].split(" [while running")[0] if lines else ""
     kind = "" if last.partition(":")[0].endswith(("Error", "Exception")) else f"{type(error).__name__}: "

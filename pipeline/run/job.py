@@ -106,7 +106,7 @@ def build_table(
             forget()
     manifest = store.read_live().manifest
     if manifest is None or manifest.snapshot != name:
-        raise RunError(f"the engine says that it is done, and {store.shown} was not published; see its own log")
+        raise RunError(f"the engine reports success, but {store.shown} was not published; check the engine's log")
     return manifest
 
 
@@ -158,7 +158,7 @@ def run_job(
         try:
             flush_journals()
         except Exception as problem:  # a full disk; what was written earlier counts all the same
-            _LOGGER.warning("the last seconds of work could not be kept: %s", problem)
+            _LOGGER.warning("the vectors of the last seconds could not be written to the journal: %s", problem)
         return abandon_attempt(*names)
 
     def cancel() -> None:
@@ -180,12 +180,12 @@ def run_job(
             left.set()
             leave()
             reason = first_line(reasons[-1] if reasons else error)
-            raise RunError(f"lost touch with {describe_job(running, options)} ({reason})") from error
+            raise RunError(f"lost the connection to {describe_job(running, options)} ({reason})") from error
         try:
             if dead_letters := stop():
                 _LOGGER.warning("the dead letters of the failed run are in %s until the next run", dead_letters)
         except Exception as problem:
-            _LOGGER.warning("what the failed run had written could not be removed: %s", problem)
+            _LOGGER.warning("files of the failed run could not be removed: %s", problem)
         raise explain_failure(error, explain_job(error, options)) from error
     finally:
         forget_job()
@@ -210,7 +210,9 @@ def prepare_job(resolved: ResolvedRun, name: str, started: float, distributed: b
         raise stop
     config, store, spec, form, live = resolved.config, resolved.store, resolved.spec, resolved.form, resolved.live
     if changes := find_changes(live, spec):
-        _LOGGER.warning("%s was made otherwise (%s): everything is embedded again", store.shown, "; ".join(changes))
+        _LOGGER.warning(
+            "%s was made with other settings (%s): everything is embedded again", store.shown, "; ".join(changes)
+        )
     attempts = attempts_folder(store.work, name)
     make_folder(attempts)
     if distributed:

@@ -93,7 +93,7 @@ def resolve(config: EmbedConfig) -> ResolvedRun:
     """Finds out everything that can be known without writing anything; `find_stops` says what speaks against the run.
 
     Raises:
-      EmbeamError: if the run could not even begin: settings that do not fit, no input, an output that is no table.
+      EmbeamError: if the run could not even begin: settings that do not fit, no input, an output that is not a table.
     """
     if not config.write.output:
         raise ConfigError("--output is missing; name the folder of the table: --output=table")
@@ -142,12 +142,12 @@ def resolve_dead_letters(config: EmbedConfig, store: Store, live: Manifest | Non
       EmbeamError: if there are none that hold their texts, or a setting is not as the table's.
     """
     if live is None:
-        raise TableError(f"--retry_dead_letters: {store.shown} is no table yet; run without the flag first")
+        raise TableError(f"--retry_dead_letters: {store.shown} is not a table yet; run without the flag first")
     if not live.dead_letters:
         raise RunError(f"--retry_dead_letters: {store.shown} has no dead letters; nothing is left to do")
     if live.settings["dead_letter_text"] != "full":
         raise ConfigError(
-            f"--retry_dead_letters: the dead letters of {store.shown} hold no texts, as it was made with "
+            f"--retry_dead_letters: the dead letters of {store.shown} contain no texts, because it was made with "
             f"--dead_letter_text={live.settings['dead_letter_text']}; run on the whole --input instead"
         )
     config = take_settings(config, live, store.shown)
@@ -238,14 +238,14 @@ def check_model(live: Manifest | None, spec: EmbeddingSpec, config: EmbedConfig)
     changes = "; ".join(find_changes(live, spec))
     if changes and config.reindex.on_model_change == "stop":
         raise TableError(
-            f"{config.write.output} was made otherwise ({changes}) and --on_model_change=stop; leave that out to embed "
-            "everything again, or give another --output"
+            f"{config.write.output} was made with other settings ({changes}) and --on_model_change=stop; leave "
+            "that out to embed everything again, or give another --output"
         )
     if changes and config.reindex.keeps_deleted:
         flag = "--deletes=keep" if config.reindex.deletes == "keep" else "--retry_dead_letters"
         raise ConfigError(
-            f"{flag}: {config.write.output} was made otherwise ({changes}), and its rows cannot be kept beside new "
-            "ones; give another --output, or leave the flag out to embed the whole input again"
+            f"{flag}: {config.write.output} was made with other settings ({changes}), and its rows cannot be "
+            "kept beside new ones; give another --output, or leave the flag out to embed the whole input again"
         )
 
 
@@ -253,7 +253,7 @@ def find_changes(live: Manifest | None, spec: EmbeddingSpec) -> list[str]:
     """What makes all vectors of the live table useless; nothing if they can be used."""
     if live is None or live.fingerprint == spec.fingerprint:
         return []
-    return list(describe_changes(live.identity, spec.identity)) or ["in a way that its manifest does not tell"]
+    return list(describe_changes(live.identity, spec.identity)) or ["its manifest does not say which"]
 
 
 def describe_changes(old: dict[str, Any], new: dict[str, Any], name: str = "") -> Iterator[str]:

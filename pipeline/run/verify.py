@@ -72,9 +72,7 @@ def _prepare_sample(table: CheckedTable, input_globs: Sequence[str]) -> Embedder
     if table.layout.tokens:
         raise ConfigError(f"--sample: {table.name} holds a matrix per text, which is not compared; leave it out")
     if not input_globs and (not table.layout.keep_text or table.manifest.settings["pair_field"]):
-        raise ConfigError(
-            f"--sample: {table.name} keeps no texts to encode again; say where they are with --input=GLOB"
-        )
+        raise ConfigError(f"--sample: {table.name} keeps no texts to encode again; name the input with --input=GLOB")
     from pipeline.search.embedder import load_embedder
 
     return load_embedder(table.name)

@@ -106,7 +106,7 @@ def _check_surplus(table: CheckedTable, index: VectorIndex, seen: np.ndarray, un
         table.counts["kept_rows"] += int((~unproven).sum()) if keeps else 0
         surplus.append(start + gone[~unproven] if not keeps else surplus[0])
     for _, place, row in table.read_rows(index, np.concatenate(surplus)):
-        table.find("surplus_row", row["id"], f"{place} is of no document of the input; embeam embed drops it")
+        table.find("surplus_row", row["id"], f"{place} belongs to no document of the input; embeam embed drops it")
 
 
 def check_sample(
@@ -124,7 +124,9 @@ def check_sample(
         try:
             vectors = embedder.embed([text for text, _ in pairs], [pair for _, pair in pairs])
         except ConfigError as error:
-            table.find("wrong_vector", batch[0][1], f"of {len(batch)} rows from it on one has none now: {error}")
+            table.find(
+                "wrong_vector", batch[0][1], f"one of {len(batch)} rows from here on can no longer be encoded: {error}"
+            )
             continue
         for (_, place, row), again, scale in zip(batch, *quantize_vectors(vectors, table.layout.dtype), strict=True):
             table.counts["sampled"] += 1

@@ -34,7 +34,7 @@ def check_files(table: CheckedTable) -> dict[str, str]:
         table.find("missing_file", name, f"it is not in {table.folder}; {fix}")
     for name in sorted({*there, *list_folders(table.folder)} - ours):
         if not name.startswith("."):  # what file managers leave behind
-            table.find("surplus_file", name, f"the manifest does not know it; remove it from {table.folder}")
+            table.find("surplus_file", name, f"the manifest does not list it; remove it from {table.folder}")
     for name in sorted(set(listed) & set(there)):
         _check_file(table, listed[name], there[name])
     n_rows = sum(file.rows for file in manifest.files)
@@ -172,7 +172,7 @@ def _check_row(table: CheckedTable, name: str, row: dict[str, Any]) -> tuple[byt
     except ValueError:
         content = b""
     if len(content) != 16:
-        table.find("wrong_row", name, f"its content hash {row['content_hash']!r} is none")
+        table.find("wrong_row", name, f"its content hash {row['content_hash']!r} is not 32 hexadecimal digits")
         return None
     n_chunks = row["n_chunks"] if layout.chunked else 1
     if not 0 <= row["chunk"] < n_chunks:

@@ -46,7 +46,7 @@ class Embedder:
         documents = [Document(str(i), text, pair) for i, (text, pair) in enumerate(zip(texts, seconds, strict=True))]
         for document in documents:
             if not (is_encodable(document.text) and is_encodable(document.pair or "")):
-                raise ConfigError(f"text {document.id} is no valid UTF-8: {document.text!r}; fix its encoding")
+                raise ConfigError(f"text {document.id} is not valid UTF-8: {document.text!r}; fix its encoding")
         batcher = Batcher(self.spec.buckets)
         batches = []
         for chunk in self._splitter.split(documents):

@@ -106,4 +106,6 @@ class FileReader:
 
 def damaged(path: str, why: str) -> TableError:
     """The error for a part of the live table that cannot be read."""
-    return TableError(f"{path} is damaged: {why}; run embeam embed again with --verify_live, which makes its rows anew")
+    return TableError(
+        f"{path} is damaged: {why}; run embeam embed again with --verify_live, which makes its rows again"
+    )

@@ -50,14 +50,14 @@ class BigQueryName(NamedTuple):
           flag: of the command line, for the error.
 
         Raises:
-          ConfigError: if it is no such name.
+          ConfigError: if the text is not such a name.
         """
         given = f"--{flag}={text}" if flag else text
         found = _NAME.fullmatch(text.removeprefix(SCHEME))
         if not text.startswith(SCHEME) or not found:
             raise ConfigError(
-                f"{given} is no table: a name is bq://PROJECT.DATASET.TABLE of letters, digits and _, with - also in "
-                "the project and the table; write bq://my-project.my_dataset.my_table"
+                f"{given} is not a table name: it must be bq://PROJECT.DATASET.TABLE of letters, digits and _, "
+                "with - also in the project and the table; write bq://my-project.my_dataset.my_table"
             )
         return cls(*found.groups())
 

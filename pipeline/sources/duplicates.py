@@ -110,7 +110,7 @@ class ScanToFile(beam.DoFn):
 
 
 def merge_scans(_: Any, scans: Iterable[tuple[str, int]], work_dir: str) -> str:
-    """Writes the duplicates among the ids of all scans, given as (file, number of ids), to one file; returns its path."""
+    """Writes the duplicates among the ids of all scans, (file, number of ids), to one file; returns its path."""
     blocks = read_blocks(path for path, _ in scans)
     scratch = work_dir if is_local(work_dir) else None
     data = find_duplicates(blocks, sum(n_ids for _, n_ids in scans), scratch).tobytes()

@@ -80,7 +80,7 @@ def read_text(values: Mapping[str, Any], names: Sequence[str]) -> str:
     """The text fields that are there, joined by a blank.
 
     Raises:
-      BadRecord: missing_field if none is there, wrong_type or invalid_utf8 if one is no text.
+      BadRecord: missing_field if none is there, wrong_type or invalid_utf8 if one is not text.
     """
     found = [as_text(values[name], name) for name in names if values.get(name) is not None]
     if not found:
@@ -125,7 +125,7 @@ def as_text(value: Any, name: str, expected: str = "a string") -> str:
     """A string that can be stored as UTF-8.
 
     Raises:
-      BadRecord: wrong_type if it is no string, invalid_utf8 if it is broken bytes or holds a lone surrogate.
+      BadRecord: wrong_type if it is not a string, invalid_utf8 if it is broken bytes or holds a lone surrogate.
     """
     try:
         if isinstance(value, bytes):

@@ -76,12 +76,12 @@ def open_parquet(stream: ByteReader, file: InputFile) -> pq.ParquetFile:
     """Reads the footer.
 
     Raises:
-      DamagedFile: if it is no Parquet file.
+      DamagedFile: if it is not a Parquet file.
     """
     try:
         return pq.ParquetFile(stream, page_checksum_verification=True)
     except (pa.ArrowException, OSError) as error:
-        raise DamagedFile(f"{file.path} is no readable Parquet file: {error}") from error
+        raise DamagedFile(f"{file.path} is not a readable Parquet file: {error}") from error
 
 
 def batch_to_rows(batch: pa.RecordBatch) -> list[dict[str, Any]]:

@@ -169,7 +169,7 @@ def detect_format(path: str, input_format: str = "auto") -> tuple[str, str]:
     kind = FORMATS.get(extension, "") if input_format == "auto" else input_format
     if not kind:
         raise InputError(
-            f"{path}: the extension {extension or '(none)'} is no known format ({', '.join(FORMATS)}, also under "
+            f"{path}: the extension {extension or '(none)'} is not a known format ({', '.join(FORMATS)}, also under "
             f"{', '.join(COMPRESSIONS)}); say what it is, as in --input_format=text, or narrow --input"
         )
     if compression and not SOURCES[kind].reads_compressed:

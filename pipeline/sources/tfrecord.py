@@ -53,7 +53,7 @@ class TfrecordSource(Source):
                     message = describe_too_large(frame.size, config)
                     yield Record(number, n_read, reason="too_large", message=message)
                 elif not frame.is_intact:
-                    message = f"record {number} of {frame.size} bytes does not have its checksum"
+                    message = f"record {number} of {frame.size} bytes has a wrong checksum"
                     yield Record(number, n_read, reason="bad_checksum", message=message)
                 else:
                     try:
@@ -77,7 +77,7 @@ def iterate_frames(stream: ByteReader, limit: int) -> Iterator[Frame]:
             raise TruncatedFile("the file ends within a record's length")
         size, checksum = _HEADER.unpack(header)
         if mask_crc(google_crc32c.value(header[:8])) != checksum:
-            raise BrokenFraming("a record's length does not have its checksum; the rest of the file is lost")
+            raise BrokenFraming("a record's length has a wrong checksum; the rest of the file cannot be read")
         if size > limit:
             _skip_bytes(stream, size + _FOOTER.size)
             yield Frame(b"", size, is_too_large=True)

@@ -82,7 +82,9 @@ def cleaning_up(work: str) -> Iterator[None]:
         yield
     except Exception as error:  # every file system has exceptions of its own
         _LOGGER.warning(
-            "the run is published; what it no longer needs in %s could not be removed: %s", work, first_line(error)
+            "the run is published, but files in %s that it no longer needs could not be removed: %s",
+            work,
+            first_line(error),
         )
 
 

@@ -139,11 +139,11 @@ def validate_snapshot(completion: Completion, failed: str, it: str) -> None:
 
     Args:
       completion: the new state.
-      failed: what the message says of it: what failed validation and "lies".
-      it: what the message tells to look into.
+      failed: the beginning of the message: what failed validation and where it "is kept".
+      it: the pronoun for it in the message.
 
     Raises:
-      ValidationError: saying why, and where it lies.
+      ValidationError: with the reason and the folder.
     """
     if completion.plan.publication.reindex.validate == "off":
         return
@@ -154,8 +154,8 @@ def validate_snapshot(completion: Completion, failed: str, it: str) -> None:
         manifest = build_manifest(publication, completion.shards, completion.counts)
         folder = reject_snapshot(publication, manifest, completion.shards)
         raise ValidationError(
-            f"{failed} in {folder}: {error}; the table is what it was; look into {it}, or "
-            "publish all the same with --validate=off"
+            f"{failed} in {folder}: {error}; the table is unchanged; inspect {it}, or "
+            f"publish {it} anyway with --validate=off"
         ) from error
 
 

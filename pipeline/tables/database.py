@@ -70,7 +70,7 @@ def check_column(table: object, name: str, there: str, wanted: str) -> None:
     """Raises TableError if a column that is there has another type than is wanted."""
     if there != wanted:
         raise TableError(
-            f"{table} has a column {name!r} of type {there}, which is to hold {wanted}; rename the field, or give it "
+            f"{table} has a column {name!r} of type {there}, but {wanted} is needed; rename the field, or give it "
             "the column's type, as in --keep_fields=year:int"
         )
 
@@ -82,7 +82,7 @@ def check_identifier(name: str, output: str) -> str:
       ConfigError: if it cannot.
     """
     if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name):
-        raise ConfigError(f"--output={output}: {name!r} is no name of a table; use letters, digits and _")
+        raise ConfigError(f"--output={output}: {name!r} is not a name of a table; use letters, digits and _")
     return name
 
 
@@ -180,7 +180,7 @@ class DatabaseReader:
             keys = [(whole_digest(entry["content"]).hex(), int(entry["chunk"])) for entry in entries[numbers]]
             found = {(row["content_hash"], row["chunk"]): row for row in self.fetch(sorted({key[0] for key in keys}))}
             if missing := [key for key in keys if key not in found]:
-                raise damaged("the table", f"rows of content {missing[0][0]} have vanished during the run")
+                raise damaged("the table", f"rows with the content hash {missing[0][0]} were deleted during the run")
             yield Stored(numbers, [found[key] for key in keys])
 
     def select(self, stored: Stored, positions: np.ndarray) -> StoredRows:
@@ -200,7 +200,7 @@ def complete_changes(plan: CommitPlan, results: Results) -> LocalCompletion:
     completion = complete_local(plan, results, whole=False)
     if not plan.publication.previous:
         check_any_rows(completion.shards, completion.counts)
-    validate_snapshot(completion, "the new rows failed validation and lie", "them")
+    validate_snapshot(completion, "the new rows failed validation and are kept", "them")
     return completion
 
 

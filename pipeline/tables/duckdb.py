@@ -236,7 +236,7 @@ def connect(path: str, read_only: bool = False) -> Iterator[DuckDBPyConnection]:
 
     Raises:
       ConfigError: if DuckDB is not installed.
-      TableError: if the file is no database, is in use by another process, or a statement fails.
+      TableError: if the file is not a database, is in use by another process, or a statement fails.
     """
     try:
         import duckdb

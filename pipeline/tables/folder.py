@@ -45,7 +45,7 @@ class FolderStore(FolderTable):
             for part in (file, index_file):
                 path = join(root, part.name)
                 if there.get(part.name) != part.n_bytes or (by_checksum and not has_checksum(path, part.sha256)):
-                    _LOGGER.warning("%s is damaged; its rows are made anew", path)
+                    _LOGGER.warning("%s is damaged; its rows are made again", path)
                     damaged.add(join(root, file.name))
         return damaged
 
@@ -136,6 +136,6 @@ class FolderCommit(Committer):
         completion = complete(self.plan, results, whole=True)
         shards, counts = completion.shards, completion.counts
         check_any_rows(shards, counts)
-        validate_snapshot(completion, "the new snapshot failed validation and lies", "it")
+        validate_snapshot(completion, "the new snapshot failed validation and is kept", "it")
         create_file(path, json.dumps({"shards": shards, "counts": counts}).encode())
         return shards, counts

@@ -180,7 +180,7 @@ class _GcsLock:
                     Lease(self._table, self._run).release()  # a worker may have renewed it
             except Exception as error:  # the work is done, whatever becomes of the lock
                 _LOGGER.warning(
-                    "%s could not be removed (%s); it ends by itself within %d seconds",
+                    "%s could not be removed (%s); it expires within %d seconds",
                     self._path,
                     error,
                     self._expiry_seconds,
@@ -206,7 +206,7 @@ class _GcsLock:
                 return generation
         raise TableError(
             f"{_in_use(self._table, owner)}; wait for it, or stop it. "
-            f"If it was killed, its lock ends in {max(1, round(left))} seconds: run again then"
+            f"If it was killed, its lock expires in {max(1, round(left))} seconds: run again then"
         )
 
     def _renew(self) -> None:
@@ -233,8 +233,8 @@ class _GcsLock:
         if _read_owner(stored.data).get("run") == self._run:
             return stored.generation
         _LOGGER.warning(
-            "another run has taken %s from this one, which was out of touch with it for too long; "
-            "only one of them can publish",
+            "another run has taken the lock of %s, because this run did not renew it in time; "
+            "only one of the two can publish",
             self._table,
         )
         return 0
@@ -272,7 +272,7 @@ class Lease(NamedTuple):
             if stored:
                 lock.delete_if(stored.generation)
         except Exception as error:  # the work is done, whatever becomes of the lock
-            _LOGGER.warning("the lock of %s could not be removed (%s); it ends by itself", self.table, error)
+            _LOGGER.warning("the lock of %s could not be removed (%s); it expires", self.table, error)
 
     def _find(self) -> tuple[GcsObject, Optional[StoredObject]]:
         lock = GcsObject(join(self.table, LOCK), _REQUEST_SECONDS, persistent=False)
@@ -302,5 +302,5 @@ def _in_use(table: str, owner: dict[str, Any]) -> str:
         return f"--output={table} is in use by another run"
     return (
         f"--output={table} is in use: run {owner['run']} on {owner['host']}, process {owner['pid']}, "
-        f"has it since {owner['since']}"
+        f"has held it since {owner['since']}"
     )

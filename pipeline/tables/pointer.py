@@ -31,7 +31,7 @@ def read_versioned(path: str) -> tuple[str, str]:
     """Reads a small file together with a token that changes whenever its content does.
 
     Returns:
-      The text and the version; "" and "" where there is no file. What is no UTF-8 in the text becomes U+FFFD.
+      The text and the version; "" and "" where there is no file. Bytes that are not UTF-8 become U+FFFD.
     """
     if is_gcs(path):
         stored = GcsObject(path).read()

@@ -95,7 +95,7 @@ def check_folder(table: str) -> None:
         foreign = sorted(name for name in names if strip_partial(name) not in _NAMES)
         if foreign:
             raise TableError(
-                f"--output={table} holds {foreign[0]!r} and is no table; give an empty or new folder, or a table's"
+                f"--output={table} holds {foreign[0]!r} and is not a table; give an empty or new folder, or a table's"
             )
     if not is_local(table) and (set(table) & set("*?[") or "/" not in table.partition("://")[2].rstrip("/")):
         raise TableError(f"--output={table}: give a folder below the bucket, without any of * ? [ in its name")
@@ -190,7 +190,9 @@ def place_files(manifest: Manifest, shards: Sequence[Shard], folder: str) -> Non
         if FileSystems.exists(source):  # else an interrupted attempt at the same commit has moved it
             waiting.append((source, target))
         elif not FileSystems.exists(target):
-            raise TableError(f"{source} has vanished; does another program clean the output? run again")
+            raise TableError(
+                f"{source} is missing; check that no other program deletes files in the output, and run again"
+            )
     if waiting:
         FileSystems.rename(*map(list, zip(*waiting, strict=True)))
     listed = {file.name for file in (*manifest.files, *manifest.index_files, *manifest.dead_letter_files)}
@@ -230,7 +232,7 @@ def make_live(plan: Publication) -> None:
     if read_pointer(plan.table) != plan.name:
         raise TableError(
             f"another run has published {read_pointer(plan.table)} in {plan.table} since this one started from "
-            f"{plan.previous or 'nothing'}; the other's table stays live and this one's lies in {SNAPSHOTS}/{plan.name}"
+            f"{plan.previous or 'nothing'}; that snapshot stays live and this run's is kept in {SNAPSHOTS}/{plan.name}"
         )
 
 

@@ -25,7 +25,9 @@ def open_live(table: str) -> tuple[Manifest, Table]:
     found = find_table(table)
     manifest = found.read_live().manifest
     if manifest is None:
-        raise TableError(f"{table} is no table: nothing was published there; embeam embed --output={table} makes one")
+        raise TableError(
+            f"{table} is not a table: nothing was published there; embeam embed --output={table} makes one"
+        )
     return manifest, found
 
 

@@ -180,7 +180,7 @@ class FinishVectors(beam.DoFn):
         for encoding in self._encodings:
             yield from end_bundle(self._finish(encoding.future.result()))
         if lost := self._averager.unfinished():
-            raise RuntimeError(f"the chunks of {lost[0].document.id!r} were torn apart between two bundles")
+            raise RuntimeError(f"the chunks of {lost[0].document.id!r} were split between two bundles")
         counted = BundleCounts.of("encode", dict(self._counts))
         yield from end_bundle([beam.pvalue.TaggedOutput("bundle_counts", counted)])
 

@@ -385,8 +385,8 @@ def test_a_graph_that_computes_something_else_runs_as_published_and_says_so(name
         found = describe(tmp_path / "model")
     assert (found.graph, found.architecture, found.parity) == ("published", None, None)
     assert set(found.identity) == {"files", "weights"}, "sizes do not tell what this graph computes"
-    assert "does not compute what its variables suggest (max abs" in caplog.text
-    with pytest.raises(EncoderError, match="does not compute"):
+    assert "the fast graph does not give the same vectors (max abs" in caplog.text
+    with pytest.raises(EncoderError, match="does not give the same vectors"):
         describe(tmp_path / "model", encoder_graph="fast")
 
 
@@ -447,7 +447,7 @@ def test_reduced_precision_of_the_published_graph_is_refused():
 
 def test_a_precision_that_spoils_the_vectors_is_refused_or_left_by_auto(monkeypatch, caplog):
     monkeypatch.setattr(parity, "LOWEST_COSINE", 1.1)
-    with pytest.raises(EncoderError, match="--precision=bfloat16 would spoil this encoder's vectors"):
+    with pytest.raises(EncoderError, match="--precision=bfloat16 is too inaccurate for this encoder"):
         describe(ENCODER, precision="bfloat16")
     monkeypatch.setattr(runtime, "native_half_precision", lambda: "bfloat16")
     with caplog.at_level(logging.WARNING):

@@ -324,7 +324,7 @@ def test_rows_cannot_be_kept_beside_those_of_another_model(folder):
 )
 def test_what_differs_from_the_table_is_told(folder, settings, told):
     """Whatever it is, it is found before anything runs."""
-    with pytest.raises(TableError, match=re.escape(f"was made otherwise ({told})")):
+    with pytest.raises(TableError, match=re.escape(f"was made with other settings ({told})")):
         run_pipeline(folder, on_model_change="stop", **settings)
 
 
@@ -341,7 +341,7 @@ def test_a_run_whose_encoder_gives_other_vectors_by_now_is_stopped(folder):
 
     write_jsonl(folder / "corpus.jsonl", change(RECORDS[1:], n50="a new document"))
     with mock.patch.object(LoadedEncoder, "encode", turn):
-        with pytest.raises(ValidationError, match=r"lies in .*rejected/.*encoded again"):
+        with pytest.raises(ValidationError, match=r"is kept in .*rejected/.*encoded again"):
             run_pipeline(folder)
         assert_unchanged(folder / "table", before)
         assert run_pipeline(folder, validate="off").snapshot == open_table(str(folder / "table"))[0].snapshot

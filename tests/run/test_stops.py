@@ -51,7 +51,7 @@ OUTPUTS = [
     ("--dtype=int8", lambda folder: f"duckdb://{folder}/v.duckdb/notes", {"dtype": "int8"}),
     ("--work_dir=gs://", lambda _: "bq://my-project.data.notes", {}),
     ("no file system for nowhere://", lambda _: "nowhere://bucket/table", {}),
-    ("holds 'photo.jpg' and is no table", somebody_elses_folder, {}),
+    ("holds 'photo.jpg' and is not a table", somebody_elses_folder, {}),
     ("that embeam did not make", somebody_elses_database, {}),
     ("there is no folder", lambda folder: f"duckdb://{folder}/none/v.duckdb/notes", {}),
     ("is a file; give a folder", name_file, {}),

@@ -349,7 +349,7 @@ def test_tables_of_all_kinds_are_consistent(tmp_path, settings):
 
 
 def test_wrong_usage_is_said(tmp_path):
-    with pytest.raises(TableError, match="is no table"):
+    with pytest.raises(TableError, match="is not a table"):
         verify(tmp_path)
     embed_records(tmp_path, make_records(3))
     with pytest.raises(ConfigError, match="matches no file"):

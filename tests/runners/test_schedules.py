@@ -208,7 +208,7 @@ def test_of_two_runs_at_once_the_second_is_refused_and_the_first_is_right(names,
     assert second.returncode == EXIT_FAILED
     told = json.loads(second.stdout.splitlines()[-1])
     assert (told["status"], told["exit_code"]) == ("failed", EXIT_FAILED)
-    owner = rf"run \S+ on \S+, process {first.pid}, has it since .* UTC"
+    owner = rf"run \S+ on \S+, process {first.pid}, has held it since .* UTC"
     assert re.fullmatch(rf"--output={table} is in use: {owner}; wait for it, or stop it", told["error"])
     assert [json.loads(line)["message"] for line in second.stderr.splitlines()] == [told["error"]]
 

@@ -224,7 +224,7 @@ def test_a_run_that_is_killed_has_had_its_table_alone_and_loses_nothing(tmp_path
     process = start_python("-c", STANDS_STILL, tmp_path / "told", *embed_flags(corpus, table, SLOW))
     try:
         wait_for((tmp_path / "told").exists, process)
-        with pytest.raises(TableError, match=f"is in use: run .* process {process.pid}, has it since"):
+        with pytest.raises(TableError, match=f"is in use: run .* process {process.pid}, has held it since"):
             encode(corpus, table)
     finally:
         kill_group(process)

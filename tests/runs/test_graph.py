@@ -239,7 +239,7 @@ WRONG = [
     (["plan", "--inptu=a.txt"], "unknown flag --inptu; did you mean --input?"),
     (["show", "t", "--rosw=3"], "unknown flag --rosw; did you mean --rows?"),
     (["rollback", "t", "--lsit"], "unknown flag --lsit; did you mean --list?"),
-    (["show", "there/is/no/table"], "there/is/no/table is no table"),
+    (["show", "there/is/no/table"], "there/is/no/table is not a table"),
 ]
 
 

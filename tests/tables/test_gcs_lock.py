@@ -172,7 +172,7 @@ def test_a_held_table_is_refused_with_the_name_of_its_owner(table):
         TableLock(table, "second").acquire()
     message = str(refusal.value)
     assert message.startswith(f"--output={table} is in use: run first on ")
-    assert f", process {os.getpid()}, has it since " in message
+    assert f", process {os.getpid()}, has held it since " in message
     assert re.search(
         r"wait for it, or stop it\. If it was killed, its lock ends in (90|89|88) seconds: run again then$", message
     )
@@ -254,8 +254,8 @@ def test_an_owner_that_was_overtaken_says_so_once_and_leaves_the_lock(table, cap
     with caplog.at_level(logging.WARNING, "pipeline.tables.lock"), TableLock(table, "second"):
         time.sleep(2.5)
         assert [record.getMessage() for record in caplog.records] == [
-            f"another run has taken {table} from this one, which was out of touch with it for too long; "
-            "only one of them can publish"
+            f"another run has taken the lock of {table}, because this run did not renew it in time; "
+            "only one of the two can publish"
         ]
         sleeper.release()
         with pytest.raises(TableError, match="run second on"):

@@ -189,7 +189,7 @@ def test_an_encoder_that_gives_other_vectors_by_now_is_found(table, changed):
     before = remember(table.output)
     table.encoder = lambda text, model: -draw_vector(text, model)
     documents = [*DOCUMENTS[1:], make_document("new", "new")] if changed else DOCUMENTS
-    with pytest.raises(ValidationError, match=r"lies in .*rejected/.*encoded again"):
+    with pytest.raises(ValidationError, match=r"is kept in .*rejected/.*encoded again"):
         table.run(documents)
     assert_unchanged(table.output, before)
     (rejected,) = Path(table.output, "rejected").iterdir()
