@@ -274,7 +274,7 @@ class ReindexConfig(CheckedConfig):
 
     @property
     def keeps_deleted(self) -> bool:
-        """Whether rows stay of documents that the run does not see: as asked, or since it sees dead letters alone."""
+        """Whether rows of documents that the run does not see are kept: on request, or when it retries dead letters."""
         return self.deletes == "keep" or self.retry_dead_letters
 
 

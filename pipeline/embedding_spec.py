@@ -1,4 +1,4 @@
-"""What a configuration comes to: encoder, tokeniser, batch shapes and fingerprint, resolved before anything runs."""
+"""Resolves a configuration to an embedding spec: encoder, tokeniser, batch shapes and fingerprint."""
 
 from __future__ import annotations
 
@@ -66,9 +66,9 @@ def make_embedding_spec(config: EmbedConfig, device: Device | None = None) -> Em
 
     Raises:
       ConfigError: if settings do not fit the encoder or each other.
-      EncoderError: if encoder or preprocessor are none.
+      EncoderError: if the encoder or the preprocessor is not usable as such.
     """
-    load_tensorflow()  # before anything else imports it with all its noise
+    load_tensorflow()  # first, because it silences TensorFlow's messages
     device = device or this_device()
     encoder, model = describe_encoder(config.encoder, device)
     if encoder.takes == "texts" and config.read.pair_field:
@@ -107,9 +107,9 @@ def make_embedding_spec(config: EmbedConfig, device: Device | None = None) -> Em
 
 
 def choose_batch_tokens(encoder: EncoderSpec, device: Device) -> int:
-    """The budget of a batch: enough to keep the device busy, and no more than its caches like.
+    """The budget of a batch: large enough to keep the device busy, small enough for its caches.
 
-    On processors a feed-forward's output should stay in the last cache; GPUs want thousands of tokens at once.
+    On CPUs a feed-forward's output should fit into the last cache; GPUs need thousands of tokens at once.
     """
     if encoder.takes == "texts":
         return TEXT_BATCH_BYTES
@@ -123,11 +123,11 @@ def choose_batch_tokens(encoder: EncoderSpec, device: Device) -> int:
 def choose_split_rule(
     config: PreprocessConfig, encoder: EncoderSpec, model: SavedModelSpec, pair_field: str = ""
 ) -> tuple[SplitRule, dict[str, Any]]:
-    """Chooses how documents are tokenised and cut, and says what of it changes vectors.
+    """Chooses how documents are tokenised and cut; also returns the part of the identity that this determines.
 
     Raises:
       ConfigError: if the settings do not fit the encoder.
-      EncoderError: if the preprocessor is none.
+      EncoderError: if the preprocessor is not a preprocessor.
     """
     if encoder.takes == "texts":
         for flag, value in (("preprocessor", config.preprocessor), ("max_tokens", config.max_tokens or "")):

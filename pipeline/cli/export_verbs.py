@@ -161,10 +161,10 @@ def read_encoder(known: argparse.Namespace) -> Content:
     """Another encoder's weights, with its own vocabulary or the given one.
 
     Raises:
-      EncoderError: if there is none, or one that `export_encoder` would turn into something else.
+      EncoderError: if there is none, or `export_encoder` would write another encoder.
       ConfigError: if flags contradict it.
     """
-    load_tensorflow()  # before anything else imports it with all its noise
+    load_tensorflow()  # first, because it silences TensorFlow's messages
     from pipeline.encoders.parity import ParityCheck
     from pipeline.encoders.spec import hash_variables
 
@@ -251,7 +251,7 @@ def check_output(output: str) -> str:
 
 @contextlib.contextmanager
 def writing(output: str) -> Iterator[None]:
-    """Says which folder could not be written where the system or TensorFlow says why."""
+    """Raises ConfigError with the folder's name if the system or TensorFlow cannot write it."""
     tf = load_tensorflow()
     try:
         yield
@@ -262,13 +262,13 @@ def writing(output: str) -> Iterator[None]:
 
 
 def count_parameters(sizes: Architecture) -> int:
-    """All numbers in the weights; no list of them is made, which could be of any length."""
+    """Counts all numbers in the weights without listing the layers, of which there may be any number."""
     none, one = (sum(map(math.prod, weight_shapes(sizes._replace(layers=n)).values())) for n in (0, 1))
     return none + sizes.layers * (one - none)
 
 
 def check_memory(parameters: int) -> None:
-    """Refuses what would end in the kernel killing the process."""
+    """Raises ConfigError if the weights do not fit into memory, where the kernel would kill the process."""
     import psutil
 
     needed = parameters * 4 * 2  # float32, once as arrays and once as TensorFlow's variables

@@ -44,12 +44,12 @@ def run() -> None:
         main()
     except SystemExit as stop:
         code = stop.code if isinstance(stop.code, int) else EXIT_FAILED
-    if STOPPING.is_set():  # the run has failed since its workers are gone
+    if STOPPING.is_set():  # the run failed because the signal ended its workers
         threading.Event().wait()
     for stream in (sys.stdout, sys.stderr):
         try:
             stream.flush()
-        except BrokenPipeError:  # its reader has seen enough
+        except BrokenPipeError:  # its reader has closed the pipe
             pass
         except OSError as error:  # such as a file on a full disk
             code = code or EXIT_FAILED
@@ -63,7 +63,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")  # a terminal need not know every character
+            stream.reconfigure(errors="backslashreplace")  # a terminal may lack some characters
     gc.set_threshold(50_000)  # importing TensorFlow and Beam makes millions of objects, none of them garbage
     parser, embed_parser = build_parsers()
     given = sys.argv[1:] if arguments is None else arguments
@@ -79,14 +79,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
         else:
             refuse(rest, known.parser.flags(), stray=known.stray)
             known.run(known)
-    except BrokenPipeError:  # the reader of our output has seen enough
+    except BrokenPipeError:  # the reader of our output has closed the pipe
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except Exception as error:
         sys.exit(report_failure(error, known))
 
 
 def report_failure(error: Exception, known: argparse.Namespace) -> int:
-    """Says in one line why a command fails.
+    """Reports in one line why a command fails.
 
     Args:
       error: what it raised.
@@ -96,7 +96,7 @@ def report_failure(error: Exception, known: argparse.Namespace) -> int:
       The exit code.
     """
     code = EXIT_USAGE if isinstance(error, ConfigError) else EXIT_FAILED
-    if STOPPING.is_set():  # it fails since a signal has ended its workers, which was said
+    if STOPPING.is_set():  # a signal has ended its workers, which was reported already
         return code
     if known.debug:
         traceback.print_exception(error)
@@ -108,7 +108,7 @@ def report_failure(error: Exception, known: argparse.Namespace) -> int:
 
 
 def build_parsers() -> tuple[Parser, Parser]:
-    """The command's parser, and that of the verb `embed`, whose flags Beam's are compared with."""
+    """The command's parser, and the parser of the verb `embed`, whose flags correct unknown ones."""
     parser = Parser(prog="embeam", description="Turns a text corpus into an embedding table.")
     parser.add_argument("--version", action="version", version=f"embeam {__version__}")
     verbs = parser.add_subparsers(dest="verb", title="verbs", metavar="VERB", parser_class=Parser)

@@ -107,7 +107,7 @@ def run_sql(known: argparse.Namespace) -> None:
 
 
 def run_plan(known: argparse.Namespace) -> None:
-    file = read_command_file(known.config, known.embed_flags)  # where the run takes place makes no difference
+    file = read_command_file(known.config, known.embed_flags)  # the runner makes no difference to a dry run
     known.debug = known.debug or file.debug
     set_up_logging(known.debug, file.log_format)
     config = EmbedConfig.from_flat(file.settings | given_settings(known))
@@ -159,7 +159,7 @@ def format_plan(dry_run: DryRun, output: str) -> str:
 
 
 def describe_time(dry_run: DryRun) -> str:
-    """How long encoding takes, and where that is known from."""
+    """How long encoding takes, and the source of the estimate."""
     from pipeline.report.progress_bar import format_seconds
 
     if dry_run.seconds is None:
@@ -206,8 +206,8 @@ def format_verification(
       name: of the table as it was given.
       table: after it was checked.
       found: how many findings there are of each kind.
-      shown: those to list.
-      has_input: whether an input was compared with.
+      shown: the findings to list.
+      has_input: whether the table was compared with an input.
     """
     from pipeline.report.summary import format_bytes
     from pipeline.run.checked_table import KINDS

@@ -1,4 +1,4 @@
-"""What every loaded encoder can do, and what those that take token ids have in common."""
+"""The interface of a loaded encoder, and the common part of those that take token ids."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ class Encoder(Protocol):
         ...
 
     def warm_up(self) -> int:
-        """Runs one small input, so that the first batch finds everything built, and returns D, the vector's size."""
+        """Runs one small input, so that the first batch does not wait for set-up, and returns D, the vector's size."""
         ...
 
     def compile_shapes(self, shapes: Iterable[tuple[int, int]]) -> None:
-        """Compiles for batches of these rows and lengths, where the graph is compiled at all."""
+        """Compiles the graph for batches of these rows and lengths; does nothing if it is not compiled."""
         ...
 
 
@@ -89,5 +89,5 @@ class TextEncoder:
 
 
 def _trial_chunk(ids: bytes) -> Chunk:
-    """A chunk of no document, to try an encoder with."""
+    """A chunk without a document, to try an encoder with."""
     return Chunk(Document("", ""), "", 0, 1, ids, len(ids) // 4, 1, 0)

@@ -1,4 +1,4 @@
-"""Text to token ids, equal to `bert_en_uncased_preprocess`, by the fast kernel where it agrees with the exact one."""
+"""Text to token ids, equal to `bert_en_uncased_preprocess`; uses the fast kernel where it equals the exact one."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _DIFFERENT = (
 )
 _DIFFERENT_CASED = _DIFFERENT + "\u00a0\u2000-\u200a\u202f\u205f\u3000"
 
-# The ops that make a preprocessor one of the BERT family.
+# The ops by which a preprocessor of the BERT family is recognised.
 _WORDPIECE_OPS = frozenset(("RegexSplitWithOffsets", "WordpieceTokenizeWithOffsets"))
 PARITY_TEXTS = (
     "Hello, World! It's 3.14 o'clock.",
@@ -77,7 +77,7 @@ def find_vocabulary(spec: SavedModelSpec) -> Optional[Vocabulary]:
 
 
 def agrees_with_preprocessor(vocabulary: Vocabulary, folder: str) -> bool:
-    """Whether our tokens equal those of a preprocessor SavedModel on a few hostile texts; remembered in the cache."""
+    """Whether our tokens equal those of a preprocessor SavedModel on a few difficult texts; cached."""
     import tensorflow_text as text
 
     graph = hash_file(str(Path(folder, "saved_model.pb")))

@@ -93,7 +93,7 @@ def read_segment(path: str) -> Optional[Segment]:
     """Reads a segment; None if it is torn, damaged or gone."""
     try:
         data = read_bytes(path)
-    except Exception:  # every file system has exceptions of its own
+    except Exception:  # each file system raises its own exceptions
         return None
     name = path.replace("\\", "/").rpartition("/")[2].removesuffix(SUFFIX)
     if hashlib.blake2b(data, digest_size=20).hexdigest() != name or not data.startswith(_MAGIC):

@@ -1,4 +1,4 @@
-"""A table that is verified: what its manifest says, what was counted in it, and what was found wrong."""
+"""State of the verification of a table: its manifest, counts, and findings."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ KINDS = {
 
 
 class Finding(NamedTuple):
-    """One thing that is not as it should be: a key of KINDS, which file, row or document, and what is wrong."""
+    """One inconsistency: a key of KINDS, the file, row or document, and a message."""
 
     kind: str
     what: str
@@ -55,8 +55,8 @@ class CheckedTable:
       folder: of the live snapshot.
       layout: the columns.
       reader: of its files.
-      counts: what was looked at, and what dead letters account for.
-      dead_letters: whose they are.
+      counts: of files, rows and documents that were checked, and of those that dead letters explain.
+      dead_letters: the documents and files that the dead letters belong to.
       redigests: whether the digest of the kept fields can be made from the rows.
       compares_kept: whether the digest of the kept fields is index.
       required: the columns that may not be null.
@@ -82,7 +82,7 @@ class CheckedTable:
         self._report(Finding(kind, what, message))
 
     def read_rows(self, index: VectorIndex, numbers: np.ndarray) -> Iterator[tuple[int, str, dict[str, Any]]]:
-        """Yields number, place and columns of some rows; of one that cannot be read only its id's digest as the id.
+        """Yields number, place and columns of some rows; an unreadable row has only the digest of its id, as its id.
 
         Args:
           index: the index of the rows.

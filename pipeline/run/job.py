@@ -1,4 +1,4 @@
-"""One run from start to end: checks first, then the pipeline, then what is left behind."""
+"""Runs one job from start to end: checks, the pipeline, and the clean-up."""
 
 from __future__ import annotations
 
@@ -68,11 +68,11 @@ def build_table(
       show_progress: whether to report to stderr while it runs.
 
     Returns:
-      The new snapshot's manifest; None if the job was only staged, as a template, and publishes it by itself.
+      The new snapshot's manifest; None if the job was only staged as a template, which publishes it when it runs.
 
     Raises:
       EmbeamError: if the configuration cannot work, the output cannot be written, or the run is stopped; the table's
-        live snapshot is then what it was before.
+        live snapshot is then unchanged.
     """
     load_tensorflow()
     started = time.time()
@@ -112,7 +112,7 @@ def build_table(
 
 @contextmanager
 def scratch_folder(work: str, name: str) -> Iterator[str]:
-    """A local folder for what the run's processes share: on the table's disk if that is local, as it grows with it."""
+    """A local folder that the run's processes share. It is on the table's disk if that is local."""
     sweep_dead_attempts(work)
     if is_local_path(work):
         folder = join(attempts_folder(work, name), "scratch")
@@ -134,14 +134,14 @@ def run_job(
     leave: Callable[[], object] = lambda: None,
     show_progress: bool = False,
 ) -> None:
-    """Runs a prepared job to its end; one that fails leaves its dead letters and its journal.
+    """Runs a prepared job to its end; a failed one keeps its dead letters and its journal.
 
     Args:
       job: from `prepare_job`.
       runner: from `make_runner`.
       options: the engine's.
-      leave: hands the table over to a job that outlives this process.
-      show_progress: whether to say on stderr where a job can be looked at.
+      leave: leaves the table's lock to a job that outlives this process.
+      show_progress: whether to print a link to the job on stderr.
 
     Raises:
       EmbeamError: if it fails.
@@ -193,7 +193,7 @@ def run_job(
 
 
 def prepare_job(resolved: ResolvedRun, name: str, started: float, distributed: bool = False, scratch: str = "") -> Job:
-    """Looks at the output and at what is known already; the caller holds the table's lock.
+    """Prepares a job from the output's state and the vectors to reuse; the caller holds the table's lock.
 
     Args:
       resolved: from `resolve`.
@@ -203,7 +203,7 @@ def prepare_job(resolved: ResolvedRun, name: str, started: float, distributed: b
       scratch: an empty local folder that all processes of the run see.
 
     Raises:
-      EmbeamError: if the run could not succeed.
+      EmbeamError: if the run cannot succeed.
     """
     resolved = resolve_again(resolved)
     for stop in find_stops(resolved, estimate_new_rows(resolved)):
@@ -256,7 +256,7 @@ def require_folder(store: Store) -> FolderStore:
 
 
 def describe_table(resolved: ResolvedRun) -> dict[str, Any]:
-    """The fields of the new snapshot's manifest that the run does not change."""
+    """The fields of the new snapshot's manifest that are fixed before the run."""
     config, spec, form = resolved.config, resolved.spec, resolved.form
     settings = config.flat() | {
         flag: absolute_path(path)  # a later query may run in another folder
@@ -279,5 +279,5 @@ def describe_table(resolved: ResolvedRun) -> dict[str, Any]:
 
 
 def leave_here(encode: beam.PTransform) -> beam.PTransform:
-    """Where the local engine encodes: in the stage that reads."""
+    """Returns the transform unchanged: the local engine encodes in the stage that reads."""
     return encode

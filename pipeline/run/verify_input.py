@@ -1,4 +1,4 @@
-"""A table against its input: documents without rows, rows without documents, and vectors that are no longer made."""
+"""Compares a table with its input: documents without rows, rows without documents, and changed vectors."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from pipeline.search.embedder import Embedder
 
 BLOCK = 1024
-SAMPLE_BATCH = 64  # texts that are encoded in one go
+SAMPLE_BATCH = 64  # texts that are encoded at once
 
 
 def check_input(
@@ -69,7 +69,7 @@ def check_input(
 
 
 def _is_current(table: CheckedTable, document: Document, entries: np.ndarray) -> bool:
-    """Whether a document's rows are what it says now; reports if not."""
+    """Whether a document's rows match its current text and kept fields; reports a finding if not."""
     origin = document.origin
     place = f"{origin.path} {origin.unit} {origin.position}"
     is_dead = digest_id(document.id).rstrip(b"\0") in table.dead_letters.ids
@@ -116,7 +116,7 @@ def check_sample(
     wanted: np.ndarray,
     texts: dict[int, tuple[str, str | None]] | None,
 ) -> None:
-    """Encodes the texts of some rows again; their own texts where none are given."""
+    """Encodes the texts of some rows again: the given texts, or else the table's own."""
     numbers = wanted if texts is None else np.array(sorted(texts), np.int64)
     rows = (read for read in table.read_rows(index, numbers) if "embedding" in read[2])
     while batch := list(islice(rows, SAMPLE_BATCH)):

@@ -1,4 +1,4 @@
-"""A table by itself: its files against its manifest, its rows against their index and against each other."""
+"""Checks a table by itself: files against the manifest, rows against their index and against each other."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def check_files(table: CheckedTable) -> dict[str, str]:
 def _check_file(table: CheckedTable, file: TableFile, path: str) -> None:
     try:
         sha256, size = read_checksum(path)
-    except Exception as error:  # every file system has exceptions of its own
+    except Exception as error:  # each file system raises its own exceptions
         table.find("damaged_file", file.name, f"it cannot be read: {error}")
         return
     table.counts["files"] += 1
@@ -58,7 +58,7 @@ def _check_file(table: CheckedTable, file: TableFile, path: str) -> None:
 
 
 def check_dead_letters(table: CheckedTable, there: dict[str, str]) -> None:
-    """Reads the dead letters: whose they are, and whether all are there."""
+    """Reads the dead letters, records which documents they belong to, and checks their number."""
     n = 0
     for file in table.manifest.dead_letter_files:
         if file.name not in there:
@@ -84,11 +84,11 @@ def check_dead_letters(table: CheckedTable, there: dict[str, str]) -> None:
 
 
 def check_rows(table: CheckedTable, there: dict[str, str]) -> Iterator[tuple[str, Index]]:
-    """Checks every row by itself and against its index; yields what the rows themselves say, file by file."""
+    """Checks every row by itself and against its index; yields the entries made from the rows, file by file."""
     for file, index_file in zip(table.manifest.files, table.manifest.index_files, strict=True):
         index = _read_index(table, file, index_file) if index_file.name in there else None
         entries = np.zeros(file.rows, ENTRY)
-        if index is not None:  # what cannot be read counts as there
+        if index is not None:  # a row that cannot be read counts as present
             size = min(file.rows, len(index.entries))
             entries[:size] = index.entries[:size]
         elif table.layout.kept and not table.redigests:
@@ -161,7 +161,7 @@ def _decode(table: CheckedTable, file: TableFile, stored: Stored) -> Iterator[tu
 
 
 def _check_row(table: CheckedTable, name: str, row: dict[str, Any]) -> tuple[bytes, bytes, int, int, int, int] | None:
-    """Checks one row by itself; returns its ENTRY, without a source, or None if it has no identity."""
+    """Checks one row by itself; returns its ENTRY, without a source, or None if it has no valid id or content hash."""
     layout = table.layout
     absent = [column for column in table.required if row[column] is None]
     if absent:
@@ -206,13 +206,13 @@ def _check_vector(table: CheckedTable, name: str, row: dict[str, Any]) -> None:
 
 
 def check_ids(table: CheckedTable, index: VectorIndex) -> None:
-    """Finds rows that are there twice, and documents of which chunks are missing."""
+    """Finds duplicate rows, and documents with missing chunks."""
     ids = index.live_ids()
     is_first = np.ones(len(ids), bool)
     is_first[1:] = ids[1:] != ids[:-1]
     table.counts["documents"] = int(is_first.sum())
     firsts = np.flatnonzero(is_first)
-    if not table.layout.chunked:  # only what is there more than once can be wrong
+    if not table.layout.chunked:  # only ids with several rows can be wrong
         firsts = firsts[np.diff(firsts, append=len(ids)) > 1]
     twice, partial = [np.empty(0, np.int64)], np.empty(0, [("row", "<u8"), ("n", "<u4"), ("n_chunks", "<u4")])
     for start in range(0, len(firsts), BLOCK):

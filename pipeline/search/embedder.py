@@ -81,7 +81,7 @@ def load_embedder(table: str) -> Embedder:
     """Loads exactly the encoder, preprocessing and vector settings that a table was made with.
 
     Raises:
-      TableError: if there is no table, it holds token matrices, or its encoder is no longer what it was.
+      TableError: if there is no table, it holds token matrices, or its encoder has changed.
     """
     manifest, _ = open_live(table)
     if manifest.layout.tokens:

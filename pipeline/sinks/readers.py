@@ -92,7 +92,7 @@ class FileReader:
                 for rows in SINKS[self.file_format].read(stream, self.layout):
                     yield Stored(np.arange(first, first + len(rows)), rows)
                     first += len(rows)
-        except Exception as error:  # every format and file system has its own
+        except Exception as error:  # each format and file system raises its own exceptions
             raise damaged(file.path, str(error)) from error
         if first != file.first + file.rows:
             raise damaged(file.path, f"it has {first - file.first} rows instead of {file.rows}")

@@ -114,7 +114,7 @@ def merge_scans(_: Any, scans: Iterable[tuple[str, int]], work_dir: str) -> str:
     blocks = read_blocks(path for path, _ in scans)
     scratch = work_dir if is_local(work_dir) else None
     data = find_duplicates(blocks, sum(n_ids for _, n_ids in scans), scratch).tobytes()
-    # Named after its content: readers cache it by path, and a replay gives the same file.
+    # The name is a hash of the content: readers cache it by path, and a replay gives the same file.
     path = FileSystems.join(work_dir, f"duplicates-{hashlib.blake2b(data, digest_size=16).hexdigest()}.bin")
     with create_scratch(path) as stream:
         stream.write(data)

@@ -77,7 +77,7 @@ def read_id(values: Mapping[str, Any], name: str) -> str:
 
 
 def read_text(values: Mapping[str, Any], names: Sequence[str]) -> str:
-    """The text fields that are there, joined by a blank.
+    """The text fields that are present, joined by a space.
 
     Raises:
       BadRecord: missing_field if none is there, wrong_type or invalid_utf8 if one is not text.
@@ -203,5 +203,5 @@ _SPOKEN = {
 
 
 def _name_kind(value: Any) -> str:
-    """What a value is, without saying its content, which may be private."""
+    """The kind of a value, without its content, which may be private."""
     return _SPOKEN.get(type(value), "something else")

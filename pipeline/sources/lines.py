@@ -10,7 +10,7 @@ from pipeline.sources.source import PREVIEW_BYTES, TO_THE_END, FileRange
 
 BOM = b"\xef\xbb\xbf"
 _SKIP_BYTES = 1 << 20
-_SLACK_BYTES = len(BOM) + len(b"\r\n")  # may come on top of the largest record
+_SLACK_BYTES = len(BOM) + len(b"\r\n")  # in addition to the largest record
 
 
 class Line(NamedTuple):

@@ -1,4 +1,4 @@
-"""Reading the plan: splits -> documents, dead letters and counts."""
+"""Reads a planned input: splits -> documents, dead letters and counts."""
 
 from __future__ import annotations
 
@@ -24,19 +24,19 @@ from pipeline.sources.source import FileRange, Record
 
 PROGRESS_EVERY = 256
 
-# Takes how many more documents and stored bytes were read; must be picklable.
+# Called with the numbers of documents and stored bytes that were read since the last call; picklable.
 Progress = Callable[[int, int], None]
 
 
 class Item(NamedTuple):
-    """What one record became, and how many stored bytes of its range were read with it."""
+    """The result of one record, and how many stored bytes of its range were read with it."""
 
     outcome: Union[Document, DeadLetter, None]
     n_read: int
 
 
 def read_range(file_range: FileRange, config: ReadConfig, kept_fields: Sequence[KeptField]) -> Iterator[Item]:
-    """Reads one range; a file that ends early or is damaged ends in one dead letter, not in an exception."""
+    """Reads one range; a file that ends early or is damaged gives one dead letter, not an exception."""
     file = file_range.file
     source = SOURCES[file.format]
     has_bytes = source.has_byte_positions and not file.compression
@@ -48,7 +48,7 @@ def read_range(file_range: FileRange, config: ReadConfig, kept_fields: Sequence[
             yield Item(restored or build_document(record, file, source, config, kept_fields), n_read)
             position = file_range.start + n_read if has_bytes else record.position + 1
     except FileError as error:
-        # Nothing says where the next record would have begun: it is reported right behind the last one.
+        # The start of the next record is unknown: the error is reported right after the last record.
         bad = Record(position, file_range.n_bytes, reason=error.reason, message=str(error))
         dead_letter = build_document(bad, file, source, config, kept_fields)
         assert isinstance(dead_letter, DeadLetter)
@@ -56,7 +56,7 @@ def read_range(file_range: FileRange, config: ReadConfig, kept_fields: Sequence[
 
 
 class ReadSplit(beam.DoFn):
-    """Reads one split; documents leave as they are read, and one counted at the end."""
+    """Reads one split; yields documents as they are read, and counts at the end."""
 
     def __init__(
         self, config: ReadConfig, kept_fields: Sequence[KeptField] = (), progress: Optional[Progress] = None
@@ -70,7 +70,7 @@ class ReadSplit(beam.DoFn):
         reported: Counter[str] = Counter()
         seconds, since = 0.0, time.perf_counter()
         for outcome in self._read_outcomes(split, duplicates, counts):
-            # Before a dead letter, too: their share is judged by how many documents were reported.
+            # Also before a dead letter: the share of dead letters is computed from the reported documents.
             if isinstance(outcome, DeadLetter) or counts["documents"] - reported["documents"] >= PROGRESS_EVERY:
                 self._report(counts, reported)
             if outcome is not None:
@@ -136,7 +136,7 @@ class ReadDocuments(beam.PTransform):
       config: names of the fields and rules for records.
       kept_fields: from `infer_kept_fields`.
       work_dir: existing folder on any file system that all workers see, for scratch files of the search for duplicate
-        ids; needed with an id field unless `distributed`. Whoever gives it removes it after the run.
+        ids; needed with an id field unless `distributed`. The caller removes it after the run.
       distributed: whether a later step finds duplicate ids by a shuffle.
       progress: called every few hundred documents with how many more documents and stored bytes were read.
 

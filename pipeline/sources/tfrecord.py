@@ -1,8 +1,8 @@
-"""TFRecord files of tf.Example records, the framing read by ourselves.
+"""TFRecord files of tf.Example records; the framing is read by our own code.
 
 A record is: uint64 length, masked crc32c of the length, data, masked crc32c of the data, all little-endian. A wrong
-checksum of data costs that record; a wrong checksum of a length costs the rest of the file, since nothing says where
-the next record begins.
+checksum of data costs that record; a wrong checksum of a length costs the rest of the file, since the next
+record cannot be found.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class Frame(NamedTuple):
 
 
 class BrokenFraming(FileError):
-    """A length that cannot be trusted: what comes after it is lost."""
+    """A length with a wrong checksum: the records after it cannot be found."""
 
     reason = "bad_checksum"
 

@@ -80,7 +80,7 @@ def cleaning_up(work: str) -> Iterator[None]:
     """Makes a warning of what fails: once a run has published it has succeeded, and the next one cleans up as well."""
     try:
         yield
-    except Exception as error:  # every file system has exceptions of its own
+    except Exception as error:  # each file system raises its own exceptions
         _LOGGER.warning(
             "the run is published, but files in %s that it no longer needs could not be removed: %s",
             work,

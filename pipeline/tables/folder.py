@@ -58,7 +58,7 @@ class FolderStore(FolderTable):
             index_path = join(root, index_file.name)
             try:
                 index = read_index(index_path)
-            except Exception as error:  # every file system has exceptions of its own
+            except Exception as error:  # each file system raises its own exceptions
                 raise damaged(index_path, str(error)) from error
             if len(index.entries) != file.rows:
                 raise damaged(index_path, f"it has {len(index.entries)} entries instead of {file.rows}")
@@ -95,7 +95,7 @@ def has_checksum(path: str, sha256: str) -> bool:
     """Whether a file can be read and is what it was."""
     try:
         return read_checksum(path)[0] == sha256
-    except Exception:  # every file system has exceptions of its own
+    except Exception:  # each file system raises its own exceptions
         return False
 
 

@@ -67,7 +67,7 @@ class Manifest:
       dead_letters: count by reason.
       previous: the snapshot that was live before, or "".
       seconds: wall-clock time of the run, from its start to its publication.
-      parity: how near the fast graph came to the published one on this machine before the run (`precision`, `max_abs`,
+      parity: how close the fast graph is to the published one on this machine before the run (`precision`, `max_abs`,
         `min_cosine` over a few rows); empty where the published graph ran.
     """
 

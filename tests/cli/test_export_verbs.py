@@ -241,7 +241,7 @@ FROM = ("export-encoder", f"--from_encoder={ENCODER}", "--output=new")
         ((*NEW, "--heads=-3"), "--heads: -3 is not"),
         ((*NEW, "--hidden_size=24.0"), "--hidden_size: 24.0 is not"),
         ((*NEW, "--seed=-1"), "--seed: -1 is not a whole number from 0"),
-        ((*NEW, "--heads=5"), "--hidden_size=24 cannot be shared among --heads=5; use a multiple of 5"),
+        ((*NEW, "--heads=5"), "--hidden_size=24 is not a multiple of --heads=5; use a multiple of 5"),
         ((*NEW, "--positions=2"), "--positions=2 leaves no room"),
         ((*NEW, "--hidden_size=30000000"), "GB of memory"),
         ((*NEW, "--layers=1000000000000"), "GB of memory"),

@@ -127,7 +127,7 @@ def test_a_form_that_the_table_does_not_have_is_refused(tmp_path, given):
 
 def test_another_encoder_is_refused_and_the_same_one_elsewhere_is_not(tmp_path, monkeypatch):
     before = make_table(tmp_path)
-    with pytest.raises(ConfigError, match="was made otherwise"):
+    with pytest.raises(ConfigError, match="was made with other settings"):
         retry(tmp_path / "table", encoder=str(Path(ENCODER).parent / "bert_v1000"))
     (tmp_path / "moved").symlink_to(ENCODER)
     assert_completed(
