@@ -165,7 +165,7 @@ def build_pipeline(pipeline: beam.Pipeline, job: Job) -> beam.PCollection:
     row_shards, row_counts = rows | "WriteRows" >> WriteTo(job.attempts, plan.form, write.shard_bytes, job.progress)
     shards, bundle_counts = [*shards, row_shards], [*bundle_counts, row_counts]
 
-    # One writer per stage instead of one for all: the local engine would hold what crosses a Flatten in memory.
+    # One writer per stage instead of one for all: the local engine holds the inputs of a Flatten in memory.
     for stage, some in zip(DEAD_LETTER_STAGES, dead_letters, strict=False):
         to = WriteTo(job.attempts, plan.dead_letter_format, write.shard_bytes, job.progress)
         dead_shards, dead_counts = some | f"Write{stage}DeadLetters" >> to

@@ -1,4 +1,4 @@
-"""A pool of workers for this machine alone: it starts a worker process of Beam for whoever asks on loopback.
+"""A pool of workers for this machine alone: it starts a Beam worker process for each request on loopback.
 
     .venv/bin/python -m runners.worker_pool --port=50000
 
@@ -64,7 +64,7 @@ class WorkerPool(beam_fn_api_pb2_grpc.BeamFnExternalWorkerPoolServicer):
 
 
 def end_process(process: subprocess.Popen[bytes]) -> None:
-    """Asks a process to end, and kills it if it does not."""
+    """Ends a process with SIGTERM, and kills it if it does not end."""
     process.terminate()
     try:
         process.wait(STOP_SECONDS)

@@ -1,10 +1,11 @@
 """The fast graph: our own graph of the known families, with the published module's numbers and less work.
 
 Differences from the published graph: queries, keys and values come from one matmul; all dense layers are 2-D matmuls
-over tokens; heads are mixed by a small matmul without transposing the scores; only the requested output is computed; if that is
-the first token's, the last layer after its keys and values runs for that token only. On CPUs, padding is removed
-between the rows for everything but attention itself, and dense layers and layer norms are single kernels of oneDNN.
-On GPUs every layer is compiled by XLA, once for each shape of batches, as all layers share one function.
+over tokens; heads are mixed by a small matmul without transposing the scores; only the requested
+output is computed; if that is the first token's, the last layer after its keys and values runs for that token only. On
+CPUs, padding is removed between the rows for everything but attention itself, and dense layers and layer norms are
+single kernels of oneDNN. On GPUs every layer is compiled by XLA, once for each shape of batches, as all layers share
+one function.
 
 One letter glossary: B batch, L tokens, N tokens of all rows together, D width, A heads, K head size, F feed-forward.
 
@@ -200,8 +201,8 @@ def attend(
     """Multi-head attention, whose heads are mixed before and after the softmax where there are weights for it.
 
     On GPUs, everything between the matmuls of the scores and of the context is float32, which costs nothing with XLA.
-    On CPUs it is in the precision of these two matmuls: they are a few percent of the work, and rounding here costs more
-    accuracy than elsewhere.
+    On CPUs it is in the precision of these two matmuls: they are a few percent of the work, and rounding here costs
+    more accuracy than elsewhere.
 
     Returns:
       The context of all tokens [N, D], or of the first ones [B, D].

@@ -17,7 +17,7 @@ class Mode(NamedTuple):
       precision: of the dense layers' matmuls; norms and the residual stream stay in float32.
       attention: of the matmuls of scores and of context, and on processors of all between them; float32 or `precision`.
       compiled: each layer goes through XLA.
-      packed: padding is removed from the dense layers. Their shapes then vary with every batch, unlike XLA's.
+      packed: padding is removed from the dense layers. Not for XLA: their shapes then vary with every batch.
       fused: a dense layer is one kernel of oneDNN, with its bias, its GELU and the sum with the residual, and so is a
         layer norm. They have no gradients.
       laid_out: those kernels lay out their weights once, for one more copy in memory. It pays in 16 bits, where

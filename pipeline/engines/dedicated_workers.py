@@ -1,7 +1,7 @@
-"""A part of the graph on workers of its own, as the encoder on those with a GPU.
+"""Runs a part of the graph on dedicated workers, such as the encoder on workers with a GPU.
 
-What goes there and what comes back crosses between machines, so it goes in groups of a few hundred: a shuffle costs by
-the element. Engines may not fuse across either side, so every part gets the workers that it needs.
+Its inputs and outputs cross to other machines in groups of a few hundred elements, because the cost of a shuffle grows
+with the elements. A shuffle on either side prevents fusion, so that each part gets the workers that it needs.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ def size_row(row: Row) -> int:
 
 
 def ends_document(chunk: Chunk) -> bool:
-    """Whether a group may end with this chunk: those of one document must meet again."""
+    """Whether a group may end with this chunk: all chunks of a document must be in one group."""
     return chunk.number == chunk.n_chunks - 1
 
 
 class GroupElements(beam.DoFn):
-    """Elements to groups, within the bundle."""
+    """Collects elements of a bundle into groups."""
 
     def __init__(self, size: Callable[[Any], int], may_end: Callable[[Any], bool] | None = None) -> None:
         self.size = size
@@ -67,11 +67,11 @@ def ungroup(groups: beam.PCollection, kind: type) -> beam.PCollection:
 
 @dataclass
 class OnDedicatedWorkers(beam.PTransform):
-    """Runs a transform apart from what is before and after it: PCollection[Chunk] -> what the transform gives.
+    """Runs a transform on dedicated workers: PCollection[Chunk] -> the output of the transform.
 
     Attributes:
       inner: takes chunks and gives a named tuple of PCollections with `rows`.
-      hints: what its workers must have, as Beam's resource hints; with none, any worker takes its share.
+      hints: requirements of its workers, as Beam's resource hints; if empty, any worker may run it.
     """
 
     inner: beam.PTransform
@@ -88,7 +88,7 @@ class OnDedicatedWorkers(beam.PTransform):
 
 
 class _Grouped(beam.PTransform):
-    """A transform that takes groups and gives groups."""
+    """Runs a transform of elements on groups of elements."""
 
     def __init__(self, inner: beam.PTransform) -> None:
         super().__init__()

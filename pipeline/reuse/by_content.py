@@ -1,7 +1,7 @@
-"""What meets under a text on a distributed engine: documents and known vectors before encoding, and requests after it.
+"""Groups by text on a distributed engine: documents with vectors before encoding, requests with vectors after it.
 
 A text that a million documents share is one group of a million elements. Groups are read twice instead of being held:
-once to see what is known, once to decide about each document.
+once to look for a vector, once to decide about each document.
 """
 
 from __future__ import annotations
@@ -34,10 +34,10 @@ class Waiting(NamedTuple):
     """A document whose action is not decided yet.
 
     Attributes:
-      document: it.
+      document: the document.
       content: its content hash.
       known: whether there are vectors of its text.
-      first: whether it is the one that is encoded of all with its text.
+      first: whether it is the first with its text, which is encoded.
       shared: whether others have its text.
     """
 
@@ -49,12 +49,12 @@ class Waiting(NamedTuple):
 
 
 class DecideTexts(beam.DoFn):
-    """(content hash, documents and places of known vectors) -> documents to encode, and under tags everything else.
+    """(content hash, documents and places of vectors) -> documents to encode, and under tags everything else.
 
     Outputs:
       main: documents to encode, those of spot checks among them.
       requests: (content hash, packed request).
-      wanted: (file or path of a journal's segment, row), known vectors that requests need.
+      wanted: (file or path of a journal's segment, row), the vectors that requests need.
       moved: (digest of an id, MOVED) of documents that were not seen and whose text is reused.
       bundle_counts: BundleCounts.
 
@@ -97,7 +97,9 @@ class DecideTexts(beam.DoFn):
         for value in values:
             if value[:1] == DOCUMENT:
                 is_first = self._packer.order(value) == first
-                first = None if is_first else first  # documents of one place, such as dead letters tried again
+                first = (
+                    None if is_first else first
+                )  # several documents may have one place, such as retried dead letters
                 document = self._packer.unpack(value)
                 self._waiting.append(Waiting(document, content, is_known, is_first, n_documents > 1))
                 if len(self._waiting) >= BLOCK_DOCUMENTS:
@@ -122,7 +124,7 @@ class DecideTexts(beam.DoFn):
                 yield document._replace(shared=waiting.shared or is_checked)
             else:
                 spare = document
-                if action == DocumentAction.REUSE:  # else the text may be needed, for the dead letter
+                if action == DocumentAction.REUSE:  # else a dead letter may need the text
                     spare = document._replace(text=document.text if self._keep_text else "", pair=None)
                 request = ReuseRequest(spare, content.hex()).to_line()
                 yield TaggedOutput("requests", (content, REQUEST + request))
@@ -132,7 +134,7 @@ class DecideTexts(beam.DoFn):
 
 
 def _order(where: int | str, row: int) -> tuple[str, int]:
-    """Sorts places, so that the same one is taken in whatever order they come."""
+    """Sort key of places, so that the choice does not depend on their order."""
     return str(where), row
 
 
@@ -189,12 +191,12 @@ def key_document(document: Document, prefix: str, packer: DocumentPacker) -> tup
 
 
 def key_vector(row: Row) -> tuple[bytes, bytes]:
-    """A row whose vector others need, as `AnswerRequests` takes it."""
+    """A row whose vector other documents need, as `AnswerRequests` takes it."""
     return bytes.fromhex(row.content_hash), VECTOR + _ROWS.encode(row)
 
 
 def key_dead_letter(dead_letter: DeadLetter) -> tuple[bytes, bytes]:
-    """A dead letter whose document others have the text of, as `AnswerRequests` takes it."""
+    """A dead letter whose text other documents have too, as `AnswerRequests` takes it."""
     value = DEAD + _DEAD_LETTERS.encode(dead_letter._replace(text=None, pair=None))
     return bytes.fromhex(dead_letter.content_hash or ""), value
 

@@ -1,6 +1,6 @@
-"""What meets under an id on a distributed engine: documents and live rows before encoding, and their results after it.
+"""Groups by id on a distributed engine: documents with live rows before encoding, results with live rows after it.
 
-No step holds a group: what has one id is read once, and decided about together with some hundred other ids.
+No step holds a group: the elements of an id are read once, and some hundred ids are decided together.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ class CompareDocuments(beam.DoFn):
     Args:
       policy: what may be reused.
       inputs: paths of the input files.
-      prefix: what is put before every text.
+      prefix: of every text.
     """
 
     def __init__(self, policy: ReusePolicy, inputs: Sequence[str], prefix: str) -> None:
@@ -157,7 +157,7 @@ class CompareDocuments(beam.DoFn):
                     yield TaggedOutput("unseen", (row.content, met.digest))
 
     def _move(self, live: list[LiveRow], document: Document) -> Iterator[Any]:
-        """Tells of unchanged rows whose document is in another file now; a file outside the input tells nothing."""
+        """Yields unchanged rows whose document is now in another file of the input."""
         path = document.origin.path
         if path in self._numbers and live[0].source != digest_source(path):
             for row in live:
@@ -171,7 +171,7 @@ class Results(NamedTuple):
       rows: its live rows.
       new: numbers of the chunks of its new rows.
       dead: whether there is a dead letter with the id.
-      was_read: whether that is of a document that was read.
+      was_read: whether the dead letter is of a document that was read.
       moved: whether another document has taken its vector.
     """
 
@@ -199,7 +199,7 @@ class DecideRows(beam.DoFn):
         self._incomplete: set[int] | None = None
 
     def process(self, group: tuple[bytes, Iterable[bytes]], incomplete: Sequence[str]) -> Iterator[tuple[int, int]]:
-        """Takes an id; `incomplete` are input files that have records which could not be told."""
+        """Decides about an id; `incomplete` are input files with records whose ids could not be read."""
         results = Results(group[0], [], [], False, False, False)
         for value in group[1]:
             kind = value[:1]
@@ -257,12 +257,12 @@ def mark_new(row: Row) -> tuple[bytes, bytes]:
 
 
 def mark_dead(dead_letter: DeadLetter) -> list[tuple[bytes, bytes]]:
-    """A dead letter, as `DecideRows` takes it; a duplicate says nothing about the document that has the id."""
+    """A dead letter, as `DecideRows` takes it; none for a duplicate, because the first document with the id counts."""
     if dead_letter.id is None or dead_letter.reason == "duplicate_id":
         return []
     return [(digest_id(dead_letter.id), DEAD if dead_letter.content_hash is not None else UNREAD)]
 
 
 def find_incomplete(dead_letter: DeadLetter) -> list[str]:
-    """The input file of a record that could not be told."""
+    """The input file of a record whose id could not be read."""
     return [dead_letter.origin.path] if dead_letter.id is None else []

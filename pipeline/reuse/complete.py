@@ -1,7 +1,7 @@
-"""From notes to rows: how a run on the local engine ends.
+"""Completes a run on the local engine: turns its notes into decisions and requests.
 
-Everything that grows with the corpus is read from files block by block. What stays in memory is, for each live row, a
-mark and the number of its source, and 16 bytes for each text that documents share.
+Everything that grows with the corpus is read from files block by block. Memory holds, for each live row, a mark and the
+number of its source, and 16 bytes for each text that several documents have.
 """
 
 from __future__ import annotations
@@ -58,12 +58,12 @@ class RequestPlan:
 
     Attributes:
       lines: the files of the requests.
-      wanted: the rows that are wanted, known and fresh ones.
-      moved: ascending content hashes of known rows that are wanted.
+      wanted: the rows whose vectors are needed, of the vector index and of this run.
+      moved: ascending content hashes of rows of the vector index whose vectors are needed.
       dead_ids: ascending digests of the ids of documents with a dead letter and without a new row.
-      dead_shards: files with the dead letters of documents whose text is that of one that could not be embedded.
-      dead_counts: those dead letters by reason.
-      n_dead: those documents.
+      dead_shards: files with dead letters of documents with the same text as one that could not be embedded.
+      dead_counts: these dead letters by reason.
+      n_dead: the number of these documents.
     """
 
     lines: list[str]
@@ -96,11 +96,11 @@ def plan_requests(
 
     Args:
       notes: paths of the bundles' notes.
-      index: of known vectors.
-      fresh: this run's files of new rows, numbered on from the known ones.
+      index: the vector index.
+      fresh: this run's files of new rows, numbered after the rows of the vector index.
       shared: from `list_shared`.
-      dead: what the run's dead letters say.
-      dead_writer: where more dead letters are written.
+      dead: facts from the run's dead letters.
+      dead_writer: writes more dead letters.
 
     Raises:
       RunError: if a text was neither encoded nor rejected.
@@ -162,7 +162,7 @@ def _want(rows: np.ndarray, file: int, offsets: np.ndarray) -> np.ndarray:
 
 
 def _repeat_dead_letters(offsets: np.ndarray, lines: object, dead: DeadLetterFacts) -> Iterator[list[DeadLetter]]:
-    """Dead letters for the requests at some places, some hundreds at a time."""
+    """Dead letters for the requests at some offsets, some hundred at a time."""
     dead_letters: list[DeadLetter] = []
     for offset in offsets.tolist():
         lines.seek(offset)  # type: ignore[attr-defined]
@@ -185,11 +185,11 @@ def decide_live(
     """Decides what happens to every live row.
 
     Args:
-      index: of known vectors.
+      index: the vector index.
       notes: paths of the bundles' notes.
       dead_ids: ascending digests of the ids of documents with a dead letter and without a new row.
-      incomplete: input files that have records which could not be told.
-      moved: ascending content hashes of known rows whose vectors other rows take.
+      incomplete: input files with records whose ids could not be read.
+      moved: ascending content hashes of live rows whose vectors are reused for other ids.
       policy: what may be reused.
     """
     n = index.n_live
@@ -220,7 +220,7 @@ def decide_live(
 
 
 def number_files(fresh: Sequence[Shard], first: int) -> list[VectorFile]:
-    """The files of new rows, numbered on from the known ones."""
+    """The files of new rows, numbered after the rows of the vector index."""
     files = []
     for shard in fresh:
         files.append(VectorFile(shard.path, FRESH, first, shard.rows))

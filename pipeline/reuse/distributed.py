@@ -1,8 +1,8 @@
-"""Which documents are encoded, and which rows stay: the back end for distributed engines, by joins.
+"""Decides which documents are encoded and which rows stay: the back end for distributed engines, by joins.
 
-Everything is decided on digests. Documents meet the live rows of their id (`CompareById`), those that are not unchanged
-meet known vectors under their text (`DecideByContent`). After encoding, requests meet the vectors that they ask for
-(`AnswerByContent`), and what is left of every id decides which live rows go (`DecideById`). Live rows that stay are
+All decisions use digests. Documents are joined with the live rows of their id (`CompareById`); changed ones are joined
+with existing vectors of their text (`DecideByContent`). After encoding, requests are joined with the vectors that they
+need (`AnswerByContent`), and the results of each id with its live rows (`DecideById`). Live rows that stay are
 copied file by file (`CopyLiveRows`). So a text crosses a shuffle once if nothing has changed, and a vector only if
 another document asks for it.
 """
@@ -45,15 +45,15 @@ class DistributedReuse:
 
     Attributes:
       files: of the live table.
-      journal: folder of the journal. Workers list it when they begin: an engine that starts a job again, as Flink does
-        when a machine is lost, then finds there what the job had made before.
+      journal: folder of the journal. Workers list it when they begin: an engine that restarts a job, as Flink does
+        when a machine is lost, then finds the vectors that the job had made before.
       reader: of the live table's files.
       policy: what may be reused.
       form: how rows are written.
-      folder: where to.
-      shard_bytes: size at which a new file is begun.
+      folder: where files are written.
+      shard_bytes: size at which a new file is started.
       inputs: paths of the input files.
-      prefix: what is put before every text.
+      prefix: of every text.
     """
 
     files: tuple[LiveFile, ...]
@@ -184,7 +184,7 @@ class LookedUp(NamedTuple):
 
 @dataclass
 class LookUpVectors(beam.PTransform):
-    """PCollection[Document] -> LookedUp: everything that is decided before a run encodes."""
+    """PCollection[Document] -> LookedUp: all decisions before a run encodes."""
 
     reuse: DistributedReuse
 
@@ -325,7 +325,7 @@ class Reused(NamedTuple):
     """What `ReuseRows` gives.
 
     Attributes:
-      rows: all new rows: those that were encoded, and those that requests got.
+      rows: all new rows: encoded ones, and those from requests.
       samples: rows to compare spot checks with.
       dead_letters: of documents whose text is that of one that could not be encoded.
       shards: files with the live rows that stay.
@@ -341,7 +341,7 @@ class Reused(NamedTuple):
 
 @dataclass
 class ReuseRows(beam.PTransform):
-    """PCollection[Row] that were encoded -> Reused: everything that is decided after a run has encoded.
+    """PCollection[Row] that were encoded -> Reused: all decisions after a run has encoded.
 
     Attributes:
       reuse: what may be reused.
@@ -405,7 +405,7 @@ def list_known(number: int, reuse: DistributedReuse) -> Iterator[tuple[bytes, by
 
 
 def list_segment(path: str) -> Iterator[tuple[bytes, bytes]]:
-    """The records of a segment of the journal, as `DecideTexts` takes them; none of a torn one."""
+    """The records of a segment of the journal, as `DecideTexts` takes them; none of an incomplete one."""
     segment = read_segment(path)
     records = segment.records if segment is not None else np.empty(0, [("content", "S16")])
     for row, record in enumerate(records):
@@ -419,5 +419,5 @@ def mark_unseen(content: bytes, digest: bytes) -> tuple[bytes, bytes]:
 
 
 def is_shared(output: Row | DeadLetter) -> bool:
-    """Whether others wait for a row's vector, or share a dead letter."""
+    """Whether other documents with the same text need the row's vector or the dead letter."""
     return output.shared

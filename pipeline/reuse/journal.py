@@ -1,10 +1,10 @@
-"""The journal: finished vectors, kept as they are made, so that a run that dies loses moments and not hours.
+"""The journal: finished vectors, written as they are made, so that a crashed run loses seconds and not hours.
 
 DIR/journal/FINGERPRINT/HASH.seg
 
-A segment holds the vectors of some seconds of work. Its name is the hash of its bytes, so a torn one is told from a
-whole one, and one that is written twice is one file. Segments say what was encoded (the content hash), never for which
-document: a later run gives the vectors to whoever has that text.
+A segment holds the vectors of some seconds of work. Its name is the hash of its bytes, so an incomplete one is
+recognised, and one that is written twice is one file. Segments are keyed by content hash, never by document: a later
+run reuses the vectors for every document with that text.
 """
 
 from __future__ import annotations
@@ -90,7 +90,7 @@ def write_segment(folder: str, rows: Sequence[Row]) -> str:
 
 
 def read_segment(path: str) -> Optional[Segment]:
-    """Reads a segment; None if it is torn, damaged or gone."""
+    """Reads a segment; None if it is incomplete, damaged or missing."""
     try:
         data = read_bytes(path)
     except Exception:  # each file system raises its own exceptions
@@ -106,7 +106,7 @@ def read_segment(path: str) -> Optional[Segment]:
 
 
 def list_segments(work: str, fingerprint: str) -> list[str]:
-    """Paths of the segments for a fingerprint, torn ones too."""
+    """Paths of the segments for a fingerprint, incomplete ones too."""
     return list_folder(journal_folder(work, fingerprint))
 
 

@@ -1,7 +1,7 @@
-"""How documents and live rows cross shuffles on a distributed engine: as few bytes as can be.
+"""Encodes documents and live rows compactly for shuffles on a distributed engine.
 
-A shuffle costs by the byte and by the element, so elements are (16-byte digest, bytes). The first byte of the value
-says what it is.
+The cost of a shuffle grows with bytes and elements, so elements are (16-byte digest, bytes). The first byte of the
+value is its type.
 """
 
 from __future__ import annotations
@@ -88,7 +88,7 @@ def unpack_open_row(data: bytes) -> OpenRow:
 
 
 class DocumentPacker:
-    """Packs documents; the paths of input files that are known beforehand as their numbers.
+    """Packs documents; paths of input files are stored as their numbers.
 
     Args:
       inputs: paths of the input files.
@@ -129,7 +129,7 @@ class DocumentPacker:
         return Document(parts[0], parts[1], parts[2] if flags & _PAIR else None, data[at:], origin)
 
     def order(self, data: bytes) -> tuple[int, int]:
-        """Sorts packed documents by their place in the input: number of the file, position."""
+        """Sort key of packed documents: number of the input file, position."""
         _, number, position, *_ = _HEAD.unpack_from(data, 1)
         return number, position
 

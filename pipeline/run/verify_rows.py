@@ -33,7 +33,7 @@ def check_files(table: CheckedTable) -> dict[str, str]:
         fix = "embeam rollback returns to an older snapshot"
         table.find("missing_file", name, f"it is not in {table.folder}; {fix}")
     for name in sorted({*there, *list_folders(table.folder)} - ours):
-        if not name.startswith("."):  # what file managers leave behind
+        if not name.startswith("."):  # files of file managers
             table.find("surplus_file", name, f"the manifest does not list it; remove it from {table.folder}")
     for name in sorted(set(listed) & set(there)):
         _check_file(table, listed[name], there[name])

@@ -1,4 +1,4 @@
-"""Texts to vectors exactly as a table's rows were made, so that the table can be searched."""
+"""Embeds texts with the settings of a table, so that the table can be searched."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Embedder:
         """Embeds texts.
 
         Args:
-          texts: what to embed; the table's text prefix is put before each.
+          texts: the texts; the table's text prefix is put before each.
           pairs: second segments, for a table of pairs.
 
         Returns:
@@ -78,7 +78,7 @@ class Embedder:
 
 
 def load_embedder(table: str) -> Embedder:
-    """Loads exactly the encoder, preprocessing and vector settings that a table was made with.
+    """Loads the encoder, preprocessing and vector settings of a table.
 
     Raises:
       TableError: if there is no table, it holds token matrices, or its encoder has changed.

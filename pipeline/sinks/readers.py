@@ -39,7 +39,7 @@ class Stored(NamedTuple):
     """Some rows as they are stored, and their numbers `[n]`, ascending."""
 
     numbers: np.ndarray
-    rows: Any  # of the reader's own kind
+    rows: Any  # in the reader's own form
 
 
 class VectorReader(Protocol):

@@ -1,4 +1,4 @@
-"""A table in a folder of snapshots, on any file system of Beam, as a run uses it."""
+"""A table in a folder of snapshots, on any file system of Beam, for runs."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ from pipeline.tables.publish import build_manifest, check_folder, check_writable
 from pipeline.tables.retention import expire_snapshots
 from pipeline.tables.store import CommitPlan, Committer, Results
 
-# In the attempt's folder: the files of the new snapshot, so that a repeated commit takes the same.
+# In the attempt's folder: the list of the new snapshot's files, so that a repeated commit uses the same.
 AGREED = "commit.json"
 _LOGGER = logging.getLogger(__name__)
 
 
 class FolderStore(FolderTable):
-    """A folder of snapshots, with what a run does in it."""
+    """A folder of snapshots, for runs."""
 
     def check(self, config: EmbedConfig) -> None:
         check_folder(self.work)
@@ -92,7 +92,7 @@ class FolderStore(FolderTable):
 
 
 def has_checksum(path: str, sha256: str) -> bool:
-    """Whether a file can be read and is what it was."""
+    """Whether a file can be read and has the size or checksum in the manifest."""
     try:
         return read_checksum(path)[0] == sha256
     except Exception:  # each file system raises its own exceptions
@@ -114,7 +114,7 @@ class FolderCommit(Committer):
         """
         plan = self.plan.publication
         folder = snapshot_folder(plan.table, plan.name)
-        if not exists(join(folder, MANIFEST)):  # else a repeated attempt at the same commit
+        if not exists(join(folder, MANIFEST)):  # else the commit is repeated
             shards, counts = self._agree(results)
             manifest = build_manifest(plan, shards, counts)
             with PUBLISHING:

@@ -3,10 +3,10 @@
 DIR/CURRENT                          name of the live snapshot; replaced atomically
 DIR/snapshots/NAME/manifest.json     written last: without it the folder is not a snapshot
 DIR/snapshots/NAME/embeddings-*      the rows
-DIR/snapshots/NAME/index-*           who the rows of each file belong to, and what they were made from
+DIR/snapshots/NAME/index-*           digests of the ids and texts of each file's rows
 DIR/snapshots/NAME/dead_letters-*    what could not be embedded
 DIR/rejected/NAME/                   the last snapshot that failed validation
-DIR/attempts/NAME/                   what a running (or dead) run has written so far
+DIR/attempts/NAME/                   files of a running (or killed) run
 DIR/journal/                         vectors that are finished but not published
 DIR/lock                             held by the one run that may write
 """

@@ -49,7 +49,7 @@ def main() -> None:
 
 @contextmanager
 def serve(options: argparse.Namespace, job_server: Path) -> Iterator[list[str]]:
-    """Starts all services; on the way out, however that comes, they and their workers are killed.
+    """Starts all services; kills them and their workers when the block ends in any way.
 
     Yields:
       The flags with which a pipeline runs there.

@@ -90,7 +90,7 @@ class SteppedTable:
       layout: of the rows.
       output_format: of the files.
       compression: of the files.
-      shard_bytes: size at which a new file is begun.
+      shard_bytes: size at which a new file is started.
       work_dir: as `--work_dir`, for a table of BigQuery.
       model: whose vectors are wanted; another name is another fingerprint.
       prefix: put before every text.
