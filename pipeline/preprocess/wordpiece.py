@@ -64,7 +64,7 @@ class Vocabulary:
 
 
 def find_vocabulary(spec: SavedModelSpec) -> Optional[Vocabulary]:
-    """The vocabulary of a BERT preprocessor, or of an encoder that carries its own; None where there is none."""
+    """The vocabulary of a BERT preprocessor, or of an encoder that has its own; None if there is none."""
     paths = [asset for asset in spec.assets if asset.endswith(".txt")]
     if len(paths) != 1:
         return None

@@ -48,7 +48,7 @@ class LocalReuse:
       folder: local folder of the vector index; notes are written beside it.
       prefix: of every text.
       policy: what may be reused.
-      keep_text: rows carry their document's text.
+      keep_text: rows have their document's text.
     """
 
     folder: str

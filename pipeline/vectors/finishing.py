@@ -31,7 +31,7 @@ class VectorRule:
       chunked: a document may have several rows.
       tokens: every chunk has a matrix `[n_tokens, D]`.
       counts_tokens: False for text encoders, whose rows have null token counts.
-      keep_text: rows carry their document's text.
+      keep_text: rows have their document's text.
     """
 
     vectors: VectorConfig = VectorConfig()

@@ -85,7 +85,7 @@ def table(tmp_path_factory):
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else None,
 )
-def test_wrong_usage_is_one_line_that_names_the_cure(call, arguments, says, table):
+def test_wrong_usage_is_one_line_that_names_the_fix(call, arguments, says, table):
     arguments = [str(table) if argument == "DIR" else argument for argument in arguments]
     if arguments[0] == "embed":  # complete but for what is wrong
         arguments += [f"--encoder={ENCODER}", "--output=/dev/null/table"]

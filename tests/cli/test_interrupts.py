@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM: a command ends soon, says so, leaves no process, and the table is what it was."""
+"""Ctrl-C and SIGTERM: a command ends soon, says so, leaves no process, and the table is unchanged."""
 
 import glob
 import os

@@ -120,7 +120,7 @@ class TestCache:
             cache.cached_folder("model", fail)
         assert os.listdir(cache.cache_dir()) == []
 
-    def test_says_how_to_mend_an_unusable_place(self, tmp_path, monkeypatch):
+    def test_says_how_to_fix_an_unusable_place(self, tmp_path, monkeypatch):
         (tmp_path / "file").touch()
         monkeypatch.setenv("EMBEAM_CACHE_DIR", str(tmp_path / "file"))
         with pytest.raises(EncoderError, match="set EMBEAM_CACHE_DIR"):

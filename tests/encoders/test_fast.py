@@ -445,7 +445,7 @@ def test_reduced_precision_of_the_published_graph_is_refused():
         EncoderConfig(encoder_graph="published", precision="bfloat16")
 
 
-def test_a_precision_that_spoils_the_vectors_is_refused_or_left_by_auto(monkeypatch, caplog):
+def test_a_precision_that_is_too_inaccurate_is_refused_or_not_chosen_by_auto(monkeypatch, caplog):
     monkeypatch.setattr(parity, "LOWEST_COSINE", 1.1)
     with pytest.raises(EncoderError, match="--precision=bfloat16 is too inaccurate for this encoder"):
         describe(ENCODER, precision="bfloat16")
@@ -462,7 +462,7 @@ def test_a_worker_without_the_precision_that_was_planned_fails_the_run(monkeypat
         load_encoder(planned)
 
 
-def test_a_proof_is_remembered_but_not_for_other_arithmetic(own_cache, monkeypatch):
+def test_a_parity_check_is_cached_but_not_for_other_arithmetic(own_cache, monkeypatch):
     calls = []
     monkeypatch.setattr(ParityCheck, "_measure", lambda *arguments: calls.append(arguments) or [0.0, 1.0])
     for n_calls in (1, 1):
@@ -472,14 +472,14 @@ def test_a_proof_is_remembered_but_not_for_other_arithmetic(own_cache, monkeypat
 
 
 @pytest.mark.parametrize("figures", ["[0.0]", "[0.0, 1.0, 2.0]", "[0.0, null]", "true"])
-def test_a_damaged_proof_is_made_again(figures, own_cache, tmp_path):
+def test_a_damaged_parity_check_is_repeated(figures, own_cache, tmp_path):
     proven = describe(ENCODER).parity
     (path,) = (tmp_path / "cache" / "remembered").iterdir()
     path.write_text(figures)
     assert describe(ENCODER).parity == proven
 
 
-def test_a_parity_check_that_cannot_run_is_no_proof_and_is_not_remembered(own_cache, monkeypatch, caplog):
+def test_a_parity_check_that_cannot_run_fails_and_is_not_cached(own_cache, monkeypatch, caplog):
     def fail(*arguments: Any) -> list[float]:
         raise MemoryError("no room")
 

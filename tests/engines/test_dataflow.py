@@ -240,7 +240,7 @@ def test_machines_with_and_without_a_gpu_make_the_local_table_once(gcs: Gcs, sta
     assert list_generations(gcs, "staged") == before
 
 
-def test_a_reindex_takes_over_what_the_local_one_does(gcs: Gcs, local_tables):
+def test_a_reindex_reuses_what_the_local_one_does(gcs: Gcs, local_tables):
     for corpus in ("first", "second"):
         job = stage(gcs, "reindexed", corpus)
         assert run_apart(job.path, gcs.environment) == Ending()

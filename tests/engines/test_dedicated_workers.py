@@ -41,14 +41,14 @@ def group_all(chunks: list[Chunk]) -> list[ElementGroup]:
     return [*groups, *(windowed.value for windowed in grouper.finish_bundle())]
 
 
-def test_packs_are_of_a_few_hundred_and_lose_nothing():
+def test_groups_have_a_few_hundred_chunks_and_lose_nothing():
     chunks = [chunk for i in range(1300) for chunk in make_chunks(Document(f"d{i}", "text"), 1)]
     groups = group_all(chunks)
     assert [len(group) for group in groups] == [GROUP_ELEMENTS, GROUP_ELEMENTS, 1300 - 2 * GROUP_ELEMENTS]
     assert [chunk for group in groups for chunk in group] == chunks
 
 
-def test_a_pack_ends_with_a_document():
+def test_a_group_ends_with_a_document():
     chunks = [chunk for i in range(200) for chunk in make_chunks(Document(f"d{i}", "text"), 7)]
     groups = group_all(chunks)
     assert len(groups) > 2
@@ -69,7 +69,7 @@ def test_a_text_crosses_once_however_many_chunks_it_has():
     assert ElementGroupCoder().decode(many) == ElementGroup(make_chunks(Document("d", "x" * 100_000), 40))
 
 
-def test_packs_cross_a_pipeline():
+def test_groups_cross_a_pipeline():
     group = ElementGroup(make_chunks(Document("d", "text"), 3))
     with beam.Pipeline(runner="FnApiRunner") as p:
         crossed = p | beam.Create([0]) | beam.Map(lambda _: group).with_output_types(ElementGroup) | beam.Reshuffle()

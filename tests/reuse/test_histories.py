@@ -1,4 +1,4 @@
-"""Random histories of a corpus and its table, against a model of a few lines: whatever happens, the table is right.
+"""Random histories of a corpus and its table, against a model of a few lines: the table stays consistent.
 
 Documents come, change, move, double, grow too long and go; files are cut off; the model changes; runs fail and die at
 chosen points; old snapshots come back. After every step the table holds what the rules say: with the official encoder's
@@ -107,11 +107,11 @@ def expect(state: State | None, found: Input, model: int) -> tuple[State, int]:
     for name, doc in found.readable.items():
         if not is_too_long(doc.text, model):
             rows[name] = doc
-        elif name in old:  # an old vector is better than none
+        elif name in old:  # its old vector stays
             rows[name] = old[name]._replace(file=doc.file)
             n_stale += 1
     for name, doc in old.items():
-        if name not in found.readable and found.is_cut and doc.file == FILES[2]:  # nobody can say that it is gone
+        if name not in found.readable and found.is_cut and doc.file == FILES[2]:  # it may not be gone
             rows[name] = doc
             n_stale += 1
     return State(rows, model), n_stale
@@ -233,7 +233,7 @@ class Histories(RuleBasedStateMachine):
 
     @rule(where=st.sampled_from(CRASHES), n=st.integers(0, 3), is_hard=st.booleans())
     def crash(self, where: str, n: int, is_hard: bool) -> None:
-        """A run that fails, or one that dies: then nothing is cleaned up and the journal's last rows are lost."""
+        """A run that fails, or is killed: then nothing is cleaned up and the journal's last rows are lost."""
         found = self._look()
         expected, _ = expect(self.state, found, self.model)
         run = self.embed_and_crash(found, where, n, is_hard)
@@ -422,7 +422,7 @@ def try_histories(machine: type[Histories], n: int, n_steps: int, is_random: boo
             derandomize=not is_random,
             suppress_health_check=list(HealthCheck),
             database=None,
-            phases=[Phase.generate],  # a failure is told as it was found: to shrink it takes hours of runs
+            phases=[Phase.generate],  # failures are not shrunk, which would take hours of runs
             report_multiple_bugs=False,
         ),
     )

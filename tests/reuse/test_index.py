@@ -1,4 +1,4 @@
-"""What is indexed is found again: digests, the rows of an id or a text, and the segments of the journal."""
+"""The vector index and what it reads: digests, the rows of an id or a text, and the segments of the journal."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def test_a_request_is_one_line(text, pair):
 
 @pytest.fixture
 def index(tmp_path) -> VectorIndex:
-    """Rows of two files, segments that hold more, and a torn one."""
+    """Rows of two files, segments with more rows, and an incomplete one."""
     files = {
         "first": [make_row("a", 1), make_row("b", 2, 0, 2, "b"), make_row("b", 2, 1, 2, "b")],
         "second": [make_row("c", 1, source="b"), make_row("d", 3, 1, 3)],
@@ -163,7 +163,7 @@ def test_a_segment_gives_back_its_rows(tmp_path):
     assert [unpack_known(place)[1:] for _, place in list_segment(path)] == [(0, 0, 1), (1, 1, 3)]
 
 
-def test_a_segment_that_is_torn_or_damaged_is_none(tmp_path):
+def test_a_segment_that_is_incomplete_or_damaged_is_none(tmp_path):
     path = Path(write_segment(str(tmp_path), [make_row("", 1), make_row("", 2)]))
     data = path.read_bytes()
     for size in range(len(data)):

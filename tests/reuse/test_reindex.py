@@ -209,7 +209,7 @@ def test_pairs_and_prefixes_are_part_of_the_text(tmp_path):
 # Equal texts
 
 
-def test_equal_texts_that_cannot_be_encoded_leave_every_old_vector_and_a_letter_each(tmp_path):
+def test_equal_texts_that_cannot_be_encoded_leave_every_old_vector_and_a_dead_letter_each(tmp_path):
     """In two bundles, each of which encodes its own first one."""
     settings = {"on_long": "reject", "max_tokens": 40, "max_dead_fraction": 1.0, "split_bytes": 300}
     write_jsonl(tmp_path / "corpus.jsonl", RECORDS)

@@ -31,7 +31,7 @@ def table(request, tmp_path) -> SteppedTable:
 
 @pytest.fixture
 def local(tmp_path) -> SteppedTable:
-    """By the local back end: what only it can, or counts."""
+    """Only on the local back end."""
     return SteppedTable(str(tmp_path / "table"))
 
 
@@ -157,7 +157,7 @@ def test_a_text_that_shrinks_leaves_no_chunk_behind(table):
 
 
 def test_a_document_that_lacks_a_chunk_is_encoded_again(table):
-    """Its other rows are published with its dead letter; they are no reason to take it for unchanged."""
+    """Its other rows are published with its dead letter, but the document does not count as unchanged."""
     table.layout = replace(LAYOUT, chunked=True)
     long, other = "one two three four five six seven", "one two three BAD"
 
@@ -248,7 +248,7 @@ def flip(data: bytearray) -> None:
     data[len(data) // 2] ^= 1
 
 
-def test_a_damaged_file_stops_the_run_and_is_made_anew_on_demand(table):
+def test_a_damaged_file_stops_the_run_and_is_made_again_on_demand(table):
     table.shard_bytes = 1  # files of four rows
     first = table.run(documents(*"abcdefgh")).manifest
     spoil(Path(open_table(table.output)[1], first.files[1].name), flip)
@@ -262,7 +262,7 @@ def test_a_damaged_file_stops_the_run_and_is_made_anew_on_demand(table):
 
 
 @pytest.mark.parametrize("part", ["rows", "index"])
-def test_a_file_that_was_cut_short_is_made_anew_and_told(table, caplog, part):
+def test_a_file_that_was_cut_short_is_made_again_and_reported(table, caplog, part):
     table.shard_bytes = 1
     first = table.run(documents(*"abcdefgh")).manifest
     name = (first.files if part == "rows" else first.index_files)[1].name

@@ -1,4 +1,4 @@
-"""`embeam plan`: what it says is what the run that follows does, and nothing is touched."""
+"""`embeam plan`: it prints what the following run does, and changes nothing."""
 
 import dataclasses
 import json
@@ -90,7 +90,7 @@ def test_a_later_run_does_what_was_planned(tmp_path, settings):
     records[0]["text"] = "another text"
     records[1]["text"] = "another text"  # encoded once
     records[2]["year"] = -1  # another kept field
-    records[3]["text"] = records[4]["text"]  # a vector that is known
+    records[3]["text"] = records[4]["text"]  # a vector that can be reused
     records[5]["text"] = ""  # its row stays as it was
     records = [*records[:-9], *make_records(7, start=100), {"id": "d59", "text": 5}]
     write_jsonl(tmp_path / "corpus.jsonl", records)
@@ -139,7 +139,7 @@ def test_what_would_stop_the_run_is_said(tmp_path):
     assert any("--max_dead_fraction" in message for message in plan(tmp_path, deletes="keep").stops)
 
 
-def test_vectors_of_a_run_that_failed_are_counted_as_known(tmp_path):
+def test_vectors_of_a_run_that_failed_are_counted_as_reused(tmp_path):
     records = make_records()
     embed_records(tmp_path, records)
     replaced = [record | {"id": f"new{i}"} for i, record in enumerate(make_records(60, start=500))]
@@ -193,7 +193,7 @@ def test_a_sample_is_scaled_up(tmp_path, monkeypatch):
     assert dry_run.rows == manifest.rows == 1000
 
 
-def test_time_is_measured_or_guessed_or_unknown(tmp_path, monkeypatch):
+def test_time_is_measured_or_estimated_or_unknown(tmp_path, monkeypatch):
     records = make_records(30)
     _, manifest = embed_records(tmp_path, records)
     resolved = resolve(make_config(tmp_path))

@@ -1,4 +1,4 @@
-"""What cannot work is said before a run begins, in one sentence, and before anything is written."""
+"""Settings that cannot work are refused in one sentence, before a run begins and before anything is written."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`embeam verify` and `embeam rollback`: whatever is wrong with a table is found, and nothing else."""
+"""`embeam verify` and `embeam rollback`: every inconsistency of a table is found, and nothing else."""
 
 import hashlib
 import json
@@ -41,7 +41,7 @@ def original(request, tmp_path_factory):
 
 @pytest.fixture
 def folder(original, tmp_path):
-    """A copy that may be spoilt: `corpus.jsonl` and `table`."""
+    """A copy that tests may damage: `corpus.jsonl` and `table`."""
     shutil.copytree(original, tmp_path, dirs_exist_ok=True)
     return tmp_path
 
@@ -79,7 +79,7 @@ def edit_manifest(folder, change):
 
 
 def edit_rows(folder, change, *, index=False):
-    """Rewrites the first file with rows, or its index, and makes the manifest agree: only the rows tell."""
+    """Rewrites the first file with rows, or its index, and updates the manifest: only the rows show the change."""
     manifest, root = open_table(str(folder / "table"))
     name = (manifest.index_files if index else manifest.files)[0].name
     edit_file(Path(root, name), lambda data: change(bytes(data), manifest))
@@ -255,10 +255,10 @@ def test_the_first_of_two_documents_with_one_id_counts(folder):
     assert verify(folder, "corpus.jsonl") == []
 
 
-# What dead letters account for.
+# Documents and rows that dead letters explain.
 
 
-def test_dead_letters_account_for_documents_and_rows(tmp_path):
+def test_dead_letters_explain_missing_documents_and_stale_rows(tmp_path):
     texts = ["a dog", "a cat", "a horse and a dog and a cat and a cow", "a bird", ""]
     records = [{"id": str(i), "text": text} for i, text in enumerate(texts)]
     settings = {"on_long": "reject", "max_tokens": 8, "on_empty": "reject", "max_dead_fraction": 1, "keep_fields": ()}
@@ -271,13 +271,13 @@ def test_dead_letters_account_for_documents_and_rows(tmp_path):
         "too_long",
     ]
     assert verify(tmp_path, "corpus.jsonl") == []
-    records[1] = {"id": "1", "text": 3}  # now unreadable: its row is not known to be surplus
+    records[1] = {"id": "1", "text": 3}  # now unreadable: its row may not be surplus
     write_jsonl(tmp_path / "corpus.jsonl", records)
     assert verify(tmp_path, "corpus.jsonl") == []
     write_jsonl(tmp_path / "corpus.jsonl", [records[0], *records[2:]])
     assert [finding[:2] for finding in verify(tmp_path, "corpus.jsonl")] == [("surplus_row", "1")]
     with (tmp_path / "corpus.jsonl").open("a") as file:
-        file.write("{no json\n")  # whose it was cannot be told: perhaps that of 1
+        file.write("{no json\n")  # its id cannot be read: it may be document 1
     assert verify(tmp_path, "corpus.jsonl") == []
 
 

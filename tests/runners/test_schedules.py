@@ -345,7 +345,7 @@ def flag(call: list[str], name: str) -> str:
 
 
 def read_grants(calls: list[list[str]]) -> set[tuple[str, str, str]]:
-    """Who is granted what on what by a script, the last as the group of gcloud's commands."""
+    """The roles that a script gives: who, which role, and on which resource, by gcloud's command group."""
     verb = "add-iam-policy-binding"
     bindings = [call for call in calls if verb in call]
     return {

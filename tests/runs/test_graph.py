@@ -1,4 +1,4 @@
-"""What may wait or be held: on the local engine nothing that grows with the corpus crosses between stages."""
+"""Crossings between stages: on the local engine nothing that grows with the corpus crosses."""
 
 from __future__ import annotations
 

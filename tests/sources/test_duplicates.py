@@ -24,7 +24,7 @@ from pipeline.sources.duplicates import ENTRY, DuplicateCursor, find_duplicates
 from pipeline.sources.planning import plan_input
 from pipeline.sources.read import ReadDocuments, ReadSplit
 
-# Each file's rows, and whether they win. The first row with id "b" is bad and never takes part.
+# Each file's rows, and whether they are kept. The first row with id "b" is bad and is not considered.
 FILES = {
     "a.jsonl": [("a", "first a", True), ("b", 5, None), ("a", "second a", False), ("c", "only c", True)],
     "b.jsonl": [("b", "first good b", True), ("a", "third a", False), ("d", "only d", True)],
@@ -163,6 +163,6 @@ def test_memory_does_not_grow_with_the_ids(tmp_path, monkeypatch):
 
 
 @given(positions=st.sets(st.integers(0, 60)), start=st.integers(0, 60))
-def test_a_cursor_says_who_loses(positions, start):
+def test_a_cursor_finds_the_duplicates(positions, start):
     cursor = DuplicateCursor(np.array(sorted(positions), "<u8"))
     assert [p for p in range(start, 61) if cursor.drops(p)] == sorted(p for p in positions if p >= start)

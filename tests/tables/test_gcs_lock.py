@@ -48,7 +48,7 @@ def short_lock(table, run):
 
 
 def dead_lock(table, run):
-    """One that is never renewed, and so dies within moments."""
+    """A lock that is never renewed, and so expires soon."""
     return TableLock(table, run, heartbeat_seconds=1000, expiry_seconds=0.2)
 
 
@@ -86,7 +86,7 @@ def race_for(table):
 
 @pytest.fixture
 def lost_answers():
-    """Requests that are carried out while their answers are lost: as many of the next writes as one sets."""
+    """Requests that succeed while their responses are lost; the number of such writes can be set."""
     left = [0]
     request = AuthorizedSession.request
 
@@ -151,7 +151,7 @@ def test_a_write_whose_answer_is_lost_is_known_for_ours(table, lost_answers):
     assert (impatient.read().data, impatient.read().generation) == (b"b", generation)
 
 
-def test_a_write_that_was_not_carried_out_is_an_error_and_not_a_defeat(table):
+def test_a_write_that_failed_is_an_error_and_not_a_conflict(table):
     path = f"{table}/CURRENT"
     replace_if(path, "a", "")
     version = int(read_versioned(path)[1])

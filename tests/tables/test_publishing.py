@@ -1,4 +1,4 @@
-"""Small promises of writing and publishing, each once broken."""
+"""Regression tests of writing and publishing."""
 
 import io
 import json

@@ -1,4 +1,4 @@
-"""What a snapshot must pass before it goes live: by its rows, by its numbers, and by texts that are encoded again."""
+"""Validation of a snapshot: its rows, its numbers, and texts that are encoded again."""
 
 from __future__ import annotations
 
