@@ -1,4 +1,4 @@
-"""How Beam moves records between workers. Whoever builds a graph of them imports this first."""
+"""Coders by which Beam moves records between workers. Import this before a graph of records is built."""
 
 from __future__ import annotations
 

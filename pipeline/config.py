@@ -184,7 +184,7 @@ class EncoderConfig(CheckedConfig):
         "folder, gs:// or s3:// path or hub handle; default: the built-in encoder", "", metavar="PATH"
     )
     vector: str = setting(
-        "pooled_output, or sequence_output or encoder_outputs/N with :mean, :max, :cls or :tokens",
+        "output to store: pooled_output, or sequence_output or encoder_outputs/N with :mean, :max, :cls or :tokens",
         "pooled_output",
         metavar="OUTPUT",
     )

@@ -23,7 +23,7 @@ from pipeline.vectors.finishing import VectorRule
 
 GPU_BATCH_TOKENS, TEXT_BATCH_BYTES = 16384, 16384
 CPU_BATCH_NUMBERS, CPU_BATCH_TOKENS = 6 << 20, 2048  # of a feed-forward's output; where its width is unknown
-FIXED_PREPROCESSOR_LENGTH = 128  # of a preprocessor that can pack to one length only and does not tell which
+FIXED_PREPROCESSOR_LENGTH = 128  # of a preprocessor that packs to one fixed length which it does not specify
 
 
 @dataclass(frozen=True)

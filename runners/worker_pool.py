@@ -75,7 +75,7 @@ def end_process(process: subprocess.Popen[bytes]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m runners.worker_pool", description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--port", type=int, required=True, help="where it listens")
+    parser.add_argument("--port", type=int, required=True, help="port to listen on")
     options = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     server, pool = grpc.server(thread_pool_executor.shared_unbounded_instance()), WorkerPool()

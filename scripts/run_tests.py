@@ -29,7 +29,7 @@ def main(asked: list[str]) -> int:
     if not asked:
         return run_pytest(f"not ({' or '.join(lanes)})", *PROCESSES)
     if "lanes" in asked and (missing := [name for name in TOOLS if not shutil.which(name)]):
-        print(f"the lane tools is left out, as this machine has no {' and no '.join(missing)}")
+        print(f"the lane tools is skipped, because this machine has no {' and no '.join(missing)}")
         lanes.remove("tools")
     which = " or ".join(lanes if "lanes" in asked else asked)
     codes = [run_pytest(f"({which}) and not alone", *PROCESSES), run_pytest(f"({which}) and alone")]

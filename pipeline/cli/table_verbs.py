@@ -132,9 +132,7 @@ def format_plan(dry_run: DryRun, output: str) -> str:
         f"  documents    {f.documents:,} read: {f.new:,} new, {f.changed:,} changed, {f.updated:,} updated (their text "
         f"is the same), {f.unchanged:,} unchanged",
         f"  gone         {f.deleted:,} deleted"
-        + "".join(
-            f", {n:,} {what}" for n, what in ((f.kept, "kept"), (f.stale, "kept as they were"), (f.lost, "lost")) if n
-        ),
+        + "".join(f", {n:,} {what}" for n, what in ((f.kept, "kept"), (f.stale, "stale"), (f.lost, "lost")) if n),
         f"  to encode    {f.to_encode:,} texts; {f.reused:,} have a vector already, {f.same_text:,} are equal to "
         "another",
     ]

@@ -49,7 +49,7 @@ class Streams:
         """Encodes a batch: what `encode` gives for all rows, in their order."""
         n_tokens = int(inputs["input_mask"].sum())
         most = min(len(inputs["input_mask"]), int(n_tokens * self._flops_per_token / LEAST_FLOPS))
-        if most < self._counts[-1]:  # too small a batch to tell which number is best
+        if most < self._counts[-1]:  # the batch is too small to compare numbers of parts
             return self._run_parts(encode, inputs, max(1, min(most, self._best or 1)))
         if self._best is not None:
             return self._run_parts(encode, inputs, self._best)

@@ -30,7 +30,7 @@ from pipeline.errors import ConfigError
 _LOGGER = logging.getLogger(__name__)
 _NEEDED = {
     "project": "the Google Cloud project that pays for it",
-    "region": "where the workers run, such as europe-west4",
+    "region": "the region of the workers, such as europe-west4",
     "temp_location": "a gs:// folder for the job's own files",
 }
 _ONE_PROCESS = "no_use_multiple_sdk_containers"

@@ -327,7 +327,7 @@ class Reused(NamedTuple):
     Attributes:
       rows: all new rows: encoded ones, and those from requests.
       samples: rows to compare spot checks with.
-      dead_letters: of documents whose text is that of one that could not be encoded.
+      dead_letters: of documents with the same text as one that could not be encoded.
       shards: files with the live rows that stay.
       bundle_counts: BundleCounts.
     """

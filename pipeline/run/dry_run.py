@@ -161,8 +161,8 @@ class Seen(NamedTuple):
       counts: documents by change and action, as in the manifest.
       dead: dead letters of the reading, by reason.
       dead_letters: the documents and files that they belong to.
-      reused_ids: digests of the ids of documents that get rows from known vectors, ascending.
-      reused_contents: content hashes of the known rows whose vectors they get, ascending.
+      reused_ids: digests of the ids of documents that reuse vectors, ascending.
+      reused_contents: content hashes of the rows whose vectors they get, ascending.
       n_reused: how many rows they get.
       same_text: of some documents with the text of another one that is encoded: content hash, id and file.
       sample: of the texts to encode.

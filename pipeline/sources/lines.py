@@ -43,7 +43,7 @@ def iterate_lines(stream: BinaryIO, start: int, end: Optional[int], limit: int) 
     Raises:
       TruncatedFile: if the stream ends before `end`.
     """
-    # The byte before the range tells whether a line begins at its start; if not, the line is the range's before.
+    # The byte before the range tells whether a line begins at its start; if not, the line belongs to the range before.
     offset = start - 1 + _skip_line(stream) if start else 0
     while end is None or offset < end:
         raw = stream.readline(limit + _SLACK_BYTES)

@@ -74,7 +74,7 @@ class ReadSplit(beam.DoFn):
             if isinstance(outcome, DeadLetter) or counts["documents"] - reported["documents"] >= PROGRESS_EVERY:
                 self._report(counts, reported)
             if outcome is not None:
-                seconds += time.perf_counter() - since  # whoever takes the document runs until the next line
+                seconds += time.perf_counter() - since  # the consumer of the document runs until the next line
                 yield TaggedOutput("dead_letters", outcome) if isinstance(outcome, DeadLetter) else outcome
                 since = time.perf_counter()
         self._report(counts, reported)

@@ -19,7 +19,7 @@ from pipeline.sources.source import FileRange, InputFile, Record
 
 _LOGGER = logging.getLogger(__name__)
 SAMPLE_FILES = 10  # of each kind
-SAMPLE_ROWS = 200  # whose fields are looked at
+SAMPLE_ROWS = 200  # whose fields are inspected
 KEPT_CHARACTERS = 1 << 20  # of the records that are kept
 SAMPLE_RECORDS, SAMPLE_BYTES = 20_000, 4 << 20  # of each kind of file: whichever comes first, after `SAMPLE_ROWS`
 

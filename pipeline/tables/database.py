@@ -82,7 +82,7 @@ def check_identifier(name: str, output: str) -> str:
       ConfigError: if it cannot.
     """
     if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name):
-        raise ConfigError(f"--output={output}: {name!r} is not a name of a table; use letters, digits and _")
+        raise ConfigError(f"--output={output}: {name!r} is not a table name; use letters, digits and _")
     return name
 
 

@@ -57,7 +57,7 @@ class Cluster:
             return json.load(response)
 
     def registered(self) -> set[str]:
-        """The ids of the TaskManagers whose slots the JobManager counts on; none while it is still starting."""
+        """The ids of the TaskManagers with registered slots; none while the JobManager is starting."""
         try:
             managers = self.ask("taskmanagers")["taskmanagers"]
             return {manager["id"] for manager in managers if manager["slotsNumber"]}  # known a moment before its slots
