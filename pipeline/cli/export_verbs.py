@@ -198,7 +198,7 @@ def read_encoder(known: argparse.Namespace) -> Content:
     parity = ParityCheck(folder, sizes, hash_variables(folder, model)).prove("float32")
     if not parity.holds:
         raise EncoderError(
-            f"{shown} does not compute what its variables suggest ({parity}) and cannot be exported; "
+            f"{shown} does not give the same vectors as our graph ({parity}) and cannot be exported; "
             "give it to embeam embed as it is"
         )
     names = canonical_names(model.variables)

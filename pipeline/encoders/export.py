@@ -108,9 +108,7 @@ def embed(w: Weights, ids: tf.Tensor, types: tf.Tensor) -> tf.Tensor:
     type_table = w["type_embeddings/embeddings"]  # [types, D]
     x = tf.gather(w["word_embeddings/embeddings"], ids)  # [B, L, D]
     x += w["position_embedding/embeddings"][: tf.shape(ids)[1]]  # [L, D]
-    x += tf.einsum(
-        "blt,td->bld", tf.one_hot(types, type_table.shape[0]), type_table
-    )  # a type out of range adds nothing
+    x += tf.einsum("blt,td->bld", tf.one_hot(types, type_table.shape[0]), type_table)  # out of range: adds nothing
     return layer_norm(scoped(w, "embeddings/layer_norm"), x)
 
 

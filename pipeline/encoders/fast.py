@@ -1,11 +1,10 @@
 """The fast graph: our own graph of the known families, with the published module's numbers and less work.
 
 Differences from the published graph: queries, keys and values come from one matmul; all dense layers are 2-D matmuls
-over tokens; heads are mixed by a small matmul without transposing the scores; only the requested
-output is computed; if that is the first token's, the last layer after its keys and values runs for that token only. On
-CPUs, padding is removed between the rows for everything but attention itself, and dense layers and layer norms are
-single kernels of oneDNN. On GPUs every layer is compiled by XLA, once for each shape of batches, as all layers share
-one function.
+over tokens; heads are mixed by a small matmul without transposing the scores; only the requested output is computed; if
+that is the first token's, the last layer after its keys and values runs for that token only. On CPUs, padding is
+removed between the rows for everything but attention itself, and dense layers and layer norms are single kernels of
+oneDNN. On GPUs every layer is compiled by XLA, once for each shape of batches, as all layers share one function.
 
 One letter glossary: B batch, L tokens, N tokens of all rows together, D width, A heads, K head size, F feed-forward.
 

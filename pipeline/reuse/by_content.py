@@ -97,9 +97,7 @@ class DecideTexts(beam.DoFn):
         for value in values:
             if value[:1] == DOCUMENT:
                 is_first = self._packer.order(value) == first
-                first = (
-                    None if is_first else first
-                )  # several documents may have one place, such as retried dead letters
+                first = None if is_first else first  # several documents may have one place: retried dead letters
                 document = self._packer.unpack(value)
                 self._waiting.append(Waiting(document, content, is_known, is_first, n_documents > 1))
                 if len(self._waiting) >= BLOCK_DOCUMENTS:

@@ -40,9 +40,7 @@ class JournalWriter:
     def add(self, row: Row) -> None:
         with self._lock:
             self._rows.append(row)
-            self._bytes += (
-                len(row.vector) + len(row.kept) + len(row.text or "")
-            )  # of the buffered rows, not of the segment
+            self._bytes += len(row.vector) + len(row.kept) + len(row.text or "")  # of the buffer, not of the segment
         if self._bytes >= FLUSH_BYTES or time.monotonic() - self._since >= self._seconds:
             self.flush()
 

@@ -58,7 +58,7 @@ class CheckedTable:
       counts: of files, rows and documents that were checked, and of those that dead letters explain.
       dead_letters: the documents and files that the dead letters belong to.
       redigests: whether the digest of the kept fields can be made from the rows.
-      compares_kept: whether the digest of the kept fields is index.
+      compares_kept: whether the digest of the kept fields is known.
       required: the columns that may not be null.
     """
 

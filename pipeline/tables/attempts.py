@@ -66,9 +66,7 @@ def abandon_attempt(table: str, name: str, previous: str) -> str:
     folder = attempts_folder(table, name)
     paths = list_files(folder)
     dead_letters = [path for path in paths if os.path.basename(path).startswith("dead_letters-")]
-    if not dead_letters or list_files(
-        join(table, REJECTED, name)
-    ):  # a rejected snapshot has copies of the dead letters
+    if not dead_letters or list_files(join(table, REJECTED, name)):  # a rejected snapshot has copies of them
         delete_folder(folder)
         return ""
     for path in set(paths) - set(dead_letters):

@@ -16,9 +16,7 @@ from pipeline.config import VectorConfig
 from pipeline.records import BundleCounts, Chunk, DeadLetter, Encoded, Encoding, Origin, Row
 from pipeline.vectors.storing import quantize_vectors, shape_vectors
 
-BATCHES_AHEAD = (
-    2  # in the encoder or waiting for it: batches come in bursts, because many documents are tokenised at once
-)
+BATCHES_AHEAD = 2  # in the encoder or waiting for it: batches come in bursts, as many documents are tokenised at once
 
 
 @dataclass(frozen=True)

@@ -322,7 +322,7 @@ def test_an_encoder_that_computes_something_else_is_not_written_as_ours(refused,
     with monkeypatch.context() as patched:
         patched.setattr(export, "LAYER_NORM_EPSILON", 0.1)
         export.export_encoder(weights, VOCABULARY.read_text().splitlines(), str(tmp_path / "e"))
-    assert "does not compute what its variables suggest" in refused(
+    assert "does not give the same vectors as our graph" in refused(
         "export-encoder", "--from_encoder=e", "--output=new", code=1
     )
 
