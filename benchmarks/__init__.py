@@ -1,1 +1,1 @@
-"""How fast and how large the product is, beside a named reference in the same run; see README.md."""
+"""Measures speed and memory of the product beside a named reference in the same run; see README.md."""

@@ -39,8 +39,8 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--encoder", default="", metavar="DIR", help="a SavedModel with the TF Hub text interface")
     parser.add_argument("--preprocessor", default="", metavar="DIR", help="the preprocessor that belongs to it")
     parser.add_argument("--size", choices=SIZES, help="without --encoder: size of the one that is made")
-    parser.add_argument("--count", type=int, default=0, help="documents; each benchmark has a default of its own")
-    parser.add_argument("--repetitions", type=int, default=0, help="runs of each side, likewise")
+    parser.add_argument("--count", type=int, default=0, help="number of documents; each benchmark has its own default")
+    parser.add_argument("--repetitions", type=int, default=0, help="number of runs of each side, likewise")
     parser.add_argument("--output", default="build/benchmarks", metavar="DIR", help="folder for results and scratch")
     options = parser.parse_args(arguments)
     for name in options.names:
@@ -52,7 +52,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
 
 
 def run_benchmark(name: str, options: argparse.Namespace) -> None:
-    """Runs one benchmark in a scratch folder, which goes away if all went well."""
+    """Runs one benchmark in a scratch folder, which is removed on success."""
     output = os.path.abspath(options.output)
     folder = os.path.join(output, f"scratch-{name}")
     shutil.rmtree(folder, ignore_errors=True)

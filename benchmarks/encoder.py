@@ -64,7 +64,7 @@ def run(options: argparse.Namespace) -> Report:
     matmuls: dict[str, list[dict[str, float]]] = {precision: [] for precision in precisions}
 
     def prepare(name: str) -> None:
-        """Clears the side's last table and measures the machine just before, so that both meet the same weather."""
+        """Removes the side's last table and measures the machine just before the run, under the same load."""
         shutil.rmtree(outputs[name], ignore_errors=True)
         precision = name.removeprefix("embeam ")
         if precision in matmuls:
@@ -80,7 +80,7 @@ def run(options: argparse.Namespace) -> Report:
             Side("benchmarks.stock:compare_tables", {"source": texts, "records": records, "table": table}), folder
         )
         if compared["rows"] != count or compared["max_difference"] > TOLERANCES[precision]:
-            raise BenchmarkError(f"the tables of stock Beam and {precision} are not the same work: {compared}")
+            raise BenchmarkError(f"the tables of stock Beam and {precision} differ: {compared}")
         facts[f"{precision}: largest difference of a number from stock's"] = compared["max_difference"]
     counted = run_side(
         Side("benchmarks.encoder:count_flops", {"table": outputs["embeam float32"], "encoder": encoder}), folder

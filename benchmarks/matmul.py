@@ -1,4 +1,4 @@
-"""How fast this machine multiplies matrices: what an encoder's speed is held against."""
+"""Measures how fast this machine multiplies matrices: the reference for an encoder's speed."""
 
 from __future__ import annotations
 

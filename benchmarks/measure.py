@@ -33,7 +33,7 @@ class Side(NamedTuple):
 
 
 class Ratio(NamedTuple):
-    """One claim: a number, and the bound that it is held to.
+    """One claim: a number and its bound.
 
     Attributes:
       name: what is divided by what.
@@ -147,5 +147,5 @@ def steady_rate(runs: list[Run]) -> float:
       BenchmarkError: if a run was all start-up, as a run over few items is.
     """
     if any(run["steady_items"] <= 0 or run["steady_seconds"] <= 0 for run in runs):
-        raise BenchmarkError("a run was over with its start-up, so it has no steady rate; use a larger --count")
+        raise BenchmarkError("the run ended during its start-up and has no steady rate; use a larger --count")
     return statistics.median(run["steady_items"] / run["steady_seconds"] for run in runs)

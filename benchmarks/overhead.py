@@ -71,7 +71,7 @@ def encode_in_loop(encoder: str, packed: str) -> dict[str, float]:
     from pipeline.records import Batch, Chunk, Document
 
     class PaddedBatch(Batch):
-        """A batch that carries its arrays; its chunks only count."""
+        """A batch with its arrays; its chunks are only counted."""
 
         def __init__(self, inputs: dict[str, np.ndarray], n: int) -> None:
             rows, length = inputs["input_mask"].shape
@@ -94,7 +94,7 @@ def encode_in_loop(encoder: str, packed: str) -> dict[str, float]:
 
 
 def _skip_packing() -> None:
-    """Gives the encoders the arrays that a batch carries, wherever they imported the packer."""
+    """Replaces the packer in all modules: the encoders get the arrays of the batch."""
     from pipeline.encoders import inputs
 
     pack_batch = inputs.pack_batch

@@ -45,7 +45,7 @@ def make_environment(folder: str) -> str:
     install = ["-m", "pip", "--disable-pip-version-check", "install", "--quiet", "--no-deps", "--requirement"]
     for command in ([sys.executable, "-m", "venv", folder], [python, *install, str(LOCK)]):
         if subprocess.run(command).returncode:
-            raise BenchmarkError(f"the environment of {LOCK.name} could not be made: see above")
+            raise BenchmarkError(f"the environment of {LOCK.name} could not be created: see above")
     stamp.write_text(wanted)  # last, so an interrupted set-up runs again
     return python
 
@@ -156,7 +156,7 @@ def read_vectors(source: str, output: str) -> Any:
 
 def run(options: argparse.Namespace) -> Report:
     if options.encoder or options.preprocessor or options.size:
-        raise BenchmarkError("peers runs all-MiniLM-L6-v2 alone; leave out --encoder, --preprocessor and --size")
+        raise BenchmarkError("peers runs only all-MiniLM-L6-v2; leave out --encoder, --preprocessor and --size")
     folder, models = options.folder, os.path.join(options.models, "peers")
     python = make_environment(os.path.join(options.models, "peers-venv"))
     prepare_models(models, python, folder)

@@ -1,4 +1,4 @@
-"""What it costs to keep a table true: a run after a few documents have changed, against the run that made the table.
+"""The cost of keeping a table consistent: a run after a few documents changed, against the run that made the table.
 
 One percent of the documents have changed texts, half a percent are gone, and as many are new.
 """

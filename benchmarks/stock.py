@@ -78,7 +78,7 @@ def run(options: argparse.Namespace) -> Report:
         Side("benchmarks.stock:compare_tables", {"source": texts, "records": records, "table": table}), folder
     )
     if compared["rows"] != count or compared["stock_rows"] != count or compared["max_difference"] > TOLERANCE:
-        raise BenchmarkError(f"the two tables are not the same work: {compared}")
+        raise BenchmarkError(f"the two tables differ: {compared}")
     theirs, ours = runs["stock Beam"], runs["embeam"]
     return Report(
         f"{count:,} sentences of {compared['mean_pieces']:.1f} word pieces on average, from text to a TFRecord table",

@@ -1,4 +1,4 @@
-"""What a DoFn gives at the end of a bundle: Beam wants those outputs, and only those, with their window."""
+"""Outputs of a DoFn at the end of a bundle, which Beam requires to have a window."""
 
 from __future__ import annotations
 

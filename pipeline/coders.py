@@ -1,4 +1,4 @@
-"""How Beam moves records between workers. Whoever builds a graph of them imports this first."""
+"""Coders by which Beam moves records between workers. Import this before a graph of records is built."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pipeline.records import BundleCounts, Chunk, DeadLetter, Document, ElementG
 
 
 class ElementGroupCoder(coders.Coder):
-    """Pickles a pack, in which chunks of one document share that document: a row coder would repeat its text."""
+    """Pickles a group, in which chunks of one document share that document: a row coder would repeat its text."""
 
     def encode(self, value: ElementGroup) -> bytes:
         return pickle.dumps(list(value), pickle.HIGHEST_PROTOCOL)
@@ -27,7 +27,7 @@ class ElementGroupCoder(coders.Coder):
 
 
 class EncodingCoder(coders.Coder):
-    """Waits for a batch that has to go to another worker. No engine sends one, but all ask for the size of some."""
+    """Waits for the batch, then encodes it. No engine sends one to another worker, but all ask for the size of some."""
 
     def encode(self, value: Encoding) -> bytes:
         return pickle.dumps(value.future.result(), pickle.HIGHEST_PROTOCOL)

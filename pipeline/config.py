@@ -55,9 +55,13 @@ class VectorChoice:
         try:
             number = int(layer) if slash else None
         except ValueError:
-            raise ConfigError(f"--vector={text}: {layer!r} is no layer number; write encoder_outputs/-1:mean") from None
+            raise ConfigError(
+                f"--vector={text}: {layer!r} is not a layer number; write encoder_outputs/-1:mean"
+            ) from None
         if pooling and pooling not in POOLINGS + ("tokens",):
-            raise ConfigError(f"--vector={text}: {pooling!r} is no pooling; use one of {', '.join(POOLINGS)}, tokens")
+            raise ConfigError(
+                f"--vector={text}: {pooling!r} is not a pooling; use one of {', '.join(POOLINGS)}, tokens"
+            )
         if output in ("sequence_output", "encoder_outputs") and not pooling:
             raise ConfigError(f"--vector={text} is a matrix per text; say how to pool it, as in --vector={text}:mean")
         if output == "encoder_outputs" and number is None:
@@ -78,8 +82,10 @@ class ReadConfig(CheckedConfig):
     input: tuple[str, ...] = setting(
         "file, glob or bq://PROJECT.DATASET.TABLE to read; may be given several times", (), metavar="GLOB"
     )
-    query: str = setting("BigQuery query whose rows are read instead", "", metavar="SQL")
-    query_dataset: str = setting("where the rows of --query are kept for two days", "", metavar="PROJECT.DATASET")
+    query: str = setting("BigQuery query whose rows are the input, instead of --input", "", metavar="SQL")
+    query_dataset: str = setting(
+        "dataset in which the rows of --query are kept for two days", "", metavar="PROJECT.DATASET"
+    )
     row_restriction: str = setting(
         "condition in SQL on the rows of BigQuery tables, such as day = '2026-01-31'", "", metavar="SQL"
     )
@@ -90,15 +96,15 @@ class ReadConfig(CheckedConfig):
     )
     text_mode: str = setting("what one document is in a text file", "line", ("line", "paragraph", "file"))
     id_field: str = setting("field that holds the document's id; without it ids are FILE@POSITION", "", metavar="NAME")
-    text_field: tuple[str, ...] = setting("field with the text; several are joined by a blank: title,body", ("text",))
+    text_field: tuple[str, ...] = setting("field with the text; several are joined by a space: title,body", ("text",))
     pair_field: str = setting("field with a second segment (input_type_ids 1)", "", metavar="NAME")
     keep_fields: tuple[str, ...] = setting(
         "fields to copy into the table: name or name:type, comma-separated", (), metavar="FIELDS"
     )
-    limit: int = setting("stop after so many documents, for a trial; 0 reads everything", 0)
-    max_document_bytes: int = setting("larger records become dead letters", 10 * MIB)
+    limit: int = setting("read at most this many documents, for a trial run; 0 reads all of them", 0)
+    max_document_bytes: int = setting("maximum size of a record; larger ones become dead letters", 10 * MIB)
     on_empty: str = setting("what to do with blank texts", "reject", ("reject", "skip", "embed"))
-    split_bytes: int = setting("size of the pieces that the input is read in", 64 * MIB)
+    split_bytes: int = setting("size of the pieces into which the input is split", 64 * MIB)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -133,10 +139,16 @@ class PreprocessConfig(CheckedConfig):
     preprocessor: str = setting(
         "folder or handle of the preprocessor SavedModel; default: the encoder's own vocabulary", "", metavar="PATH"
     )
-    max_tokens: int = setting("tokens per input with [CLS] and [SEP]; 0 means all that the encoder takes", 0)
-    on_long: str = setting("what to do with longer texts", "truncate", ("truncate", "chunk", "average", "reject"))
+    max_tokens: int = setting(
+        "maximum number of tokens per input, including [CLS] and [SEP]; 0 means the encoder's maximum", 0
+    )
+    on_long: str = setting(
+        "what to do with texts that are longer than --max_tokens",
+        "truncate",
+        ("truncate", "chunk", "average", "reject"),
+    )
     chunk_overlap: int = setting("tokens that neighbouring chunks share", 0)
-    text_prefix: str = setting("put before every text, such as 'query: '", "", metavar="TEXT")
+    text_prefix: str = setting("prefix of every text, such as 'query: '", "", metavar="TEXT")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -172,17 +184,17 @@ class EncoderConfig(CheckedConfig):
         "folder, gs:// or s3:// path or hub handle; default: the built-in encoder", "", metavar="PATH"
     )
     vector: str = setting(
-        "pooled_output, or sequence_output or encoder_outputs/N with :mean, :max, :cls or :tokens",
+        "output to store: pooled_output, or sequence_output or encoder_outputs/N with :mean, :max, :cls or :tokens",
         "pooled_output",
         metavar="OUTPUT",
     )
     encoder_graph: str = setting(
-        "fast: our own graph of the encoder, proven against the published one; auto: fast where it can be proven",
+        "fast: our own graph of the encoder, checked against the published one; auto: fast if the check succeeds",
         "auto",
         ("auto", "fast", "published"),
     )
     precision: str = setting(
-        "of the fast graph's matmuls; auto: 16 bits where processor or GPU have them natively",
+        "precision of the fast graph's matrix products; auto: 16 bits if the processor or GPU supports them natively",
         "float32",
         ("float32", "bfloat16", "float16", "auto"),
     )
@@ -200,7 +212,7 @@ class VectorConfig(CheckedConfig):
 
     normalize: bool = setting("scale every vector to length 1", False)
     dimensions: int = setting("keep only the first N dimensions; 0 keeps all", 0)
-    dtype: str = setting("how numbers are stored", "float32", ("float32", "float16", "int8", "binary"))
+    dtype: str = setting("number type of the stored vectors", "float32", ("float32", "float16", "int8", "binary"))
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -216,16 +228,16 @@ class WriteConfig(CheckedConfig):
     work_dir: str = setting("gs:// folder for the lock, journal and dead letters of a bq:// table", "", metavar="DIR")
     output_format: str = setting("format of the table's files", "tfrecord", ("tfrecord", "parquet"))
     compression: str = setting("compression of the table's files", "none", ("none", "gzip"))
-    shard_bytes: int = setting("size at which a new file is begun", 256 * MIB)
+    shard_bytes: int = setting("size at which a new file is started", 256 * MIB)
     keep_text: bool = setting("store each document's text beside its vector", False)
-    dead_letter_text: str = setting("what dead letters hold of the text", "full", ("full", "hash", "none"))
+    dead_letter_text: str = setting("what dead letters contain of the text", "full", ("full", "hash", "none"))
     max_dead_fraction: float = setting("stop when more than this share of the documents cannot be embedded", 0.1)
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self._require_positive("shard_bytes")
         if not 0 <= self.max_dead_fraction <= 1:
-            raise ConfigError(f"--max_dead_fraction={self.max_dead_fraction} is no share; use a number from 0 to 1")
+            raise ConfigError(f"--max_dead_fraction={self.max_dead_fraction} is not a share; use a number from 0 to 1")
 
 
 @dataclass(frozen=True)
@@ -233,36 +245,36 @@ class ReindexConfig(CheckedConfig):
     """Reindexing"""
 
     deletes: str = setting(
-        "rows of documents that are gone from the input: apply drops them", "apply", ("apply", "keep")
+        "what to do with rows of documents that are gone from the input: apply drops them", "apply", ("apply", "keep")
     )
     max_delete_fraction: float = setting("stop when more than this share of the table's documents is gone", 0.2)
     on_model_change: str = setting(
-        "when the table was made by another encoder or other settings of vectors: embed everything again, or stop",
+        "what to do if the table was made with another encoder or vector settings: embed everything again, or stop",
         "embed",
         ("embed", "stop"),
     )
     verify_live: bool = setting(
-        "compare the live table's files with their checksums first; damaged ones are made anew", False
+        "compare the live table's files with their checksums first; damaged ones are made again", False
     )
     retry_dead_letters: bool = setting("try the table's dead letters again, instead of reading --input", False)
-    create_vector_index: bool = setting("give a database's table an index for nearest neighbours", False)
-    validate: str = setting(
-        "check a snapshot before it is published; off publishes whatever came out", "on", ("on", "off")
-    )
-    keep_snapshots: int = setting("how many snapshots are kept, the live one included", 2)
-    grace_seconds: int = setting("how long a snapshot that is no longer live stays for its readers", 3600)
+    create_vector_index: bool = setting("create a nearest-neighbour index for a table in a database", False)
+    validate: str = setting("check a snapshot before it is published; off publishes it unchecked", "on", ("on", "off"))
+    keep_snapshots: int = setting("number of snapshots to keep, including the live one", 2)
+    grace_seconds: int = setting("how long a snapshot that is no longer live is kept for its readers", 3600)
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self._require_positive("keep_snapshots")
         if not 0 <= self.max_delete_fraction <= 1:
-            raise ConfigError(f"--max_delete_fraction={self.max_delete_fraction} is no share; use a number from 0 to 1")
+            raise ConfigError(
+                f"--max_delete_fraction={self.max_delete_fraction} is not a share; use a number from 0 to 1"
+            )
         if self.grace_seconds < 0:
             raise ConfigError(f"--grace_seconds={self.grace_seconds} is negative; use 0 or more")
 
     @property
     def keeps_deleted(self) -> bool:
-        """Whether rows stay of documents that the run does not see: as asked, or since it sees dead letters alone."""
+        """Whether rows of documents that the run does not see are kept: on request, or when it retries dead letters."""
         return self.deletes == "keep" or self.retry_dead_letters
 
 
@@ -271,18 +283,18 @@ class WorkerConfig(CheckedConfig):
     """Workers of a distributed engine"""
 
     accelerator: str = setting(
-        f"GPU of the workers that encode: {', '.join(ACCELERATORS)}; without one they encode on processors",
+        f"GPU of the workers that encode: {', '.join(ACCELERATORS)}; without one they encode on CPUs",
         "",
         metavar="NAME",
     )
-    encoder_threads: int = setting("batches that one GPU has at a time; 0 fits it to the GPU", 0)
-    encoder_processes: int = setting("processes that share one GPU, each with a model and its part of the memory", 1)
+    encoder_threads: int = setting("batches that one GPU processes at a time; 0 fits it to the GPU", 0)
+    encoder_processes: int = setting("processes that share one GPU, each with its own model and share of the memory", 1)
     encoder_machine: str = setting(
-        "machine type of the workers with a GPU; default: the smallest that has it", "", metavar="TYPE"
+        "machine type of the workers with a GPU; default: the smallest type with that GPU", "", metavar="TYPE"
     )
     encoder_memory: str = setting("memory of a worker that encodes, such as 32GB", "", metavar="SIZE")
     provisioning: str = setting(
-        "how Dataflow gets workers with a GPU: flex-start waits until one is free, spot takes what may be taken back",
+        "how Dataflow gets workers with a GPU: flex-start waits until one is free, spot workers may be preempted",
         "standard",
         ("standard", "spot", "flex-start"),
     )
@@ -304,7 +316,7 @@ class WorkerConfig(CheckedConfig):
         if self.provisioning != "standard" and not self.accelerator:
             raise ConfigError(f"--provisioning={self.provisioning} is for GPUs; name one with --accelerator")
         if self.encoder_memory and not re.fullmatch(r"\d+(MB|GB|MiB|GiB)", self.encoder_memory):
-            raise ConfigError(f"--encoder_memory={self.encoder_memory} is no size; write it as 32GB")
+            raise ConfigError(f"--encoder_memory={self.encoder_memory} is not a size; write it as 32GB")
 
 
 @dataclass(frozen=True)

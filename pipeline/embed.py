@@ -1,4 +1,4 @@
-"""The product as one graph: documents in, rows and dead letters out, and around it reading, writing, publishing."""
+"""The whole graph: reads documents, embeds them, writes rows and dead letters, and publishes the table."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from typing import NamedTuple
 
 import apache_beam as beam
 
-import pipeline.coders  # noqa: F401  tells Beam how records travel
+import pipeline.coders  # noqa: F401  registers the coders of the records
 from pipeline.config import EmbedConfig, KeptField
 from pipeline.embedding_spec import EmbeddingSpec, make_embedding_spec
 from pipeline.encoders.handler import Encode
 from pipeline.preprocess.batching import BatchByTokens
 from pipeline.preprocess.chunking import Preprocess
 from pipeline.progress import Progress
-from pipeline.reuse.distributed import LookUpKnown, ReuseRows
+from pipeline.reuse.distributed import LookUpVectors, ReuseRows
 from pipeline.reuse.journal_writer import Journal
 from pipeline.reuse.local import LocalReuse, LookUp
 from pipeline.sinks.writing import WriteTo
@@ -27,7 +27,7 @@ from pipeline.tables.store import CommitPlan, Committer
 from pipeline.vectors.finishing import Finish
 
 DEAD_LETTER_STAGES = ("Read", "Preprocess", "Encode", "Duplicate", "Shared")
-SAFE_DOCUMENTS = 1000  # at most so many are encoded again after a crash, or what half a minute brings
+SAFE_DOCUMENTS = 1000  # the most that are encoded again after a crash, or those of half a minute
 
 
 class Embedded(NamedTuple):
@@ -44,10 +44,10 @@ class EmbedDocuments(beam.PTransform):
     All stages fuse: a document's chunks stay in one bundle, and no step shuffles.
 
     Attributes:
-      config: preprocessing, batching, encoder and vectors; `read` and `write` are not used, but for `keep_text`.
+      config: preprocessing, batching, encoder and vectors; of `read` and `write` only `keep_text` is used.
 
     Raises:
-      ConfigError, EncoderError: when it is built, if the configuration cannot work.
+      ConfigError, EncoderError: on construction, if the configuration cannot work.
     """
 
     config: EmbedConfig = field(default_factory=EmbedConfig)
@@ -76,12 +76,12 @@ class Encoding(NamedTuple):
 
 @dataclass
 class EncodeChunks(beam.PTransform):
-    """PCollection[Chunk] -> Encoding: all that needs the encoder at hand.
+    """PCollection[Chunk] -> Encoding: all steps that need the encoder.
 
     Attributes:
       spec: how documents become rows.
-      journal: folder in which finished vectors are kept; "" for none.
-      gpu_memory_mib: what a process may take of a GPU that it shares; 0 for one to itself.
+      journal: folder of the journal, which keeps finished vectors; "" for none.
+      gpu_memory_mib: the GPU memory that a process may take if it shares the GPU; 0 if it does not.
     """
 
     spec: EmbeddingSpec
@@ -90,7 +90,7 @@ class EncodeChunks(beam.PTransform):
 
     def expand(self, chunks: beam.PCollection) -> Encoding:
         spec, vectors = self.spec, self.spec.vectors
-        # A document of several chunks is safe only with its last one, which must not wait for its bucket to fill.
+        # A document of several chunks is in the journal only with its last one, which must not wait for a full bucket.
         max_waiting = SAFE_DOCUMENTS if vectors.average or vectors.chunked else 0
         batches, batch_counts = chunks | "Batch" >> BatchByTokens(spec.buckets, vectors.counts_tokens, max_waiting)
         encoded = batches | "Encode" >> Encode(spec.encoder, spec.buckets.full_shapes(), self.gpu_memory_mib)
@@ -112,12 +112,12 @@ class Job:
       spec: how documents become rows.
       attempts: folder for what the run writes before it is published.
       journal: folder for finished vectors.
-      commit_plan: what is resolved about the run's end.
-      committer: what carries it out, by the kind of output.
+      commit_plan: what the commit needs and is resolved before the run.
+      committer: the commit itself, by the kind of output.
       distributed: whether the engine may shuffle what grows with the corpus.
-      place_encoder: puts the transform that encodes where the engine wants it, such as on workers of its own.
-      gpu_memory_mib: what a process may take of a GPU that it shares; 0 for one to itself.
-      lease: the hold on the table that the job's own workers keep and give back, where it may outlive its launcher.
+      place_encoder: wraps the transform that encodes for the engine, such as to run it on dedicated workers.
+      gpu_memory_mib: the GPU memory that a process may take if it shares the GPU; 0 if it does not.
+      lease: the table's lock, which the job's workers renew and release where the job may outlive its launcher.
       progress: what the stages report to.
     """
 
@@ -147,28 +147,28 @@ def build_pipeline(pipeline: beam.Pipeline, job: Job) -> beam.PCollection:
     documents, unread, read_counts = pipeline | "Read" >> ReadDocuments(
         job.input, job.config.read, job.kept, job.attempts, job.distributed, job.progress
     )
-    known = documents | "LookUp" >> (LookUp(reuse) if isinstance(reuse, LocalReuse) else LookUpKnown(reuse))
-    chunks, bad_documents, preprocess_counts = known.documents | "Preprocess" >> Preprocess(job.spec.split)
+    looked_up = documents | "LookUp" >> (LookUp(reuse) if isinstance(reuse, LocalReuse) else LookUpVectors(reuse))
+    chunks, bad_documents, preprocess_counts = looked_up.documents | "Preprocess" >> Preprocess(job.spec.split)
     encode = EncodeChunks(job.spec, job.journal, job.gpu_memory_mib)
     embedded = chunks | "Embed" >> job.place_encoder(encode)
     rows, dead_letters = embedded.rows, [unread, bad_documents, embedded.dead_letters]
-    bundle_counts = [read_counts, known.bundle_counts, preprocess_counts, embedded.bundle_counts]
+    bundle_counts = [read_counts, looked_up.bundle_counts, preprocess_counts, embedded.bundle_counts]
     results, shards = {"spot_checks": embedded.spot_checks}, []
     if isinstance(reuse, LocalReuse):
-        results["notes"] = known.notes
+        results["notes"] = looked_up.notes
     else:
-        reused = rows | "Reuse" >> ReuseRows(reuse, known, dead_letters)
+        reused = rows | "Reuse" >> ReuseRows(reuse, looked_up, dead_letters)
         rows, results["samples"] = reused.rows, reused.samples
-        dead_letters += [known.dead_letters, reused.dead_letters]
+        dead_letters += [looked_up.dead_letters, reused.dead_letters]
         bundle_counts.append(reused.bundle_counts)
         shards.append(reused.shards)
     row_shards, row_counts = rows | "WriteRows" >> WriteTo(job.attempts, plan.form, write.shard_bytes, job.progress)
     shards, bundle_counts = [*shards, row_shards], [*bundle_counts, row_counts]
 
-    # One writer per stage instead of one for all: the local engine would hold what crosses a Flatten in memory.
-    for stage, letters in zip(DEAD_LETTER_STAGES, dead_letters, strict=False):
+    # One writer per stage instead of one for all: the local engine holds the inputs of a Flatten in memory.
+    for stage, some in zip(DEAD_LETTER_STAGES, dead_letters, strict=False):
         to = WriteTo(job.attempts, plan.dead_letter_format, write.shard_bytes, job.progress)
-        dead_shards, dead_counts = letters | f"Write{stage}DeadLetters" >> to
+        dead_shards, dead_counts = some | f"Write{stage}DeadLetters" >> to
         shards.append(dead_shards)
         bundle_counts.append(dead_counts)
 

@@ -1,4 +1,4 @@
-"""What a configuration comes to: encoder, tokeniser, batch shapes and fingerprint, resolved before anything runs."""
+"""Resolves a configuration to an embedding spec: encoder, tokeniser, batch shapes and fingerprint."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from pipeline.vectors.finishing import VectorRule
 
 GPU_BATCH_TOKENS, TEXT_BATCH_BYTES = 16384, 16384
 CPU_BATCH_NUMBERS, CPU_BATCH_TOKENS = 6 << 20, 2048  # of a feed-forward's output; where its width is unknown
-FIXED_PREPROCESSOR_LENGTH = 128  # of a preprocessor that can pack to one length only and does not tell which
+FIXED_PREPROCESSOR_LENGTH = 128  # of a preprocessor that packs to one fixed length which it does not specify
 
 
 @dataclass(frozen=True)
@@ -66,9 +66,9 @@ def make_embedding_spec(config: EmbedConfig, device: Device | None = None) -> Em
 
     Raises:
       ConfigError: if settings do not fit the encoder or each other.
-      EncoderError: if encoder or preprocessor are none.
+      EncoderError: if the encoder or the preprocessor is not usable as such.
     """
-    load_tensorflow()  # before anything else imports it with all its noise
+    load_tensorflow()  # first, because it silences TensorFlow's messages
     device = device or this_device()
     encoder, model = describe_encoder(config.encoder, device)
     if encoder.takes == "texts" and config.read.pair_field:
@@ -107,9 +107,9 @@ def make_embedding_spec(config: EmbedConfig, device: Device | None = None) -> Em
 
 
 def choose_batch_tokens(encoder: EncoderSpec, device: Device) -> int:
-    """The budget of a batch: enough to keep the device busy, and no more than its caches like.
+    """The budget of a batch: large enough to keep the device busy, small enough for its caches.
 
-    On processors a feed-forward's output should stay in the last cache; GPUs want thousands of tokens at once.
+    On CPUs a feed-forward's output should fit into the last cache; GPUs need thousands of tokens at once.
     """
     if encoder.takes == "texts":
         return TEXT_BATCH_BYTES
@@ -123,16 +123,18 @@ def choose_batch_tokens(encoder: EncoderSpec, device: Device) -> int:
 def choose_split_rule(
     config: PreprocessConfig, encoder: EncoderSpec, model: SavedModelSpec, pair_field: str = ""
 ) -> tuple[SplitRule, dict[str, Any]]:
-    """Chooses how documents are tokenised and cut, and says what of it changes vectors.
+    """Chooses how documents are tokenised and cut; also returns the part of the identity that this determines.
 
     Raises:
       ConfigError: if the settings do not fit the encoder.
-      EncoderError: if the preprocessor is none.
+      EncoderError: if the preprocessor is not a preprocessor.
     """
     if encoder.takes == "texts":
         for flag, value in (("preprocessor", config.preprocessor), ("max_tokens", config.max_tokens or "")):
             if value:
-                raise ConfigError(f"--{flag}={value}: this encoder takes strings and tokenises itself; leave it out")
+                raise ConfigError(
+                    f"--{flag}={value}: this encoder takes strings and tokenises them itself; leave it out"
+                )
         if config.on_long != "truncate":
             raise ConfigError(f"--on_long={config.on_long}: this encoder tokenises itself; leave it out")
         return TextRule(config.text_prefix), {"kind": "none", "prefix": config.text_prefix}
@@ -156,9 +158,7 @@ def choose_split_rule(
     if config.preprocessor and (vocabulary is None or not agrees_with_preprocessor(vocabulary, model.folder)):
         return _use_preprocessor_as_is(config, model, max_tokens, cutting, pair_field)
     if vocabulary is None:
-        raise ConfigError(
-            f"--encoder={encoder.handle} carries no vocabulary; name its preprocessor with --preprocessor"
-        )
+        raise ConfigError(f"--encoder={encoder.handle} has no vocabulary; name its preprocessor with --preprocessor")
     if encoder.vocabulary_size and len(vocabulary.pieces) > encoder.vocabulary_size:
         raise ConfigError(
             f"--preprocessor={config.preprocessor} has {len(vocabulary.pieces):,} pieces and the encoder "

@@ -1,4 +1,4 @@
-"""The errors that a user can cause, each worded as: value, rule, fix, flag."""
+"""The errors that a user can cause. Their messages say value, rule, fix, flag."""
 
 
 class EmbeamError(Exception):
@@ -6,19 +6,19 @@ class EmbeamError(Exception):
 
 
 class ConfigError(EmbeamError, ValueError):
-    """A setting that cannot work, found before anything is read or encoded."""
+    """A setting that cannot work. It is raised before anything is read or encoded."""
 
 
 class InputError(EmbeamError):
-    """Input that cannot be read at all: nothing matches, or no format fits."""
+    """Input that cannot be read at all: no file matches, or no format fits."""
 
 
 class EncoderError(EmbeamError):
-    """A folder or handle that holds no usable encoder or preprocessor."""
+    """A folder or handle without a usable encoder or preprocessor."""
 
 
 class TableError(EmbeamError):
-    """An output folder that is no table, or a table that cannot be read or written."""
+    """An output folder that is not a table, or a table that cannot be read or written."""
 
 
 class RunError(EmbeamError):
@@ -30,5 +30,5 @@ class ValidationError(RunError):
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of an error's message: TensorFlow's have dozens."""
+    """The first line of an error's message; TensorFlow's messages have dozens of lines."""
     return (str(error) or type(error).__name__).splitlines()[0]

@@ -13,7 +13,7 @@ from typing import Any, BinaryIO
 from pipeline.errors import ConfigError
 
 _READ_BYTES = 1 << 20
-_PARTIAL = re.compile(r"(.+)\.[0-9a-f]{8}\.new")  # as `create_file` names a file before it is whole
+_PARTIAL = re.compile(r"(.+)\.[0-9a-f]{8}\.new")  # the name that `create_file` gives to an incomplete file
 
 
 def is_local(path: str) -> bool:
@@ -42,7 +42,7 @@ def check_scheme(path: str) -> None:
 
 
 def open_file(path: str) -> BinaryIO:
-    """Opens a file for reading as it is stored, seekable; every file system has exceptions of its own."""
+    """Opens a file for reading as it is stored, seekable; each file system raises its own exceptions."""
     if is_local(path):
         return open(path, "rb")
     return file_systems().open(path, compression_type="uncompressed")
@@ -69,7 +69,7 @@ def read_text(path: str) -> str:
 
 
 def strip_partial(name: str) -> str:
-    """The name of the file that `create_file` was about to write, for what it leaves when its process is killed."""
+    """The final name of an incomplete file of `create_file`, which stays if its process is killed."""
     partial = _PARTIAL.fullmatch(name)
     return partial[1] if partial else name
 
@@ -93,7 +93,7 @@ def create_file(path: str, data: bytes) -> None:
         raise
     folder = os.open(os.path.dirname(path), os.O_RDONLY)
     try:
-        os.fsync(folder)  # the rename itself must survive a power cut
+        os.fsync(folder)  # makes the rename durable
     finally:
         os.close(folder)
 
@@ -127,7 +127,7 @@ def measure_files(folder: str) -> dict[str, int]:
 
 
 def last_written(folder: str) -> float:
-    """When the newest file in a folder was written, in seconds since the epoch; 0 if there is none or nobody knows."""
+    """When the newest file in a folder was written, in seconds since the epoch; 0 if there is none or it is unknown."""
     if is_local(folder):
         return max((os.path.getmtime(path) for path in list_files(folder)), default=0.0)
     found = file_systems().match([folder + "/*"])[0].metadata_list
@@ -153,7 +153,7 @@ def list_folders(folder: str) -> list[str]:
 
 
 def delete_file(path: str) -> None:
-    """Removes one file; Beam's own deletion would take brackets in a local name for a pattern."""
+    """Removes one file. Beam's own deletion would read brackets in a local name as a pattern."""
     if is_local(path):
         os.remove(path)
     else:
@@ -161,7 +161,7 @@ def delete_file(path: str) -> None:
 
 
 def delete_folder(path: str) -> None:
-    """Removes a folder and what is in it; one that is not there is no error."""
+    """Removes a folder and what is in it; does nothing if the folder does not exist."""
     if is_local(path):
         shutil.rmtree(path, ignore_errors=True)
     elif file_systems().match([path + "/**"])[0].metadata_list:
@@ -169,7 +169,7 @@ def delete_folder(path: str) -> None:
 
 
 def delete_empty_folder(path: str) -> None:
-    """Removes a folder with nothing in it; only a local disk has such."""
+    """Removes an empty folder; only local disks have empty folders."""
     if is_local(path):
         with suppress(OSError):  # it is not there, or not empty
             os.rmdir(path)

@@ -1,7 +1,7 @@
-"""What an engine shows of a job while it runs: Beam's metrics, under fixed names in the namespace `embeam`.
+"""Beam metrics that an engine shows while a job runs, under fixed names in the namespace `embeam`.
 
-They are for watching and alerts. Engines may count a repeated bundle twice; the counts, which the manifest is made
-from, they do not.
+They are for monitoring and alerts. Engines may count a repeated bundle twice in them, but not in the counts from which
+the manifest is made.
 """
 
 from __future__ import annotations

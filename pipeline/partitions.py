@@ -1,4 +1,4 @@
-"""Records that are too many for memory, in parts by their digests, so that those with equal digests are in one part."""
+"""Partitions records that do not fit into memory by their digests; equal digests are in one part."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class Partitions:
             file.write(part.tobytes())
 
     def take(self) -> Iterator[np.ndarray]:
-        """Yields the parts, in no order within; once."""
+        """Yields the parts, once; records in a part are unordered."""
         for file in self._files:
             with file:
                 file.flush()

@@ -1,7 +1,7 @@
-"""What a run has done so far, shared by all its processes through small files.
+"""Progress of a run, shared by all its processes through small files.
 
 Beam's local engine reports metrics only at the end, and a bundle may last as long as the run, so the stages report to
-this from inside `process()`. Every process rewrites one file of its own about once a second.
+this module from inside `process()`. Every process rewrites one file of its own about once a second.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ _lock = threading.Lock()
 
 
 class Progress:
-    """The stages' end: `add` counts, and stops a run in which too many documents are lost.
+    """What the stages report to: adds up counts, and stops a run in which too many documents fail.
 
     Args:
-      folder: a local folder that the run's processes share; "" counts without telling anybody.
+      folder: a local folder that the run's processes share; "" counts without writing files.
       run: the run's name.
       max_dead_fraction: the share of dead letters that stops the run, tested in each process from 1000 documents on.
       heartbeat: called whenever something is counted; picklable.
@@ -95,7 +95,7 @@ def check_dead_fraction(dead: Mapping[str, int], documents: int, max_fraction: f
         reasons = ", ".join(f"{count:,} {reason}" for reason, count in sorted(dead.items(), key=lambda item: -item[1]))
         raise RunError(
             f"{n_dead:,} of {documents:,} documents cannot be embedded, more than --max_dead_fraction={max_fraction} "
-            f"allows ({reasons}{example}); mend the input or the flags, or raise --max_dead_fraction"
+            f"allows ({reasons}{example}); fix the input or the flags, or raise --max_dead_fraction"
         )
 
 

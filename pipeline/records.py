@@ -3,8 +3,8 @@
 Everything is a NamedTuple with primitive fields (Beam's RowCoder moves those about ten times faster than arrays or
 pickles), except `Batch`, which is a list because Beam takes `len()` of it for its batch-size metric.
 
-Annotations are not postponed here and optional fields are `Optional[X]`: RowCoder silently pickles what it cannot read.
-`coders.py` tells Beam of them; here Beam is not imported, which takes a second that a reader of a table need not wait.
+Annotations are not postponed here and optional fields are `Optional[X]`: RowCoder silently pickles other types.
+`coders.py` registers them with Beam, which is not imported here: that takes a second, also for readers of a table.
 """
 
 import hashlib
@@ -38,8 +38,8 @@ class Document(NamedTuple):
       pair: the second segment, or None; its tokens get type id 1.
       kept: JSON list of the kept fields' values, in the order of the table's kept fields; empty if there are none.
       origin: where the document came from, for dead letters.
-      is_spot_check: it is encoded once more, to be compared with its row of the table, and makes no row itself.
-      shared: other documents have the same text and pair, and wait for its rows or its dead letters.
+      is_spot_check: whether it is only encoded to be compared with its row of the table, and gets no new row.
+      shared: whether other documents with the same text and pair need its rows or its dead letters.
     """
 
     id: str
@@ -92,7 +92,7 @@ class Batch(list[Chunk]):
 
 
 class ElementGroup(list[Any]):
-    """A few hundred elements that go from one worker to another as one."""
+    """A few hundred elements that cross to another worker as one element, such as a chunk group."""
 
 
 class Encoded(NamedTuple):
@@ -123,7 +123,7 @@ class Encoding:
 
 
 class Row(NamedTuple):
-    """What lands in the table.
+    """One row of the table.
 
     Attributes:
       id: of the document.
@@ -160,9 +160,9 @@ class DeadLetter(NamedTuple):
     Attributes:
       stage: read, preprocess or encode.
       reason: a key of REASONS.
-      message: what is wrong, for people.
+      message: what is wrong.
       origin: where the document came from.
-      id: of the document, or None where it could not be told.
+      id: of the document, or None if it could not be read.
       text: of the document, or what can be shown of it.
       content_hash: as in a row; None if the document was not read that far.
       pair: the document's second segment.
@@ -183,13 +183,13 @@ class DeadLetter(NamedTuple):
 
     @classmethod
     def of(cls, stage: str, reason: str, message: str, document: Document, content_hash: str = "") -> "DeadLetter":
-        """The dead letter of a document that was read, with all that it takes to try again."""
+        """The dead letter of a document that was read, with all its fields, so that it can be retried."""
         d = document
         return cls(stage, reason, message, d.origin, d.id, d.text, content_hash or None, d.pair, d.kept, d.shared)
 
 
 class BundleCounts(NamedTuple):
-    """What one bundle of one stage counted; summed over a run they become the manifest's counts."""
+    """The counts of one bundle of one stage; their sum over a run is in the manifest."""
 
     stage: str
     counts: bytes  # JSON object of numbers

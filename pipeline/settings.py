@@ -1,4 +1,4 @@
-"""One setting: how it is declared, checked against its choices, and read from text."""
+"""Declares one setting, checks it against its choices, and reads it from text."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def setting(help: str, default: Any = None, choices: tuple[str, ...] = (), metav
 
 @dataclass(frozen=True)
 class CheckedConfig:
-    """Checks choices when a configuration is built; subclasses add what else must hold."""
+    """Checks choices when a configuration is built; subclasses add other checks."""
 
     def __post_init__(self) -> None:
         for f in fields(self):

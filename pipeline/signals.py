@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM: what is cleaned up before the process ends, and the moments in which it must not."""
+"""Handles Ctrl-C and SIGTERM: cleans up before the process ends, and delays the end while a run publishes."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ from contextlib import suppress
 
 import psutil
 
-PUBLISHING = threading.Lock()  # held while this process publishes, so that no signal ends it half way
-STOPPING = threading.Event()  # set once a signal ends the process: its own thread does, and no other
+PUBLISHING = threading.Lock()  # held while this process publishes, so that a signal cannot end it halfway
+STOPPING = threading.Event()  # set once a signal ends the process; only the signal thread may then exit
 _WATCHER = "embeam-signals"
 _on_stop: list[Callable[[], object]] = []
 _on_stop_first: list[Callable[[], object]] = []
 
 
 def on_stop(clean_up: Callable[[], object], first: bool = False) -> Callable[[], None]:
-    """Registers what must be cleaned up when a signal ends the process; returns the function that takes it back.
+    """Registers a clean-up for when a signal ends the process; returns a function that unregisters it.
 
     Args:
       clean_up: is called from another thread.
-      first: before child processes are killed, for what needs one of them.
+      first: call it before child processes are killed, because it needs one of them.
     """
     registry = _on_stop_first if first else _on_stop
     registry.append(clean_up)
@@ -31,16 +31,16 @@ def on_stop(clean_up: Callable[[], object], first: bool = False) -> Callable[[],
 
 
 def clean_up_all(registry: list[Callable[[], object]], terminal: int) -> None:
-    """Calls what was registered; what came last rests on what came first, so the lock goes at the end."""
+    """Calls the clean-ups in reverse order: later ones depend on earlier ones, so the lock is released last."""
     for clean_up in reversed(list(registry)):
         try:
             clean_up()
         except Exception as error:
-            os.write(terminal, f"embeam: what the run had written could not be removed: {error}\n".encode())
+            os.write(terminal, f"embeam: files of the run could not be removed: {error}\n".encode())
 
 
 def watch_signals() -> None:
-    """Ends the process within moments of Ctrl-C or SIGTERM: one line, no child left, nothing half published.
+    """Ends the process soon after Ctrl-C or SIGTERM: prints one line, kills all children, publishes nothing partly.
 
     Python would raise KeyboardInterrupt in the main thread, and Beam report it as a failure of some DoFn. So all
     threads block the signals, and one of its own waits for them.
@@ -58,7 +58,7 @@ def watch_signals() -> None:
         STOPPING.set()
         sys.stderr.flush()
         os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # Beam's threads have a lot to say about workers that are gone
-        os.write(terminal, b"\nembeam: stopped; a table is what it was last published as; run the same command again\n")
+        os.write(terminal, b"\nembeam: stopped; the last published table is unchanged; run the same command again\n")
         clean_up_all(_on_stop_first, terminal)
         children = psutil.Process().children(recursive=True)  # Beam starts its workers through a shell
         for child in children:  # all at once, or one would report the end of another

@@ -1,4 +1,4 @@
-"""Services that a run needs beside it, as processes of this machine that end with whoever started them."""
+"""Services that a run needs beside it, as processes of this machine that end with the process that started them."""
 
 from __future__ import annotations
 
@@ -35,14 +35,14 @@ class Service(NamedTuple):
 
 
 def worker_pool(port: int, environment: Mapping[str, str] = {}) -> Service:
-    """A pool that starts a worker process of Beam for whoever asks."""
+    """A pool that starts a Beam worker process on each request."""
     command = [sys.executable, "-m", "runners.worker_pool", f"--port={port}"]
     return Service("worker_pool", command, port, environment)
 
 
 @contextmanager
 def run_services(services: Sequence[Service], log_dir: Path) -> Iterator[dict[str, subprocess.Popen[bytes]]]:
-    """Starts all at once and waits until they listen; on the way out, however that comes, they and theirs are killed.
+    """Starts all services and waits until they listen; kills them and their children when the block ends in any way.
 
     Yields:
       The processes by their names.
@@ -82,7 +82,7 @@ def run_service(service: Service, log: Path) -> Iterator[subprocess.Popen[bytes]
 
 
 def stop_session(process: subprocess.Popen[bytes]) -> None:
-    """Ends a process and all that it started: asks first, then kills what is left."""
+    """Ends a process and its children: first with SIGTERM, then with SIGKILL."""
     signal_session(process, signal.SIGTERM)
     try:
         process.wait(STOP_SECONDS)
@@ -125,7 +125,7 @@ def run_or_serve(command: Sequence[str], flags: Sequence[str]) -> None:
 
 @contextmanager
 def ended_by_signals() -> Iterator[None]:
-    """Lets SIGTERM and Ctrl-C leave the block as its end does, with the exit codes of a shell."""
+    """Makes SIGTERM and Ctrl-C leave the block as its end does, with the exit codes of a shell."""
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     try:
         yield
@@ -134,7 +134,7 @@ def ended_by_signals() -> Iterator[None]:
 
 
 def wait_for_port(process: subprocess.Popen[bytes], port: int, log: Path) -> None:
-    """Returns once somebody listens on the port.
+    """Returns once a process listens on the port.
 
     Raises:
       RuntimeError: if the process ends or takes too long.
@@ -146,7 +146,7 @@ def wait_for_port(process: subprocess.Popen[bytes], port: int, log: Path) -> Non
             return
         except OSError:
             time.sleep(0.1)
-    raise RuntimeError(f"nobody listens on port {port}; the service's log ends with:\n{log.read_text()[-2000:]}")
+    raise RuntimeError(f"no process listens on port {port}; the service's log ends with:\n{log.read_text()[-2000:]}")
 
 
 def find_free_port() -> int:

@@ -34,7 +34,7 @@ def main() -> None:
 
 
 def ask_runner(endpoint: str, worker: str) -> beam_provision_api_pb2.ProvisionInfo:
-    """What the runner says of the job to one of its workers."""
+    """What the runner tells a worker about its job."""
     with grpc.insecure_channel(endpoint) as channel:
         as_worker = grpc.intercept_channel(channel, WorkerIdInterceptor(worker))
         service = beam_provision_api_pb2_grpc.ProvisionServiceStub(as_worker)

@@ -1,4 +1,4 @@
-"""A pool of workers for this machine alone: it starts a worker process of Beam for whoever asks on loopback.
+"""A pool of workers for this machine alone: it starts a Beam worker process for each request on loopback.
 
     .venv/bin/python -m runners.worker_pool --port=50000
 
@@ -64,7 +64,7 @@ class WorkerPool(beam_fn_api_pb2_grpc.BeamFnExternalWorkerPoolServicer):
 
 
 def end_process(process: subprocess.Popen[bytes]) -> None:
-    """Asks a process to end, and kills it if it does not."""
+    """Ends a process with SIGTERM, and kills it if it does not end."""
     process.terminate()
     try:
         process.wait(STOP_SECONDS)
@@ -75,7 +75,7 @@ def end_process(process: subprocess.Popen[bytes]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m runners.worker_pool", description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--port", type=int, required=True, help="where it listens")
+    parser.add_argument("--port", type=int, required=True, help="port to listen on")
     options = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     server, pool = grpc.server(thread_pool_executor.shared_unbounded_instance()), WorkerPool()

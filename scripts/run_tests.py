@@ -25,11 +25,11 @@ NO_TESTS = 5  # pytest's exit code if it finds none
 def main(asked: list[str]) -> int:
     lanes = read_lanes()
     if unknown := set(asked) - {*lanes, "lanes"}:
-        return fail(f"{', '.join(sorted(unknown))} is no lane; there are {', '.join(lanes)}")
+        return fail(f"{', '.join(sorted(unknown))} is not a lane; there are {', '.join(lanes)}")
     if not asked:
         return run_pytest(f"not ({' or '.join(lanes)})", *PROCESSES)
     if "lanes" in asked and (missing := [name for name in TOOLS if not shutil.which(name)]):
-        print(f"the lane tools is left out, as this machine has no {' and no '.join(missing)}")
+        print(f"the lane tools is skipped, because this machine has no {' and no '.join(missing)}")
         lanes.remove("tools")
     which = " or ".join(lanes if "lanes" in asked else asked)
     codes = [run_pytest(f"({which}) and not alone", *PROCESSES), run_pytest(f"({which}) and alone")]

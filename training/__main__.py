@@ -41,23 +41,25 @@ LEVELS = 63  # 7 bits a weight: a file below 15 MB
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--sentences", required=True, help="text to learn from, a sentence a line, in random order")
-    parser.add_argument("--passages", required=True, help=f"the same of passages; the last {HELD_OUT:,} are held out")
+    parser.add_argument("--sentences", required=True, help="training text, one sentence per line, in random order")
+    parser.add_argument(
+        "--passages",
+        required=True,
+        help=f"training passages, one per line, in random order; the last {HELD_OUT:,} are held out",
+    )
     parser.add_argument("--sts", required=True, help="the STS benchmark's dev split: CSV of sentence, sentence, score")
-    parser.add_argument("--work", default="build/training", help="folder for what is made on the way")
+    parser.add_argument("--work", default="build/training", help="folder for intermediate files")
     parser.add_argument("--output", default=default.FOLDER, help="folder for weights, vocabulary and model card")
     parser.add_argument("--n_sentences", type=at_least_zero, default=200_000, help="how many to learn from")
     parser.add_argument("--n_passages", type=at_least_zero, default=8_000, help="how many to learn from")
     parser.add_argument("--steps", type=at_least_one, default=1700, help="batches to learn from")
     parser.add_argument("--rate", type=float, default=3e-4, help="highest learning rate")
-    parser.add_argument(
-        "--cycles", type=at_least_one, default=2, help="how often the rate rises to it and falls to nothing"
-    )
-    parser.add_argument("--seed", type=int, default=0, help="another one makes another order of the texts")
+    parser.add_argument("--cycles", type=at_least_one, default=2, help="how often the rate rises to it and falls to 0")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the order of the texts")
     known = parser.parse_args(arguments)
     for flag in ("sentences", "passages", "sts"):
         if not os.path.isfile(getattr(known, flag)):
-            parser.error(f"--{flag}={getattr(known, flag)} is no file")
+            parser.error(f"--{flag}={getattr(known, flag)} is not a file")
     if known.steps % known.cycles:
         parser.error(f"--steps={known.steps} batches cannot be cut into --cycles={known.cycles} of equal length")
     check_settings(known)

@@ -80,7 +80,7 @@ def make_exam(sts: str, passages: str) -> Exam:
     """Reads the pairs, a CSV of sentence, sentence, score, and takes the sentences out of the held-out passages.
 
     Raises:
-      ConfigError: if the files are no such.
+      ConfigError: if the files do not have this format.
     """
     exam = Exam({}, [], [], [], [])
     with open(sts, encoding="utf-8", newline="") as file:
@@ -195,7 +195,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sts", required=True, help="CSV of sentence, sentence, score")
-    parser.add_argument("--passages", required=True, help="the passages' file; its last 2,000 are taken")
+    parser.add_argument("--passages", required=True, help="file of passages; the last 2,000 are used")
     parser.add_argument("--encoder", help="SavedModel (default: the built-in encoder)")
     parser.add_argument("--preprocessor", help="SavedModel (default: by the encoder's vocabulary)")
     parser.add_argument("--precision", default="float32", help="as of embeam embed (default: float32)")

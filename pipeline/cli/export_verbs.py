@@ -49,7 +49,7 @@ def add_export_verbs(verbs: Verbs) -> None:
         "export-encoder",
         help="write an encoder: the built-in one, a new one, or another's weights",
         description="Writes a talking-heads gated-GELU BERT as a SavedModel with the interface of TF Hub: the built-in "
-        "one, or a new, untrained one of the sizes that are given, or the weights of another.",
+        "encoder, a new untrained one of the given sizes, or the weights of another encoder.",
     )
     sizes: dict[str, Any] = {"type": at_least_one, "metavar": "N"}
     encoder.add_argument("--layers", help="number of layers", **sizes)
@@ -57,7 +57,7 @@ def add_export_verbs(verbs: Verbs) -> None:
     encoder.add_argument("--heads", help="attention heads in each layer", **sizes)
     encoder.add_argument("--positions", help=f"the most tokens of an input (default: {POSITIONS})", **sizes)
     encoder.add_argument(
-        "--seed", type=at_least_zero, metavar="N", help=f"another seed makes other weights (default: {SEED})"
+        "--seed", type=at_least_zero, metavar="N", help=f"seed of the initial weights (default: {SEED})"
     )
     encoder.add_argument(
         "--from_encoder", metavar="DIR", help="take weights and sizes from this encoder: a folder or hub handle"
@@ -71,13 +71,16 @@ def add_export_verbs(verbs: Verbs) -> None:
     )
     preprocessor.set_defaults(run=run_export_preprocessor, parser=preprocessor, stray=stray)
 
-    for parser, whose in ((encoder, "the encoder's that is written"), (preprocessor, "the built-in encoder's")):
+    for parser, whose in (
+        (encoder, "the vocabulary of the encoder that is written"),
+        (preprocessor, "the vocabulary of the built-in encoder"),
+    ):
         parser.add_argument(
             "--vocab_file",
             metavar="FILE",
-            help=f"word pieces in the order of their ids, one a line (default: {whose})",
+            help=f"word pieces in the order of their ids, one per line (default: {whose})",
         )
-        parser.add_argument("--cased", action="store_true", help="the vocabulary tells capitals and accents apart")
+        parser.add_argument("--cased", action="store_true", help="the vocabulary distinguishes case and accents")
         parser.add_argument("--output", metavar="DIR", required=True, help="folder to create")
 
 
@@ -138,11 +141,11 @@ def new_encoder(known: argparse.Namespace) -> Content:
     """
     missing = [f"--{flag}" for flag in ("layers", "hidden_size", "heads", "vocab_file") if not getattr(known, flag)]
     if missing:
-        raise ConfigError(f"a new encoder needs {', '.join(missing)} too; --from_encoder=DIR takes another's weights")
+        raise ConfigError(f"a new encoder needs {', '.join(missing)} too; add them, or give --from_encoder=DIR")
     layers, width, heads, positions = (getattr(known, flag) for flag in SIZES)
     positions = positions or POSITIONS
     if width % heads:
-        raise ConfigError(f"--hidden_size={width} cannot be shared among --heads={heads}; use a multiple of {heads}")
+        raise ConfigError(f"--hidden_size={width} is not a multiple of --heads={heads}; use a multiple of {heads}")
     if positions < 3:
         raise ConfigError(f"--positions={positions} leaves no room between [CLS] and [SEP]; use 3 or more")
     vocabulary = read_vocabulary(known.vocab_file, f"--vocab_file={known.vocab_file}")
@@ -158,10 +161,10 @@ def read_encoder(known: argparse.Namespace) -> Content:
     """Another encoder's weights, with its own vocabulary or the given one.
 
     Raises:
-      EncoderError: if there is none, or one that `export_encoder` would turn into something else.
+      EncoderError: if there is none, or `export_encoder` would write another encoder.
       ConfigError: if flags contradict it.
     """
-    load_tensorflow()  # before anything else imports it with all its noise
+    load_tensorflow()  # first, because it silences TensorFlow's messages
     from pipeline.encoders.parity import ParityCheck
     from pipeline.encoders.spec import hash_variables
 
@@ -171,7 +174,7 @@ def read_encoder(known: argparse.Namespace) -> Content:
     sizes = recognise_architecture(model.variables)
     if isinstance(sizes, str) or sizes.family != TALKING_HEADS.name:
         why = sizes if isinstance(sizes, str) else f"it is of the family {sizes.family}"
-        raise EncoderError(f"{shown} is no talking-heads gated-GELU BERT: {why}; name one that is")
+        raise EncoderError(f"{shown} is not a talking-heads gated-GELU BERT: {why}; name one that is")
     for flag, size in SIZES.items():
         if getattr(known, flag) not in (None, found := getattr(sizes, size)):
             raise ConfigError(f"--{flag}={getattr(known, flag)}: {shown} has {found}; leave it out")
@@ -185,7 +188,7 @@ def read_encoder(known: argparse.Namespace) -> Content:
     elif len(own := [asset for asset in model.assets if asset.endswith(".txt")]) == 1:
         path, name = os.path.join(folder, own[0]), f"{shown}/{own[0]}"
     else:
-        raise ConfigError(f"{shown} carries no vocabulary; name its file with --vocab_file")
+        raise ConfigError(f"{shown} has no vocabulary; name its file with --vocab_file")
     vocabulary = read_vocabulary(path, name)
     if len(vocabulary) != sizes.vocabulary:
         raise ConfigError(
@@ -195,8 +198,8 @@ def read_encoder(known: argparse.Namespace) -> Content:
     parity = ParityCheck(folder, sizes, hash_variables(folder, model)).prove("float32")
     if not parity.holds:
         raise EncoderError(
-            f"{shown} does not compute what its variables suggest ({parity}) and would be written as something else; "
-            "embeam embed takes it as it is"
+            f"{shown} does not give the same vectors as our graph ({parity}) and cannot be exported; "
+            "give it to embeam embed as it is"
         )
     names = canonical_names(model.variables)
     weights = {names[name]: weight for name, weight in read_variables(folder, names)}
@@ -207,7 +210,7 @@ def read_vocabulary(path: str, shown: str) -> list[str]:
     """Reads word pieces, one a line.
 
     Raises:
-      ConfigError: if they cannot be read, or are no vocabulary of BERT's.
+      ConfigError: if they cannot be read, or are not a BERT vocabulary.
     """
     from pipeline.encoders.saving import check_vocabulary
 
@@ -235,7 +238,7 @@ def check_output(output: str) -> str:
       ConfigError: if it exists or cannot be one.
     """
     if not output or "://" in output:
-        raise ConfigError(f"--output={output} is no local folder; name one, and copy it from there")
+        raise ConfigError(f"--output={output} is not a local folder; name a local folder, and copy it from there")
     folder = absolute_path(output)
     if os.path.lexists(folder):
         raise ConfigError(f"--output={output} exists already; remove it or name another folder")
@@ -248,7 +251,7 @@ def check_output(output: str) -> str:
 
 @contextlib.contextmanager
 def writing(output: str) -> Iterator[None]:
-    """Says which folder could not be written where the system or TensorFlow says why."""
+    """Raises ConfigError with the folder's name if the system or TensorFlow cannot write it."""
     tf = load_tensorflow()
     try:
         yield
@@ -259,13 +262,13 @@ def writing(output: str) -> Iterator[None]:
 
 
 def count_parameters(sizes: Architecture) -> int:
-    """All numbers in the weights; no list of them is made, which could be of any length."""
+    """Counts all numbers in the weights without listing the layers, of which there may be any number."""
     none, one = (sum(map(math.prod, weight_shapes(sizes._replace(layers=n)).values())) for n in (0, 1))
     return none + sizes.layers * (one - none)
 
 
 def check_memory(parameters: int) -> None:
-    """Refuses what would end in the kernel killing the process."""
+    """Raises ConfigError if the weights do not fit into memory, where the kernel would kill the process."""
     import psutil
 
     needed = parameters * 4 * 2  # float32, once as arrays and once as TensorFlow's variables

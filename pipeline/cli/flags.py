@@ -23,11 +23,11 @@ if TYPE_CHECKING:
 
 LOG_FORMATS = ("text", "json")
 _PREFIX = "flag_"  # marks our flags in argparse's result, apart from verbs and Beam's
-_FLAG = re.compile(r"(--\w[\w-]*)(=|$)")  # what argparse takes for a flag wherever it stands
+_FLAG = re.compile(r"(--\w[\w-]*)(=|$)")  # what argparse reads as a flag in any place
 
 
 class Parser(argparse.ArgumentParser):
-    """Errors in one line, and flags only in full."""
+    """Reports errors in one line, and accepts no abbreviated flags."""
 
     def __init__(self, **settings: Any) -> None:
         super().__init__(**(settings | {"allow_abbrev": False}))
@@ -76,7 +76,7 @@ def add_config_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def given_settings(known: argparse.Namespace) -> dict[str, Any]:
-    """The settings among parsed arguments that were given."""
+    """The settings that were given, from parsed arguments."""
     values = vars(known).items()
     return {
         name.removeprefix(_PREFIX): value for name, value in values if name.startswith(_PREFIX) and value is not None
@@ -84,20 +84,20 @@ def given_settings(known: argparse.Namespace) -> dict[str, Any]:
 
 
 def check_beam_flags(rest: Sequence[str], own: Sequence[str]) -> list[str]:
-    """Lets pass the flags that Beam's Python options know.
+    """Checks that all other flags are options of Beam.
 
     Args:
       rest: arguments that are not ours.
       own: our flags.
 
     Raises:
-      ConfigError: for a flag that nobody knows, naming the nearest one that there is, or for a stray argument.
+      ConfigError: for an unknown flag, naming the nearest known one, or for a stray argument.
     """
     if not rest:
         return []
-    # Beam takes a second to import, and most wrong flags can be told by the names of its flags alone.
+    # Importing Beam takes a second, and the names of its flags are enough to find most wrong flags.
     names = remembered(f"flags-of-beam-{version('apache-beam')}", lambda: _beam_parser().flags(), _are_names)
-    unknown = list(rest[:1])  # which is no flag's value
+    unknown = list(rest[:1])  # it is not the value of a flag
     if rest[0].startswith("-"):
         unknown = [argument for argument in rest if (flag := _FLAG.match(argument)) and flag[1] not in names]
         unknown = unknown or _beam_parser().parse_known_args(list(rest))[1]
@@ -125,13 +125,13 @@ def _are_names(value: Any) -> bool:
 
 
 def refuse(rest: Sequence[str], flags: Iterable[str], advice: str = "", stray: str = "leave it out") -> None:
-    """Raises ConfigError for the first of the arguments that nobody took.
+    """Raises ConfigError for the first of the arguments that were not parsed.
 
     Args:
       rest: the arguments.
-      flags: all flags that there are; the nearest one is named.
+      flags: all known flags; the message names the nearest one.
       advice: what to do where no flag is near.
-      stray: what to do about an argument that is no flag; `{}` stands for it.
+      stray: what to do about an argument that is not a flag; `{}` stands for it.
     """
     for argument in rest:
         if not argument.startswith("-"):
@@ -169,7 +169,7 @@ def read_command_file(path: str | None, own: Sequence[str]) -> CommandFile:
 
     Args:
       path: of a TOML file; None or "" for no file.
-      own: the flags of `embeam embed`, with which names that nobody knows are compared.
+      own: the flags of `embeam embed`, with which unknown names are compared.
 
     Raises:
       ConfigError: if the file cannot be read, or a name or value in it is wrong.
@@ -217,7 +217,7 @@ def read_config_file(path: str) -> tuple[dict[str, Any], dict[str, Any]]:
         flat.update(value if isinstance(value, dict) and name not in own else {name: value})
     for name, value in flat.items():
         if isinstance(value, dict) or name in ("config", "help"):
-            raise ConfigError(f"--config={path}: {name!r} is no setting; embeam embed --help lists them all")
+            raise ConfigError(f"--config={path}: {name!r} is not a setting; embeam embed --help lists them all")
     return {k: v for k, v in flat.items() if k in own}, {k: v for k, v in flat.items() if k not in own}
 
 

@@ -33,7 +33,7 @@ from pipeline.run.failures import describe_failure
 from pipeline.signals import STOPPING, watch_signals
 
 EXIT_FAILED, EXIT_USAGE = 1, 2
-STAGED = "the job is staged and will publish {} when it runs; the table is held for it for two hours"
+STAGED = "the job is staged and will publish {} when it runs; its lock on the table lasts for two hours"
 
 
 def run() -> None:
@@ -44,12 +44,12 @@ def run() -> None:
         main()
     except SystemExit as stop:
         code = stop.code if isinstance(stop.code, int) else EXIT_FAILED
-    if STOPPING.is_set():  # the run has failed since its workers are gone
+    if STOPPING.is_set():  # the run failed because the signal ended its workers
         threading.Event().wait()
     for stream in (sys.stdout, sys.stderr):
         try:
             stream.flush()
-        except BrokenPipeError:  # its reader has seen enough
+        except BrokenPipeError:  # its reader has closed the pipe
             pass
         except OSError as error:  # such as a file on a full disk
             code = code or EXIT_FAILED
@@ -63,7 +63,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")  # a terminal need not know every character
+            stream.reconfigure(errors="backslashreplace")  # a terminal may lack some characters
     gc.set_threshold(50_000)  # importing TensorFlow and Beam makes millions of objects, none of them garbage
     parser, embed_parser = build_parsers()
     given = sys.argv[1:] if arguments is None else arguments
@@ -79,14 +79,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
         else:
             refuse(rest, known.parser.flags(), stray=known.stray)
             known.run(known)
-    except BrokenPipeError:  # the reader of our output has seen enough
+    except BrokenPipeError:  # the reader of our output has closed the pipe
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except Exception as error:
         sys.exit(report_failure(error, known))
 
 
 def report_failure(error: Exception, known: argparse.Namespace) -> int:
-    """Says in one line why a command fails.
+    """Reports in one line why a command fails.
 
     Args:
       error: what it raised.
@@ -96,7 +96,7 @@ def report_failure(error: Exception, known: argparse.Namespace) -> int:
       The exit code.
     """
     code = EXIT_USAGE if isinstance(error, ConfigError) else EXIT_FAILED
-    if STOPPING.is_set():  # it fails since a signal has ended its workers, which was said
+    if STOPPING.is_set():  # a signal has ended its workers, which was reported already
         return code
     if known.debug:
         traceback.print_exception(error)
@@ -108,7 +108,7 @@ def report_failure(error: Exception, known: argparse.Namespace) -> int:
 
 
 def build_parsers() -> tuple[Parser, Parser]:
-    """The command's parser, and that of the verb `embed`, whose flags Beam's are compared with."""
+    """The command's parser, and the parser of the verb `embed`, whose flags correct unknown ones."""
     parser = Parser(prog="embeam", description="Turns a text corpus into an embedding table.")
     parser.add_argument("--version", action="version", version=f"embeam {__version__}")
     verbs = parser.add_subparsers(dest="verb", title="verbs", metavar="VERB", parser_class=Parser)
@@ -119,7 +119,9 @@ def build_parsers() -> tuple[Parser, Parser]:
     )
     add_config_flags(embed)
     engine = embed.add_argument_group("Engine")
-    engine.add_argument("--config", metavar="FILE.toml", help="read flags from a file; the command line wins")
+    engine.add_argument(
+        "--config", metavar="FILE.toml", help="read flags from a file; flags on the command line take precedence"
+    )
     engine.add_argument(
         "--runner",
         help="local (in this process; DirectRunner means the same), or any Beam runner's name (default: local)",
@@ -134,18 +136,20 @@ def build_parsers() -> tuple[Parser, Parser]:
     engine.add_argument(
         "--summary_json",
         action="store_true",
-        help="end with one line of JSON that says how the run went, also when it failed",
+        help="print one line of JSON with the outcome at the end, also if the run fails",
     )
     engine.add_argument(
         "--log_format",
         choices=LOG_FORMATS,
         metavar="|".join(LOG_FORMATS),
-        help="how warnings, errors and progress are told: json gives one object a line, as log collectors like it "
+        help="format of warnings, errors and progress on stderr: json writes one object per line, for log collectors "
         "(default: text)",
     )
 
     show = verbs.add_parser(
-        "show", help="print what a table holds", description="Prints a table's manifest in short, and rows."
+        "show",
+        help="print what a table holds",
+        description="Prints a summary of a table's manifest, and its first rows.",
     )
     show.add_argument("table", metavar="DIR", help="folder of the table")
     show.add_argument("--rows", type=at_least_one, default=3, metavar="N", help="how many rows to print (default: 3)")
@@ -154,17 +158,17 @@ def build_parsers() -> tuple[Parser, Parser]:
     query = verbs.add_parser(
         "query",
         help="print the rows nearest to a text",
-        description="Embeds a text exactly as the table was made, and prints the rows nearest to it.",
+        description="Embeds a text with the settings that the table was made with, and prints the rows nearest to it.",
     )
     query.add_argument("table", metavar="DIR", help="folder of the table")
-    query.add_argument("text", metavar="TEXT", help="what to look for")
+    query.add_argument("text", metavar="TEXT", help="the text to search for")
     query.add_argument("--pair", metavar="TEXT", help="second segment, for a table of pairs")
     query.add_argument("--top", type=at_least_one, default=5, metavar="N", help="how many rows to print (default: 5)")
     query.set_defaults(run=run_query, parser=query, stray="put a text of several words in quotes")
     add_export_verbs(verbs)
     add_table_verbs(verbs, embed.flags())
     for verb in verbs.choices.values():
-        verb.add_argument("--debug", action="store_true", help="show Beam's log and where an error comes from")
+        verb.add_argument("--debug", action="store_true", help="show Beam's log and the traceback of an error")
     return parser, embed
 
 

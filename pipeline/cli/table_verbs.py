@@ -33,12 +33,14 @@ def add_table_verbs(verbs: Verbs, embed_flags: Sequence[str]) -> None:
     """
     plan = verbs.add_parser(
         "plan",
-        help="say what embed would do, without doing it",
-        description="Takes the flags of embeam embed, reads the whole input and says what a run would embed, drop and "
-        "keep, how long it would take and what would stop it. Encodes and writes nothing.",
+        help="print what embed would do, without running it",
+        description="Takes the flags of embeam embed, reads the whole input and prints what a run would embed, drop "
+        "and keep, how long it would take and what would stop it. Encodes and writes nothing.",
     )
     add_config_flags(plan)
-    plan.add_argument("--config", metavar="FILE.toml", help="read flags from a file; the command line wins")
+    plan.add_argument(
+        "--config", metavar="FILE.toml", help="read flags from a file; flags on the command line take precedence"
+    )
     plan.add_argument("--json", action="store_true", help="print one JSON object instead")
     plan.set_defaults(
         run=run_plan,
@@ -64,14 +66,14 @@ def add_table_verbs(verbs: Verbs, embed_flags: Sequence[str]) -> None:
     verify.add_argument(
         "--sample", type=at_least_zero, default=0, metavar="N", help="encode N texts again and compare (default: 0)"
     )
-    verify.add_argument("--all", action="store_true", help=f"list all that is found, not {SHOWN_FINDINGS} of each kind")
-    verify.add_argument("--json", action="store_true", help="print what is found as JSON lines instead")
+    verify.add_argument("--all", action="store_true", help=f"list all findings, not only {SHOWN_FINDINGS} of each kind")
+    verify.add_argument("--json", action="store_true", help="print the findings as JSON lines instead")
     verify.set_defaults(run=run_verify, parser=verify, stray="name one table; a glob goes into --input={}")
 
     rollback = verbs.add_parser(
         "rollback",
         help="make an older snapshot of a table live again",
-        description="Makes the snapshot before the live one live again, or another one that is still there.",
+        description="Makes the previous snapshot, or another one that still exists, the live snapshot again.",
     )
     rollback.add_argument("table", metavar="DIR", help="folder of the table")
     choice = rollback.add_mutually_exclusive_group()
@@ -83,7 +85,13 @@ def add_table_verbs(verbs: Verbs, embed_flags: Sequence[str]) -> None:
         description="Prints the statement that makes a table's vector index, and a query for its nearest rows.",
     )
     sql.add_argument("table", metavar="bq://PROJECT.DATASET.TABLE", help="the table")
-    sql.add_argument("--dimensions", type=at_least_zero, default=0, metavar="N", help="of the vectors; default: look")
+    sql.add_argument(
+        "--dimensions",
+        type=at_least_zero,
+        default=0,
+        metavar="N",
+        help="dimensions of the vectors; default: read from the table",
+    )
     sql.set_defaults(run=run_sql, parser=sql, stray="name one table")
     rollback.set_defaults(run=run_rollback, parser=rollback, stray="name one table; a snapshot goes into --to={}")
 
@@ -99,7 +107,7 @@ def run_sql(known: argparse.Namespace) -> None:
 
 
 def run_plan(known: argparse.Namespace) -> None:
-    file = read_command_file(known.config, known.embed_flags)  # where the run takes place makes no difference
+    file = read_command_file(known.config, known.embed_flags)  # the runner makes no difference to a dry run
     known.debug = known.debug or file.debug
     set_up_logging(known.debug, file.log_format)
     config = EmbedConfig.from_flat(file.settings | given_settings(known))
@@ -124,9 +132,7 @@ def format_plan(dry_run: DryRun, output: str) -> str:
         f"  documents    {f.documents:,} read: {f.new:,} new, {f.changed:,} changed, {f.updated:,} updated (their text "
         f"is the same), {f.unchanged:,} unchanged",
         f"  gone         {f.deleted:,} deleted"
-        + "".join(
-            f", {n:,} {what}" for n, what in ((f.kept, "kept"), (f.stale, "kept as they were"), (f.lost, "lost")) if n
-        ),
+        + "".join(f", {n:,} {what}" for n, what in ((f.kept, "kept"), (f.stale, "stale"), (f.lost, "lost")) if n),
         f"  to encode    {f.to_encode:,} texts; {f.reused:,} have a vector already, {f.same_text:,} are equal to "
         "another",
     ]
@@ -142,25 +148,26 @@ def format_plan(dry_run: DryRun, output: str) -> str:
     lines += [f"    {n:>9,} {reason}: {REASONS[reason]}" for reason, n in f.dead_letters.items()]
     if f.changes:
         lines.append(
-            f"  model        everything is embedded again, as the table was made otherwise: {'; '.join(f.changes)}"
+            "  model        everything is embedded again, because the table was made with other settings: "
+            + "; ".join(f.changes)
         )
     lines += [f"  a run stops  {message}" for message in f.stops]
-    lines.append("nothing was encoded or written; embeam embed with the same flags does it")
+    lines.append("nothing was encoded or written; run embeam embed with the same flags to do it")
     return "\n".join(lines)
 
 
 def describe_time(dry_run: DryRun) -> str:
-    """How long encoding takes, and where that is known from."""
+    """How long encoding takes, and the source of the estimate."""
     from pipeline.report.progress_bar import format_seconds
 
     if dry_run.seconds is None:
-        return "unknown: the encoder's architecture is, and no earlier run tells its speed"
+        return "unknown: the encoder's architecture is not known, and no earlier run has measured its speed"
     spent = f"about {format_seconds(dry_run.seconds)} in the encoder, on one worker"
     if dry_run.speed == "measured":
         return f"{spent}, at the speed of the run of {dry_run.speed_source}"
     if dry_run.speed_source:
-        return f"{spent}; a rough guess, from the short run of {dry_run.speed_source}"
-    return f"{spent}; a rough guess, from how fast this machine multiplies" if dry_run.speed == "rough" else spent
+        return f"{spent}; a rough estimate from the short run of {dry_run.speed_source}"
+    return f"{spent}; a rough estimate from this machine's speed" if dry_run.speed == "rough" else spent
 
 
 def run_verify(known: argparse.Namespace) -> None:
@@ -197,8 +204,8 @@ def format_verification(
       name: of the table as it was given.
       table: after it was checked.
       found: how many findings there are of each kind.
-      shown: those to list.
-      has_input: whether an input was compared with.
+      shown: the findings to list.
+      has_input: whether the table was compared with an input.
     """
     from pipeline.report.summary import format_bytes
     from pipeline.run.checked_table import KINDS
@@ -215,11 +222,13 @@ def format_verification(
         dead, stale, unproven = (counts[name] for name in ("dead_documents", "stale_documents", "unproven_rows"))
         lines += [
             f"  input        {counts['input_documents']:,} documents",
-            f"  accounted    for by dead letters: {dead:,} documents without rows, {stale:,} with rows of an older "
+            f"  tolerated    because of dead letters: {dead:,} documents without rows, {stale:,} with rows of an older "
             f"text, {unproven:,} rows whose documents cannot be read",
         ]
         if kept := counts["kept_rows"]:
-            lines.append(f"  kept         {kept:,} rows of documents that are gone, as --deletes=keep asks for")
+            lines.append(
+                f"  kept         {kept:,} rows of documents that are gone from the input, kept by --deletes=keep"
+            )
     if counts["sampled"]:
         lines.append(f"  encoded      {counts['sampled']:,} texts again")
     for kind, number in sorted(found.items(), key=lambda item: list(KINDS).index(item[0])):
@@ -235,12 +244,12 @@ def format_finding(finding: Finding) -> str:
 
 
 def check_folder_table(table: str) -> None:
-    """Raises ConfigError for what is no folder of snapshots."""
+    """Raises ConfigError if the table is not a folder of snapshots."""
     from pipeline.tables.folder_table import FolderTable
     from pipeline.tables.stores import find_table
 
     if not isinstance(find_table(table), FolderTable):
-        raise ConfigError(f"{table} is a database's table, which has no snapshots of ours; name a folder")
+        raise ConfigError(f"{table} is a table in a database and has no snapshots; name a folder")
 
 
 def run_rollback(known: argparse.Namespace) -> None:

@@ -1,4 +1,4 @@
-"""The families of BERT encoders as names and shapes of weights: what one must have, and whether these are one's.
+"""The families of BERT encoders, as names and shapes of weights, and how weights are recognised as one of them.
 
 Both families come from TensorFlow's model library. They differ in two parts, attention and feed-forward, and in names.
 """
@@ -13,7 +13,7 @@ from pipeline.errors import EncoderError
 
 
 class Family(NamedTuple):
-    """What tells one family from another.
+    """What differs between families.
 
     Attributes:
       name: stands in fingerprints.
@@ -132,7 +132,7 @@ def weight_shapes(a: Architecture) -> dict[str, tuple[int, ...]]:
 
 
 def infer_architecture(shapes: Mapping[str, tuple[int, ...]]) -> Architecture:
-    """Reads the family and the sizes off the weights, by official name, and checks that all weights fit.
+    """Infers the family and the sizes from the weights, by official name, and checks that all weights fit.
 
     Raises:
       EncoderError: if weights are missing, left over or of another shape; the message names them.
@@ -168,7 +168,7 @@ def infer_architecture(shapes: Mapping[str, tuple[int, ...]]) -> Architecture:
 
 
 def canonical_names(names: Iterable[str]) -> dict[str, str]:
-    """Numbers the layers from 0, whatever number the exporting process began with: given name -> official name."""
+    """Maps given names to official names, with layers numbered from 0; exports may begin with another number."""
     canonical = {name: name for name in names}
     for family, pattern in _LAYER.items():
         matches = {name: match for name in canonical if (match := pattern.match(name))}

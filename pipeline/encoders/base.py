@@ -1,4 +1,4 @@
-"""What every loaded encoder can do, and what those that take token ids have in common."""
+"""The interface of a loaded encoder, and the common part of those that take token ids."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ class Encoder(Protocol):
         ...
 
     def warm_up(self) -> int:
-        """Runs one small input, so that the first batch finds everything built, and returns D, the vector's size."""
+        """Runs one small input, so that the first batch does not wait for set-up, and returns D, the vector's size."""
         ...
 
     def compile_shapes(self, shapes: Iterable[tuple[int, int]]) -> None:
-        """Compiles for batches of these rows and lengths, where the graph is compiled at all."""
+        """Compiles the graph for batches of these rows and lengths; does nothing if it is not compiled."""
         ...
 
 
@@ -61,7 +61,7 @@ class TokenEncoder:
         return vectors[: len(batch)]
 
     def warm_up(self) -> int:
-        return self.encode(Batch([_probe_chunk(np.zeros(8, "<i4").tobytes())], length=8))[0].shape[-1]
+        return self.encode(Batch([_trial_chunk(np.zeros(8, "<i4").tobytes())], length=8))[0].shape[-1]
 
     def compile_shapes(self, shapes: Iterable[tuple[int, int]]) -> None:
         for rows, length in shapes if self._compiled else ():
@@ -82,12 +82,12 @@ class TextEncoder:
         return vectors.numpy().astype(np.float32)
 
     def warm_up(self) -> int:
-        return self.encode(Batch([_probe_chunk(b"warm up")]))[0].shape[-1]
+        return self.encode(Batch([_trial_chunk(b"warm up")]))[0].shape[-1]
 
     def compile_shapes(self, shapes: Iterable[tuple[int, int]]) -> None:
         pass
 
 
-def _probe_chunk(ids: bytes) -> Chunk:
-    """A chunk of no document, to try an encoder with."""
+def _trial_chunk(ids: bytes) -> Chunk:
+    """A chunk without a document, to try an encoder with."""
     return Chunk(Document("", ""), "", 0, 1, ids, len(ids) // 4, 1, 0)

@@ -1,4 +1,4 @@
-"""Folders that are made once per machine and kept: what makes them, and how a whole one is told from a damaged one."""
+"""The cache: folders and values that are made once per machine and kept, with checks for damaged ones."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ def cache_dir() -> str:
 
 
 def cached_folder(name: str, make: Callable[[str], None]) -> str:
-    """Returns a folder of the cache, made if there is no whole one.
+    """Returns a folder of the cache; makes it if there is no undamaged one.
 
-    Processes may ask for the same folder at once: each makes its own beside it, the first to finish gives its own the
-    name, and the others use that one. A damaged folder is left alone, as somebody may be reading it: the next free name
-    is used instead.
+    Processes may ask for the same folder at once: each makes its own, the first to finish renames its own to the final
+    name, and the others use that one. A damaged folder is not touched, because a process may be reading it: the next
+    free name is used instead.
 
     Args:
-      name: says what is in the folder; other content must have another name.
+      name: identifies the content of the folder; other content must have another name.
       make: creates the folder whose path it is given.
 
     Raises:
@@ -43,15 +43,15 @@ def cached_folder(name: str, make: Callable[[str], None]) -> str:
         return next(filter(None, (_whole_folder(os.path.join(cache_dir(), n), make) for n in names)))
     except OSError as error:
         raise EncoderError(
-            f"the cache folder {cache_dir()} cannot be used ({error}); set EMBEAM_CACHE_DIR to a folder that can"
+            f"the cache folder {cache_dir()} cannot be used ({error}); set EMBEAM_CACHE_DIR to a writable folder"
         ) from error
 
 
 def remembered(name: str, find_out: Callable[[], Found], is_valid: Callable[[Any], bool]) -> Found:
-    """Returns what was found out once, a JSON value, and finds it out again if the file that holds it is damaged.
+    """Returns a cached JSON value; computes it if there is none or its file is damaged.
 
     Args:
-      name: tells all that the value depends on.
+      name: contains everything that the value depends on.
       find_out: is called if no valid value is remembered.
       is_valid: whether a JSON value is one that `find_out` may return.
     """
@@ -73,7 +73,7 @@ def look_up(name: str, is_valid: Callable[[Any], bool]) -> Any:
 
 
 def remember(name: str, value: Any) -> None:
-    """Keeps a JSON value for later processes; a cache that cannot be written to only costs time."""
+    """Caches a JSON value for later processes; ignores a cache that cannot be written to."""
     path = _remembered_path(name)
     try:
         os.makedirs(os.path.dirname(path), exist_ok=True)

@@ -1,7 +1,7 @@
-"""The built-in encoder, the one spot where its weights and its vocabulary come from.
+"""The built-in encoder: its weights, its vocabulary, and its SavedModel.
 
-They lie packed in the folder `builtin`, beside their model card; the SavedModel is made of them on the machine that
-needs it, in a few seconds and without a download.
+The folder `builtin` holds weights and vocabulary, packed, and their model card. The SavedModel is made from them on the
+machine that needs it, in a few seconds and without a download.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def default_weights() -> dict[str, np.ndarray]:
 def default_encoder() -> str:
     """Returns the folder of the built-in encoder's SavedModel, made at first use in the cache folder.
 
-    Its name holds a hash of all that goes into it: a release with another encoder makes another folder.
+    Its name contains a hash of its content: a release with another encoder makes another folder.
 
     Raises:
       EncoderError: if the cache folder cannot be written to.

@@ -1,6 +1,6 @@
 """Writes BERT encoders, with talking heads and gated GELU or plain ones, as SavedModels with the interface of TF Hub.
 
-The story: seeded values for the weights (`initial_weights`), the forward pass (`encode` and the functions before it),
+In order: seeded values for the weights (`initial_weights`), the forward pass (`encode` and the functions before it),
 the SavedModel around it (`export_encoder`). Names and shapes of the weights are in `architecture`.
 
 One letter glossary, also used with einsum in lower case: B batch, L tokens (Q where they query), D width, A heads,
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     Weights = Mapping[str, tf.Tensor]  # or variables
     Dropout = Callable[[tf.Tensor], tf.Tensor]
 
-FORMAT = 1  # part of the names of cached encoders: raise it when the same weights are written differently
+FORMAT = 1  # part of the names of cached encoders: raise it when the export of the same weights changes
 DROPOUT = 0.1
 LAYER_NORM_EPSILON = 1e-12
 MASKED_LOGIT = -1e9
@@ -45,7 +45,7 @@ MASKED_LOGIT = -1e9
 def initial_weights(
     layers: int, width: int, heads: int, vocabulary_size: int, positions: int = 512, seed: int = 0
 ) -> dict[str, np.ndarray]:
-    """Makes seeded, untrained weights, float32 by official name, that let texts differ in every output.
+    """Makes seeded, untrained weights, float32 by official name, with which texts differ in every output.
 
     BERT's own initial values (0.02 everywhere) give even attention, and all texts nearly the same pooled output. These
     give selective attention, mixed heads and biases that matter. They are uniform rather than normal: only exactly
@@ -57,10 +57,10 @@ def initial_weights(
       seed: weight i is drawn from PCG64([seed, i]).
 
     Raises:
-      EncoderError: if the width cannot be shared among the heads.
+      EncoderError: if the width is not a multiple of the heads.
     """
     if width % heads:
-        raise EncoderError(f"a width of {width} cannot be shared among {heads} heads; use a multiple of {heads}")
+        raise EncoderError(f"a width of {width} is not a multiple of {heads} heads; use a multiple of {heads}")
     sizes = Architecture(layers, width, heads, width // heads, 4 * width, vocabulary_size, positions)
     weights = {}
     for i, (name, shape) in enumerate(weight_shapes(sizes).items()):
@@ -68,7 +68,7 @@ def initial_weights(
         weights[name] = (uniform - np.float32(0.5)) * np.float32(math.sqrt(12) * _deviation(name, shape))
         if name.endswith("gamma"):
             weights[name] += np.float32(1)
-        if name.endswith("_softmax_weight"):  # mostly its own head, so that no head is lost in the mix
+        if name.endswith("_softmax_weight"):  # mostly its own head, so that every head has an effect
             weights[name] += np.float32(0.75) * np.eye(heads, dtype=np.float32)
     return weights
 
@@ -77,7 +77,7 @@ def _deviation(name: str, shape: tuple[int, ...]) -> float:
     """Standard deviation of a weight's initial values, such that a sum over its inputs stays near 1."""
     if name.startswith("word_embeddings"):
         return 0.08
-    if name.endswith(("embeddings", "gamma", "beta", "bias")):  # less than the words: places must not drown them
+    if name.endswith(("embeddings", "gamma", "beta", "bias")):  # less than the words, which must dominate the positions
         return 0.04
     if name.endswith("_softmax_weight"):
         return 0.5 / math.sqrt(shape[0])
@@ -102,13 +102,13 @@ def layer_norm(w: Weights, x: tf.Tensor) -> tf.Tensor:
 
 
 def embed(w: Weights, ids: tf.Tensor, types: tf.Tensor) -> tf.Tensor:
-    """Adds up the embeddings of words, places and types (ids and types [B, L] int32) and normalises: [B, L, D]."""
+    """Adds up the embeddings of words, positions and types (ids and types [B, L] int32) and normalises: [B, L, D]."""
     import tensorflow as tf
 
     type_table = w["type_embeddings/embeddings"]  # [types, D]
     x = tf.gather(w["word_embeddings/embeddings"], ids)  # [B, L, D]
     x += w["position_embedding/embeddings"][: tf.shape(ids)[1]]  # [L, D]
-    x += tf.einsum("blt,td->bld", tf.one_hot(types, type_table.shape[0]), type_table)  # a type beyond adds nothing
+    x += tf.einsum("blt,td->bld", tf.one_hot(types, type_table.shape[0]), type_table)  # out of range: adds nothing
     return layer_norm(scoped(w, "embeddings/layer_norm"), x)
 
 
@@ -160,7 +160,7 @@ def encode(
 
     Returns:
       `pooled_output`, also as `default`, [B, D]; `encoder_outputs`, a list with [B, L, D] for every layer, the last of
-      which is `sequence_output`. Padding has rows too, without meaning.
+      which is `sequence_output`. Rows of padding have no meaning.
     """
     import tensorflow as tf
 

@@ -1,10 +1,10 @@
-"""Our own graph of the known families: the published module's numbers with less work.
+"""The fast graph: our own graph of the known families, with the published module's numbers and less work.
 
-What it saves: queries, keys and values come from one matmul; all dense layers are 2-D matmuls over tokens; heads are
-mixed by a small matmul without transposing the scores; only the output that is asked for is computed, and where that is
-the first token's, the last layer after its keys and values runs for that token alone. On processors, padding is taken
-out between the rows for everything but attention itself, and dense layers and layer norms are single kernels of oneDNN.
-On GPUs every layer is compiled by XLA, once for each shape of batches, as all layers share one function.
+Differences from the published graph: queries, keys and values come from one matmul; all dense layers are 2-D matmuls
+over tokens; heads are mixed by a small matmul without transposing the scores; only the requested output is computed; if
+that is the first token's, the last layer after its keys and values runs for that token only. On CPUs, padding is
+removed between the rows for everything but attention itself, and dense layers and layer norms are single kernels of
+oneDNN. On GPUs every layer is compiled by XLA, once for each shape of batches, as all layers share one function.
 
 One letter glossary: B batch, L tokens, N tokens of all rows together, D width, A heads, K head size, F feed-forward.
 
@@ -30,7 +30,7 @@ from pipeline.vectors.pooling import pool_tokens
 if TYPE_CHECKING:
     import tensorflow as tf
 
-TOKEN_STEPS = 64  # numbers of tokens between a power of two and the next: at most 1/64 is computed for nothing
+TOKEN_STEPS = 64  # numbers of tokens between a power of two and the next: at most 1/64 is padding
 
 
 def build_graph(weights: Weights, a: Architecture, choice: VectorChoice, mode: Mode) -> Callable[..., tf.Tensor]:
@@ -78,7 +78,7 @@ def run_layers(
 
 
 class Rows(NamedTuple):
-    """Where the tokens of a batch are, and where each of their heads is wanted.
+    """The positions of a batch's tokens, and of each of their heads for attention.
 
     Attributes:
       shape: B and L.
@@ -100,8 +100,8 @@ class Rows(NamedTuple):
 def lay_out_rows(mask: tf.Tensor, a: Architecture, packed: bool) -> Rows:
     """Finds the tokens that must be computed: all, or those that are not padding.
 
-    A row's first token is computed in any case, and all of a row in which nothing may be attended to, as its softmax
-    goes over all of them.
+    The first token of a row is always computed. So is a whole row in which no token may be attended to, because its
+    softmax goes over all of them.
     """
     import tensorflow as tf
 
@@ -124,10 +124,10 @@ def lay_out_rows(mask: tf.Tensor, a: Architecture, packed: bool) -> Rows:
 
 
 def round_up_tokens(n: tf.Tensor) -> tf.Tensor:
-    """The least of a few numbers, 64 between a power of two and the next, that is not less than n.
+    """Rounds n up to one of 64 numbers between a power of two and the next.
 
-    oneDNN compiles its kernels anew for every number of tokens and keeps them, some 60 kB each: 300 kB for a graph. So
-    packed batches, nearly all of which have other numbers of tokens, would fill memory for thousands of batches.
+    oneDNN compiles its kernels for each new number of tokens and keeps them, some 60 kB each: 300 kB for a graph.
+    Without rounding, thousands of packed batches with different numbers of tokens would fill the memory.
     """
     import tensorflow as tf
 
@@ -137,7 +137,7 @@ def round_up_tokens(n: tf.Tensor) -> tf.Tensor:
 
 
 def spread(x: tf.Tensor, rows: Rows) -> tf.Tensor:
-    """Puts tokens [N, D] back into their places [B, L, D]; what stands in places of padding means nothing."""
+    """Puts tokens [N, D] back into their places [B, L, D]; values in places of padding have no meaning."""
     import tensorflow as tf
 
     if rows.slots is not None:
@@ -167,7 +167,7 @@ def join_heads(context: tf.Tensor, rows: Rows, a: Architecture) -> tf.Tensor:
 
 
 def embed_tokens(ids: tf.Tensor, types: tf.Tensor, rows: Rows, w: Weights, mode: Mode) -> tf.Tensor:
-    """Adds up the embeddings of words, places and types and normalises: ids and types [B, L] int32 to [N, D]."""
+    """Adds up the embeddings of words, positions and types and normalises: ids and types [B, L] int32 to [N, D]."""
     import tensorflow as tf
 
     places = tf.broadcast_to(tf.range(rows.shape[1]), rows.shape)  # [B, L]
@@ -176,7 +176,7 @@ def embed_tokens(ids: tf.Tensor, types: tf.Tensor, rows: Rows, w: Weights, mode:
         parts = [tf.gather(part, rows.kept) for part in parts]
     ids, places, types = parts  # [N] each
     x = tf.gather(w.words, ids) + tf.gather(w.positions, places)  # [N, D]
-    x += tf.one_hot(types, w.types.shape[0]) @ w.types  # a type beyond adds nothing
+    x += tf.one_hot(types, w.types.shape[0]) @ w.types  # a type out of range adds nothing
     return normalise(x, w.norm, mode)
 
 
@@ -199,9 +199,9 @@ def attend(
 ) -> tf.Tensor:
     """Multi-head attention, whose heads are mixed before and after the softmax where there are weights for it.
 
-    On GPUs, all between the matmuls of the scores and of the context is float32, which XLA gets for nothing. On
-    processors it is in the precision of these two: they are a few percent of the work, and rounding here costs more
-    accuracy than anywhere else.
+    On GPUs, everything between the matmuls of the scores and of the context is float32, which costs nothing with XLA.
+    On CPUs it is in the precision of these two matmuls: they are a few percent of the work, and rounding here costs
+    more accuracy than elsewhere.
 
     Returns:
       The context of all tokens [N, D], or of the first ones [B, D].

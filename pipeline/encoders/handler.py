@@ -1,4 +1,4 @@
-"""The RunInference stage: one model per process, batches halved when memory runs out, bad rows singled out."""
+"""The RunInference stage: one model per process; batches are halved when memory runs out; bad rows are isolated."""
 
 from __future__ import annotations
 
@@ -29,28 +29,28 @@ _LOGGER = logging.getLogger(__name__)
 
 
 class _Helper(threading.local):
-    """A second thread for each that calls the encoder, so that each has one batch in it at a time."""
+    """One helper thread for each calling thread, so that each caller has one batch in the encoder at a time."""
 
     def __init__(self) -> None:
         self.executor = ThreadPoolExecutor(1, "embeam-encoder")
 
 
 class LoadedEncoder:
-    """An encoder with what was learned about the memory of this machine."""
+    """An encoder and the batch size that is known to fit into this machine's memory."""
 
     def __init__(self, encoder: Encoder) -> None:
         self.encoder = encoder
         self._helper = _Helper()
-        self.most_tokens: float = float("inf")  # rows x length that is known to fit, once something did not
+        self.most_tokens: float = float("inf")  # rows x length that is known to fit, after a batch did not
 
     def start(self, batch: Batch) -> Encoding:
-        """Encodes a batch while the caller goes on, after those that the caller has started before."""
+        """Encodes a batch in the background, after the batches that the caller has started before."""
         return Encoding(self._helper.executor.submit(self.encode, batch))
 
     def encode(self, batch: Batch) -> Encoded:
-        """Encodes a batch, in parts where it must be; a row that fails alone gets an error and no vector.
+        """Encodes a batch, in parts if necessary; a row that fails by itself gets an error and no vector.
 
-        A worker that is broken altogether is not the rows' fault: errors of the device are raised.
+        Errors of the device are raised, because they are not caused by the rows.
         """
         begun = time.perf_counter()
         vectors, errors = self._encode_parts(batch)
@@ -86,8 +86,8 @@ class LoadedEncoder:
 class EncoderHandler(ModelHandler[Batch, Encoding, LoadedEncoder]):
     """Beam's model handler for an encoder; its elements are whole batches.
 
-    A batch only begins here, so that Python works while the encoder does. Beam's own latency of inference is therefore
-    that of handing it over; how long a batch took is in `Encoded.seconds`.
+    A batch is only started here, so that Python works while the encoder does. Beam's own inference latency therefore
+    does not include the encoding; `Encoded.seconds` is the time of a batch.
     """
 
     def __init__(self, spec: EncoderSpec, shapes: Sequence[tuple[int, int]] = (), gpu_memory_mib: int = 0) -> None:
@@ -99,7 +99,7 @@ class EncoderHandler(ModelHandler[Batch, Encoding, LoadedEncoder]):
     def load_model(self) -> LoadedEncoder:
         spec = self.spec
         load_tensorflow(self.gpu_memory_mib)
-        if spec.handle:  # this machine may not be the one that inspected it
+        if spec.handle:  # this may be another machine than the one that inspected the encoder
             spec = replace(spec, folder=resolve_handle(spec.handle))
         elif not os.path.isdir(spec.folder):
             spec = replace(spec, folder=default_encoder())
@@ -130,7 +130,7 @@ class Encode(beam.PTransform):
     Attributes:
       spec: what is loaded.
       shapes: rows and length of full batches, which a compiled graph is compiled for before the first one comes.
-      gpu_memory_mib: what a process may take of a GPU that it shares; 0 for one to itself.
+      gpu_memory_mib: the GPU memory that a process may take if it shares the GPU; 0 if it does not.
     """
 
     spec: EncoderSpec

@@ -11,7 +11,7 @@ def pack_chunks(chunks: list[Chunk], rows: int, length: int) -> dict[str, np.nda
     """Packs chunks into the encoder's three inputs.
 
     Padding is id 0, mask 0, type 0, as in the published preprocessor. A padding row has the mask of one token, so that
-    its softmax is defined whatever the encoder does with a row that masks everything.
+    its softmax is defined for every encoder.
 
     Args:
       chunks: at most `rows` chunks of at most `length` tokens.

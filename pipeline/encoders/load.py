@@ -1,4 +1,4 @@
-"""From what is known of an encoder to one that is ready to run."""
+"""Loads an encoder from its spec."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def load_published_text(spec: EncoderSpec) -> Encoder:
     return TextEncoder(spec.choice, load_saved_model(spec.folder, spec.handle))
 
 
-# By the graph that runs and by what it takes.
+# By graph and input. To add a kind of encoder, add a line.
 ENCODERS: dict[tuple[str, str], Callable[[EncoderSpec], Encoder]] = {
     ("fast", "tokens"): load_fast,
     ("published", "tokens"): load_published,
@@ -49,13 +49,13 @@ def load_encoder(spec: EncoderSpec) -> Encoder:
     """Loads and warms up an encoder.
 
     Raises:
-      EncoderError: if it cannot be loaded, fails on a small input, or this machine lacks what it was planned for.
+      EncoderError: if it cannot be loaded, fails on a small input, or this machine does not support its precision.
     """
     return _load_and_measure(spec)[0]
 
 
 def measure_dimension(spec: EncoderSpec) -> int:
-    """D by running the encoder once, for a SavedModel that leaves it open.
+    """Measures D by running the encoder once, for a SavedModel that does not specify it.
 
     Raises:
       EncoderError: if the SavedModel cannot be loaded or fails on a small input.
@@ -67,8 +67,8 @@ def _load_and_measure(spec: EncoderSpec) -> tuple[Encoder, int]:
     shown = spec.handle or spec.folder
     if spec.native and spec.precision != "float32" and not native_half_precision():
         raise EncoderError(
-            f"--precision={spec.precision} was planned on a machine whose processor or GPU has it, and this worker's "
-            "has not; use workers of one kind, or --precision=float32"
+            f"--precision={spec.precision} was planned on a machine that supports it natively, and this worker does "
+            "not; use workers of one kind, or --precision=float32"
         )
     try:
         encoder = ENCODERS[spec.graph, spec.takes](spec)

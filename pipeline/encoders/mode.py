@@ -1,4 +1,4 @@
-"""Every switch of the fast graph that changes its speed: how it runs on one kind of device."""
+"""Switches of the fast graph that change its speed on one kind of device."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import NamedTuple
 from pipeline.encoders.onednn import has_fused_kernels
 from pipeline.encoders.runtime import has_gpu, hear_onednn_out, native_half_precision
 
-VERSION = 3  # of the arithmetic: raise it when numbers may change, so that remembered proofs are made again
+VERSION = 3  # of the arithmetic: raise it when numbers may change, so that cached parity checks are repeated
 
 
 class Mode(NamedTuple):
@@ -17,7 +17,7 @@ class Mode(NamedTuple):
       precision: of the dense layers' matmuls; norms and the residual stream stay in float32.
       attention: of the matmuls of scores and of context, and on processors of all between them; float32 or `precision`.
       compiled: each layer goes through XLA.
-      packed: padding is taken out of the dense layers. Their shapes then vary with every batch, which XLA cannot have.
+      packed: padding is removed from the dense layers. Not for XLA: their shapes then vary with every batch.
       fused: a dense layer is one kernel of oneDNN, with its bias, its GELU and the sum with the residual, and so is a
         layer norm. They have no gradients.
       laid_out: those kernels lay out their weights once, for one more copy in memory. It pays in 16 bits, where

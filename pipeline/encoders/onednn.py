@@ -1,8 +1,8 @@
-"""Kernels of oneDNN that TensorFlow has and does not give names to: a whole dense layer, and a layer norm.
+"""Kernels of oneDNN that TensorFlow has no Python functions for: a whole dense layer, and a layer norm.
 
-TensorFlow puts them in place of several ops itself, but only where its optimisers have not rearranged those before, and
-only with weights that are constants of the graph, of which it then makes many copies. Called directly they take weights
-from outside the graph. They exist on x86 processors alone.
+TensorFlow itself replaces several ops by them, but only if its optimisers have not rearranged these ops before, and
+only with weights that are constants of the graph, which it then copies many times. Called directly, they take weights
+from outside the graph. They exist only on x86 processors.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ if TYPE_CHECKING:
     import tensorflow as tf
 
 DENSE, LAYER_NORM = "_MklNativeFusedMatMul", "_MklLayerNorm"
-_LABEL = "MklNameChangeOp"  # TensorFlow tells apart the kernels that take its own layout of tensors by this
+_LABEL = "MklNameChangeOp"  # the label of the kernels that take TensorFlow's own layout of tensors
 
 
 def has_fused_kernels() -> bool:
-    """Whether this TensorFlow has the kernels, and nobody has turned oneDNN off."""
+    """Whether this TensorFlow has the kernels and oneDNN is not turned off."""
     load_tensorflow()
     from tensorflow.python.framework import op_def_registry
 

@@ -1,4 +1,4 @@
-"""The proof that our graph computes what a SavedModel computes: a few rows through both."""
+"""The parity check: runs a few rows through a SavedModel and through our graph, and compares the vectors."""
 
 from __future__ import annotations
 
@@ -21,18 +21,18 @@ from pipeline.encoders.weights import Weights, read_weights
 from pipeline.errors import first_line
 
 POOLED, TOKENS = VectorChoice("pooled_output"), VectorChoice("sequence_output", None, "tokens")
-LENGTHS = (1, 2, 5, 9, 17, 30, 47, 60)  # tokens of the probe's rows; longer ones would show the same
-# What float32 may differ by in two orders of summation: up to 1e-4 was seen in the largest models, while another
-# epsilon, mask or form of GELU changes far more.
+LENGTHS = (1, 2, 5, 9, 17, 30, 47, 60)  # tokens of the rows that are compared; longer ones would show the same
+# The largest difference of float32 between two orders of summation: up to 1e-4 was measured in the largest models;
+# another epsilon, mask or form of GELU changes far more.
 LARGEST_DIFFERENCE = 1e-3
-# Half precision is asked for and its figures are told; a cosine below this is a defect and no rounding.
+# Half precision is chosen by the user and its figures are reported; a cosine below this is a defect, not rounding.
 LOWEST_COSINE = 0.98
-# A mode that rounds more than the next one, for speed, is near enough from here on.
+# A faster mode that rounds more than the next one is accepted from this cosine on.
 NEAR_COSINE = 0.9995
 
 
 class Parity(NamedTuple):
-    """How near our graph came to the published one, over all rows of a probe and both kinds of output.
+    """How close our graph is to the published one, over all rows of the check and both kinds of output.
 
     Attributes:
       precision: what our graph's dense layers ran in; the published one runs in its own.
@@ -61,10 +61,10 @@ class Parity(NamedTuple):
 
 
 class ParityCheck:
-    """A few rows of mixed lengths that go through a SavedModel, once, and through our graph over its weights.
+    """Runs a few rows of mixed lengths through a SavedModel, once, and through our graph with its weights.
 
-    Names and shapes do not tell the form of GELU, the epsilon of a norm or the masking; the outputs do. Loading both
-    takes a while, so the figures are remembered in the cache under the names of all that they depend on.
+    Names and shapes do not show the form of GELU, the epsilon of a norm or the masking; the outputs do. Loading both
+    graphs is slow, so the figures are cached under the names of everything that they depend on.
     """
 
     def __init__(self, folder: str, architecture: Architecture, weights_hash: str) -> None:
@@ -73,7 +73,7 @@ class ParityCheck:
         self._names = (hash_file(os.path.join(folder, "saved_model.pb"))[:16], weights_hash[:16])
 
     def prove(self, precision: str) -> Parity:
-        """The figures of the fastest mode for a precision that comes near enough, or else of the nearest one."""
+        """The figures of the fastest mode for a precision that is close enough, or else of the closest one."""
         tried = []
         for mode in choose_modes(precision):
             tried.append(self._measure_once(mode))
@@ -86,17 +86,19 @@ class ParityCheck:
         try:
             difference, cosine = remembered(name, lambda: self._measure(mode), _are_figures)
         except Exception as error:
-            return Parity(mode.precision, float("inf"), 0.0, f"the probe failed: {first_line(error)}", mode.attention)
+            return Parity(
+                mode.precision, float("inf"), 0.0, f"the parity check failed: {first_line(error)}", mode.attention
+            )
         return Parity(mode.precision, difference, cosine, attention=mode.attention)
 
     def _measure(self, mode: Mode) -> list[float]:
         """The largest difference and the lowest cosine."""
         mask = self._inputs["input_mask"] > 0  # [B, L]
-        published = self._published  # and out of memory again, before our weights come
+        published = self._published  # frees the memory before our weights are loaded
         weights = read_weights(self._folder, self._architecture, POOLED, mode)
         pooled = self._run_fast(weights, POOLED, mode)
         tokens = self._run_fast(weights._replace(pooler=None), TOKENS, mode)
-        pairs = [(published[0], pooled), (published[1][mask], tokens[mask])]  # what stands in padding means nothing
+        pairs = [(published[0], pooled), (published[1][mask], tokens[mask])]  # values of padding have no meaning
         return [
             float(max(np.abs(theirs - ours).max() for theirs, ours in pairs)),
             float(min(cosines(theirs, ours).min() for theirs, ours in pairs)),
@@ -106,7 +108,7 @@ class ParityCheck:
         graph = build_graph(weights, self._architecture, choice, mode)
         vectors = TokenEncoder(choice, graph).run(self._inputs)
         del graph
-        gc.collect()  # graphs refer to themselves, and hold what their kernels laid out
+        gc.collect()  # graphs have reference cycles, and hold the layouts of their kernels
         return vectors
 
     @functools.cached_property

@@ -17,15 +17,15 @@ _WITHOUT_BFLOAT16 = ("SSE41", "AVX", "AVX2", "AVX2_VNNI", "AVX2_VNNI_2", "AVX512
 
 
 def load_tensorflow(gpu_memory_mib: int = 0) -> Any:
-    """Imports TensorFlow quietly, with the ops of tensorflow_text, and keeps it from taking a whole GPU at once.
+    """Imports TensorFlow without its messages, with the ops of tensorflow_text, and limits its GPU memory.
 
-    That can only be set before TensorFlow first touches the device.
+    The limit can only be set before TensorFlow first uses the device.
 
     Args:
-      gpu_memory_mib: the most that this process may take of a GPU which it shares; with 0 its part grows as needed.
+      gpu_memory_mib: the most GPU memory that this process may take; with 0 it grows as needed.
     """
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
-    # By default only processors of Intel's latest kinds get oneDNN's kernels; others gain a quarter by them too.
+    # By default only the latest Intel processors use oneDNN's kernels; others become a quarter faster with them too.
     os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "1")
     if os.path.exists("/dev/nvidiactl"):
         _keep_compiled_programs()
@@ -34,7 +34,7 @@ def load_tensorflow(gpu_memory_mib: int = 0) -> Any:
         import tensorflow_text  # noqa: F401  registers ops that encoders of strings use
 
         devices = tf.config.list_physical_devices("GPU")
-    # Beam 2.77 says so of every load, wherever torch is not installed.
+    # Beam 2.77 logs this at every load if torch is not installed.
     if _is_news not in logging.getLogger().filters:
         logging.getLogger().addFilter(_is_news)
     if devices:
@@ -47,18 +47,18 @@ def load_tensorflow(gpu_memory_mib: int = 0) -> Any:
                 tf.config.set_logical_device_configuration(device, [limit])
             elif not tf.config.get_logical_device_configuration(device):
                 tf.config.experimental.set_memory_growth(device, True)
-        except RuntimeError:  # already in use: somebody else's choice stands
+        except RuntimeError:  # the device is in use already: its setting stays
             _LOGGER.debug("the memory growth of %s was set elsewhere", device.name)
     return tf
 
 
 class Device(NamedTuple):
-    """What an encoder runs on.
+    """The device that an encoder runs on.
 
     Attributes:
       is_gpu: whether it is a GPU, or the processor.
       half_precision: the 16-bit type that it multiplies natively: bfloat16, float16 or "".
-      batch_tokens: the budget of a batch that keeps it busy; 0 where that depends on the encoder.
+      batch_tokens: the budget of a batch that keeps it busy; 0 if that depends on the encoder.
     """
 
     is_gpu: bool
@@ -86,27 +86,27 @@ def native_half_precision() -> str:
 
 
 def _is_held_back() -> bool:
-    """Whether oneDNN is held to instructions without bfloat16.
+    """Whether the environment limits oneDNN to instructions without bfloat16.
 
-    TensorFlow asks the processor alone, and a matmul in bfloat16 then ends the process.
+    TensorFlow checks only the processor, and a matmul in bfloat16 then ends the process.
     """
     return os.environ.get("ONEDNN_MAX_CPU_ISA", "").upper() in _WITHOUT_BFLOAT16
 
 
 def _cpu_flags() -> set[str]:
-    """What the processor can do, in Linux's words; nothing where that is not told."""
+    """The processor's flags as Linux names them; empty if they are not listed."""
     return set(_read_cpuinfo().get("flags", "").split())
 
 
 def describe_processor() -> str:
-    """The processor's model, as part of a file's name; "unknown" where the system does not tell."""
+    """The processor's model, as part of a file's name; "unknown" if the system does not name it."""
     told = _read_cpuinfo()
     model = " ".join(told.get(key, "") for key in ("model name", "cpu family", "model", "stepping")).strip()
     return "".join(c if c.isalnum() else "-" for c in model) or "unknown"
 
 
 def _read_cpuinfo() -> dict[str, str]:
-    """What Linux tells of a processor, all being alike; nothing on other systems."""
+    """What Linux lists for the first processor; empty on other systems."""
     try:
         with open("/proc/cpuinfo", encoding="utf-8", errors="replace") as file:
             pairs = (line.partition(":") for line in file)
@@ -117,7 +117,7 @@ def _read_cpuinfo() -> dict[str, str]:
 
 @functools.cache
 def hear_onednn_out() -> None:
-    """Lets oneDNN print, where nobody reads it, what it says once of a processor without bfloat16."""
+    """Hides the message that oneDNN prints once on a processor without bfloat16."""
     import tensorflow as tf
 
     if _is_held_back():
@@ -127,7 +127,7 @@ def hear_onednn_out() -> None:
 
 
 def _keep_compiled_programs() -> None:
-    """Lets XLA keep what it compiles for a GPU, which takes minutes, for the next process on this machine."""
+    """Makes XLA cache its GPU kernels on disk, because compiling them takes minutes in every new process."""
     folder = os.path.join(cache_dir(), "xla")
     flags = os.environ.get("TF_XLA_FLAGS", "")
     if "persistent_cache_directory" not in flags:
@@ -140,7 +140,7 @@ def _is_news(record: logging.LogRecord) -> bool:
 
 @contextmanager
 def _silent_stderr() -> Iterator[None]:
-    """Hides what C++ prints about missing GPUs before its log level counts; a failing import still raises."""
+    """Hides C++ messages about missing GPUs that come before the log level is set; a failing import still raises."""
     sys.stderr.flush()
     kept = os.dup(2)
     with open(os.devnull, "w") as nowhere:

@@ -1,7 +1,7 @@
-"""What a SavedModel folder says of itself, read from its files without loading it, and how a handle becomes a folder.
+"""Reads the interface of a SavedModel from its files without loading it, and resolves a handle to a folder.
 
-Reading the protocol buffer takes milliseconds where loading takes seconds and a second copy of the weights, so
-everything that is checked before a run is checked here. TensorFlow is imported inside the functions.
+Reading the protocol buffer takes milliseconds; loading takes seconds and a second copy of the weights. So everything
+that is checked before a run is checked here. TensorFlow is imported inside the functions.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ def describe_saved_model(folder: str, handle: str = "") -> SavedModelSpec:
     if not path.is_file():
         found = "it is a file" if Path(folder).is_file() else "the folder holds no saved_model.pb"
         found = found if Path(folder).exists() else "there is no such folder"
-        raise EncoderError(f"{shown} is no SavedModel: {found}; give the folder that holds saved_model.pb")
+        raise EncoderError(f"{shown} is not a SavedModel: {found}; give the folder that holds saved_model.pb")
     model = saved_model_pb2.SavedModel()
     try:
         model.ParseFromString(path.read_bytes())
@@ -123,7 +123,7 @@ def list_variables(folder: str) -> dict[str, tuple[str, tuple[int, ...]]]:
     }
     listed = {key: name for key, name in found.items() if key.startswith("variables/")} or found
     names = Counter(listed.values())
-    # Nothing keeps variables from having no name or the same one.
+    # Variables may have no name, or the same one.
     return {name if name and names[name] == 1 else key: (key, tuple(shapes[key])) for key, name in listed.items()}
 
 
@@ -138,7 +138,7 @@ def read_variables(folder: str, names: Iterable[str]) -> Iterator[tuple[str, Any
 def tensor_reader(folder: str) -> Callable[[str], Any]:
     """Returns a function from the name of a float32 variable to its value, a tensor.
 
-    By way of NumPy there would be a second copy: TensorFlow holds on to the memory behind the arrays that it gives.
+    NumPy arrays would be a second copy: TensorFlow does not free the memory of arrays that it returns.
     """
     import tensorflow as tf
 
@@ -157,7 +157,7 @@ def tensor_reader(folder: str) -> Callable[[str], Any]:
 
 
 def read_flag(folder: str, name: str) -> bool:
-    """The value of a boolean variable that hangs at the SavedModel's root."""
+    """The value of a boolean variable that is an attribute of the SavedModel's root."""
     return bool(_read_tensor(_open_checkpoint(folder), folder, f"{name}/.ATTRIBUTES/VARIABLE_VALUE"))
 
 
@@ -190,11 +190,11 @@ def resolve_handle(handle: str) -> str:
     """Turns a folder, a path on any Beam file system or a hub handle into a local folder.
 
     Remote folders are copied by Beam's file systems (TensorFlow's own use other credentials) into the cache, in a
-    folder named by what the remote one holds, so that a changed model is copied anew. Hub handles go through
+    folder named after the remote content, so that a changed model is copied again. Hub handles go through
     `hub.resolve`, which honours TFHUB_CACHE_DIR and TFHUB_MODEL_LOAD_FORMAT.
 
     Raises:
-      EncoderError: if nothing is there or it cannot be fetched.
+      EncoderError: if there is no such model or it cannot be fetched.
     """
     if handle.startswith(("http://", "https://")):
         return _resolve_hub(handle)

@@ -1,4 +1,4 @@
-"""What it takes to write a SavedModel: a folder that appears when it is complete, a file of pieces, a module."""
+"""Helpers that write a SavedModel: an atomic folder, a vocabulary file, a module."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def check_vocabulary(vocabulary: Sequence[str]) -> None:
 
 @contextlib.contextmanager
 def new_folder(folder: str) -> Iterator[str]:
-    """Yields a temporary folder beside `folder` that takes its name when the block ends well, and else is removed.
+    """Yields a temporary folder beside `folder`; renames it to `folder` if the block succeeds, else removes it.
 
     Raises:
       EncoderError: if `folder` exists already and is not empty.

@@ -1,4 +1,4 @@
-"""What an encoder is, found out before a run: what it takes, what it gives, and the hash of its weights."""
+"""Describes an encoder before a run: its inputs, its outputs, and the hash of its weights."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from pipeline.encoders.saved_model import (
 from pipeline.errors import ConfigError, EncoderError
 
 _LOGGER = logging.getLogger(__name__)
-DEFAULT_POSITIONS = 512  # where the SavedModel does not tell
+DEFAULT_POSITIONS = 512  # if the SavedModel does not specify it
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class EncoderSpec:
       folder: the SavedModel on this machine.
       takes: `tokens` (the three int32 inputs) or `texts` (strings).
       choice: which output becomes the vector.
-      dimension: D, or None where the SavedModel leaves it open.
+      dimension: D, or None if the SavedModel does not specify it.
       positions: the most tokens of one input.
       vocabulary_size: rows of the word embedding, or None where unknown.
       identity: what its vectors depend on, for the fingerprint.
@@ -47,8 +47,8 @@ class EncoderSpec:
       precision: of the dense layers' matmuls: float32, bfloat16 or float16.
       attention: of attention's, float32 or the same.
       native: whether the machine that planned the run multiplies in that precision natively.
-      architecture: family and sizes, where they are known and proven.
-      parity: how near the fast graph is to the published one, where it runs.
+      architecture: family and sizes, if they are known and the parity check succeeded.
+      parity: how close the fast graph is to the published one, if it runs.
     """
 
     handle: str
@@ -75,8 +75,8 @@ def describe_encoder(config: EncoderConfig, device: Device | None = None) -> tup
       device: what it will run on; by default this machine's.
 
     Raises:
-      EncoderError: if there is no encoder or not one of the TF Hub text interface.
-      ConfigError: if it does not give the vector that is asked for.
+      EncoderError: if there is no encoder, or it does not have the TF Hub text interface.
+      ConfigError: if it does not have the requested output.
     """
     folder = resolve_handle(config.encoder) if config.encoder else default_encoder()
     model = describe_saved_model(folder, config.encoder)
@@ -87,7 +87,7 @@ def describe_encoder(config: EncoderConfig, device: Device | None = None) -> tup
         takes = "texts"
     else:
         raise EncoderError(
-            f"{shown} is no text encoder: it takes {_list(model.inputs) or 'nothing'} instead of input_word_ids, "
+            f"{shown} is not a text encoder: it takes {_list(model.inputs) or 'nothing'} instead of input_word_ids, "
             "input_mask and input_type_ids, or one tensor of strings; give another model"
         )
     if set(TOKEN_INPUTS) <= set(model.outputs):
@@ -104,10 +104,10 @@ def describe_encoder(config: EncoderConfig, device: Device | None = None) -> tup
         recognise_architecture(model.variables) if takes == "tokens" else "it takes strings and tokenises itself"
     )
     if isinstance(found, Architecture):
-        probe = ParityCheck(folder, found, weights_hash)
-        parity = probe.prove("float32")
+        check = ParityCheck(folder, found, weights_hash)
+        parity = check.prove("float32")
         if not parity.holds:
-            found = f"it does not compute what its variables suggest ({parity})"
+            found = f"the fast graph does not give the same vectors ({parity})"
     spec = EncoderSpec(
         handle=config.encoder,
         folder=folder,
@@ -120,18 +120,18 @@ def describe_encoder(config: EncoderConfig, device: Device | None = None) -> tup
     )
     if isinstance(found, Architecture):
         spec = replace(spec, architecture=found, parity=parity)
-        return choose_graph(spec, config, probe, device or this_device()), model
+        return choose_graph(spec, config, check, device or this_device()), model
     refuse_fast_graph(config, shown, found)
     if takes == "tokens" and config.encoder_graph == "auto":
-        _LOGGER.warning("%s runs as published, not in the fast graph: %s", shown, found)
+        _LOGGER.warning("%s runs in the published graph, not in the fast one: %s", shown, found)
     return spec, model
 
 
-def choose_graph(spec: EncoderSpec, config: EncoderConfig, probe: ParityCheck, device: Device) -> EncoderSpec:
+def choose_graph(spec: EncoderSpec, config: EncoderConfig, check: ParityCheck, device: Device) -> EncoderSpec:
     """Resolves graph and precision of an encoder of a known family, once for all workers.
 
     Raises:
-      EncoderError: if the precision that is asked for would spoil the vectors.
+      EncoderError: if the requested precision is too inaccurate.
     """
     if config.encoder_graph == "published":
         return replace(spec, parity=None)
@@ -142,22 +142,24 @@ def choose_graph(spec: EncoderSpec, config: EncoderConfig, probe: ParityCheck, d
         return spec
     if precision != native:
         _LOGGER.warning(
-            "--precision=%s: the device multiplies it no faster than float32; the vectors are rounded alike",
+            "--precision=%s: the device does not support it natively: no faster than float32, with the same rounding",
             precision,
         )
-    parity = probe.prove(precision)
+    parity = check.prove(precision)
     if parity.holds:
         return replace(spec, precision=precision, attention=parity.attention, native=precision == native, parity=parity)
     if config.precision == "auto":
-        _LOGGER.warning("float32 instead of %s, which would spoil the vectors: %s", precision, parity)
+        _LOGGER.warning(
+            "float32 is used instead of %s, which is too inaccurate for this encoder: %s", precision, parity
+        )
         return spec
-    raise EncoderError(f"--precision={precision} would spoil this encoder's vectors ({parity}); use float32")
+    raise EncoderError(f"--precision={precision} is too inaccurate for this encoder ({parity}); use float32")
 
 
 def refuse_fast_graph(config: EncoderConfig, shown: str, why: str) -> None:
-    """Raises an EncoderError if something was asked for that only the fast graph can do."""
+    """Raises EncoderError if a setting needs the fast graph."""
     if config.encoder_graph == "fast":
-        raise EncoderError(f"--encoder_graph=fast: {shown} has none: {why}; leave it out")
+        raise EncoderError(f"--encoder_graph=fast: {shown} has no fast graph: {why}; leave it out")
     if config.precision in ("bfloat16", "float16"):
         raise EncoderError(
             f"--precision={config.precision} needs the fast graph, and {shown} has none: {why}; leave it out"
@@ -165,7 +167,7 @@ def refuse_fast_graph(config: EncoderConfig, shown: str, why: str) -> None:
 
 
 def choose_output(choice: VectorChoice, outputs: Mapping[str, Shape], shown: str, takes: str) -> VectorChoice:
-    """Checks a vector choice against what an encoder gives; negative layers are counted from the end.
+    """Checks a vector choice against the encoder's outputs; negative layers count from the end.
 
     Returns:
       The choice with its layer from 0; its output is "" for an encoder that gives one unnamed tensor.
@@ -209,8 +211,8 @@ def identify_encoder(
 ) -> dict[str, object]:
     """Everything about an encoder that its vectors depend on, and nothing else.
 
-    Where the SavedModel is proven to compute a known family, the sizes stand for its graph; of any other its own bytes
-    and assets do. The folder's name and its fingerprint.pb, which change with every copy or export, stay out.
+    If the parity check shows that the SavedModel computes a known family, the sizes identify its graph; else its own
+    bytes and assets do. The folder's name and its fingerprint.pb are left out: they change with every copy or export.
     """
     if isinstance(found, Architecture):
         graph: dict[str, object] = found._asdict()

@@ -1,7 +1,7 @@
-"""How many parts of a batch run side by side: what this machine does fastest with this encoder, found out in passing.
+"""Runs parts of a batch in parallel, in the number that measures fastest for this machine and encoder.
 
-Between two matmuls all cores wait for each other, and ops that only pass over memory leave the units that multiply
-idle. Halves of a batch beside each other fill these gaps, on some machines; on others they are in each other's way.
+Between two matmuls all cores wait for each other, and memory-bound ops leave the multiplication units idle. Parts of a
+batch that run in parallel fill these gaps on some machines; on others they slow each other down.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from pipeline.encoders.runtime import describe_processor
 
 Inputs = dict[str, np.ndarray]  # int32 [B, L] each, by name
 
-LEAST_FLOPS = 2e9  # of a part: below this, threads cost more than they fill
+LEAST_FLOPS = 2e9  # of a part: below this, threads cost more than they gain
 TRIALS = 4  # batches timed with each number of streams
 
 
@@ -31,10 +31,10 @@ class Streams:
     """
 
     def __init__(self, name: str, flops_per_token: float) -> None:
-        """Reads what was remembered.
+        """Reads the cached measurements.
 
         Args:
-          name: tells all that the best number depends on beside the machine.
+          name: contains everything that the best number depends on besides the machine.
           flops_per_token: of the encoder, a multiply-add being two.
         """
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -49,7 +49,7 @@ class Streams:
         """Encodes a batch: what `encode` gives for all rows, in their order."""
         n_tokens = int(inputs["input_mask"].sum())
         most = min(len(inputs["input_mask"]), int(n_tokens * self._flops_per_token / LEAST_FLOPS))
-        if most < self._counts[-1]:  # too small a batch to tell which number is best
+        if most < self._counts[-1]:  # the batch is too small to compare numbers of parts
             return self._run_parts(encode, inputs, max(1, min(most, self._best or 1)))
         if self._best is not None:
             return self._run_parts(encode, inputs, self._best)
@@ -60,7 +60,7 @@ class Streams:
         return vectors
 
     def _note(self, count: int, rate: float) -> None:
-        """Takes a measurement, and decides once there are enough."""
+        """Adds a measurement, and chooses the number once there are enough."""
         self._rates[count].append(rate)
         if min(map(len, self._rates.values())) >= TRIALS and self._best is None:
             self._best = max(self._counts, key=lambda count: statistics.median(self._rates[count]))

@@ -53,11 +53,11 @@ class Weights(NamedTuple):
 
 
 def read_weights(folder: str, a: Architecture, choice: VectorChoice, mode: Mode) -> Weights:
-    """Reads the weights that an output needs, a layer at a time, so that there is never a second copy of them all."""
+    """Reads the weights that an output needs, one layer at a time, so that no second copy of all exists."""
     tf = load_tensorflow()
     names = {official: given for given, official in canonical_names(list_variables(folder)).items()}
     read_tensor = tensor_reader(folder)
-    with tf.device("CPU"):  # a GPU would get every array in float32 first
+    with tf.device("CPU"):  # else every array would go to the GPU in float32 first
         weights = arrange_weights(lambda name: read_tensor(names[name]), a, choice, mode)
     if not has_gpu():
         return weights
@@ -68,7 +68,7 @@ def read_weights(folder: str, a: Architecture, choice: VectorChoice, mode: Mode)
 def arrange_weights(
     read_tensor: Callable[[str], tf.Tensor], a: Architecture, choice: VectorChoice, mode: Mode
 ) -> Weights:
-    """Brings the weights that an output needs, by official name, into the shapes that the graph multiplies by."""
+    """Converts the weights that an output needs, by official name, to the shapes that the graph multiplies by."""
     import tensorflow as tf
 
     family = FAMILIES[a.family]

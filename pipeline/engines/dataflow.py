@@ -1,4 +1,4 @@
-"""What a job on Dataflow needs: found out before anything is staged, since the service would say so after minutes."""
+"""Checks what a job on Dataflow needs before anything is staged, because the service reports it minutes later."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from pipeline.errors import ConfigError
 _LOGGER = logging.getLogger(__name__)
 _NEEDED = {
     "project": "the Google Cloud project that pays for it",
-    "region": "where the workers run, such as europe-west4",
+    "region": "the region of the workers, such as europe-west4",
     "temp_location": "a gs:// folder for the job's own files",
 }
 _ONE_PROCESS = "no_use_multiple_sdk_containers"
@@ -40,10 +40,10 @@ _CANCEL_SECONDS = 10.0
 
 
 def prepare_dataflow(options: PipelineOptions, config: EmbedConfig) -> None:
-    """Checks what Dataflow needs, and adds the options that the configuration stands for; the user's own ones win.
+    """Checks what Dataflow needs, and adds options for the configuration; the user's own options take precedence.
 
     Raises:
-      ConfigError: if the job could not run.
+      ConfigError: if the job cannot run.
     """
     check_needs(options, config)
     if config.workers.accelerator:
@@ -52,7 +52,7 @@ def prepare_dataflow(options: PipelineOptions, config: EmbedConfig) -> None:
 
 
 def check_needs(options: PipelineOptions, config: EmbedConfig) -> None:
-    """Raises ConfigError for what every job must have and has not, and for what none of ours can have."""
+    """Raises ConfigError for missing options, and for options that our jobs do not support."""
     cloud = options.view_as(GoogleCloudOptions)
     for name, what in _NEEDED.items():
         if not getattr(cloud, name):
@@ -60,7 +60,9 @@ def check_needs(options: PipelineOptions, config: EmbedConfig) -> None:
     if not cloud.temp_location.startswith("gs://"):
         raise ConfigError(f"--temp_location={cloud.temp_location} is not on Cloud Storage; give a gs:// folder")
     for flag, path in local_paths(config):
-        raise ConfigError(f"--{flag}={path} is on this machine, which Dataflow's workers do not see; give a gs:// path")
+        raise ConfigError(
+            f"--{flag}={path} is on this machine, where Dataflow's workers cannot read it; give a gs:// path"
+        )
     image, setup = options.view_as(WorkerOptions).sdk_container_image, options.view_as(SetupOptions)
     if not (image or setup.setup_file or setup.extra_packages):
         raise ConfigError(
@@ -68,17 +70,15 @@ def check_needs(options: PipelineOptions, config: EmbedConfig) -> None:
             "(runners/flex_template builds one), or --setup_file=./setup.py"
         )
     if options.view_as(TestOptions).dry_run:
-        raise ConfigError("--dry_run runs nothing and publishes nothing; embeam plan says what a run would do")
+        raise ConfigError("--dry_run runs nothing and publishes nothing; use embeam plan for a dry run")
     if options.view_as(StandardOptions).streaming:
-        raise ConfigError("--streaming is for input without an end; leave it out")
+        raise ConfigError("--streaming is for unbounded input; leave it out")
     if cloud.update:
-        raise ConfigError(
-            "--update is for streaming jobs; leave it out: the next run takes over what this one has made"
-        )
+        raise ConfigError("--update is for streaming jobs; leave it out: the next run reuses the vectors of this one")
 
 
 def check_gpus(options: PipelineOptions, workers: WorkerConfig) -> None:
-    """Raises ConfigError for what does not go with GPUs for the encoder alone."""
+    """Raises ConfigError for options that do not work with GPUs for the encoder only."""
     check_processes(workers)
     cloud = options.view_as(GoogleCloudOptions)
     if cloud.flexrs_goal:
@@ -94,7 +94,7 @@ def check_gpus(options: PipelineOptions, workers: WorkerConfig) -> None:
 
 
 def add_gpu_options(options: PipelineOptions, workers: WorkerConfig) -> None:
-    """One process with some threads for a GPU, or as many processes as share it; and room for an image with CUDA."""
+    """Options for a GPU: one process with some threads, or several processes; and disk space for an image with CUDA."""
     debug, machines = options.view_as(DebugOptions), options.view_as(WorkerOptions)
     if workers.encoder_processes == 1:
         debug.add_experiment(_ONE_PROCESS)
@@ -104,17 +104,17 @@ def add_gpu_options(options: PipelineOptions, workers: WorkerConfig) -> None:
 
 
 def validate_options(options: PipelineOptions, runner: Any) -> None:
-    """Lets Beam look at the options now rather than when everything else is ready.
+    """Lets Beam check the options before everything else is ready.
 
     Raises:
-      ConfigError: with what it finds first.
+      ConfigError: with its first message.
     """
     for problem in PipelineOptionsValidator(options, runner).validate():
         raise ConfigError(f"--runner={type(runner).__name__}: {problem.strip()}")
 
 
 def explain_job(error: BaseException, options: PipelineOptions) -> str:
-    """What Dataflow says of a job that it refused or that has ended badly; "" for other errors."""
+    """Dataflow's message about a job that it refused or that has failed; "" for other errors."""
     if isinstance(error, GoogleAPICallError):
         code = "" if error.code is None else f"{int(error.code)} "
         return f"Dataflow refused the job: {code}{error.message.rpartition(': ')[2]}"
@@ -127,7 +127,7 @@ def explain_job(error: BaseException, options: PipelineOptions) -> str:
 
 
 def link_job(running: Any, options: PipelineOptions) -> str:
-    """The page on a job in Google's console; "" for what is no job there."""
+    """The page on a job in Google's console; "" for anything else."""
     if not getattr(running, "has_job", False):
         return ""
     cloud = options.view_as(GoogleCloudOptions)
@@ -135,17 +135,17 @@ def link_job(running: Any, options: PipelineOptions) -> str:
 
 
 def job_lives(running: Any) -> bool:
-    """Whether a job may still run and write, though one has stopped waiting for it: only Dataflow's outlive us."""
+    """Whether a job may still run and write after this process stopped waiting for it: only Dataflow's can."""
     if not getattr(running, "has_job", False):
         return False
     try:
         return not PipelineState.is_terminal(running.state)
-    except Exception:  # the network or a login is gone
+    except Exception:  # no network or no login
         return True
 
 
 def cancel_job(running: Any, seconds: float = _CANCEL_SECONDS) -> bool:
-    """Asks for a job's end; whether it came soon enough to be sure that nothing writes any more."""
+    """Cancels a job; returns whether it ended in time, so that it writes nothing any more."""
     try:
         running.cancel()
     except Exception as error:
@@ -159,10 +159,10 @@ def cancel_job(running: Any, seconds: float = _CANCEL_SECONDS) -> bool:
 
 
 def describe_job(running: Any, options: PipelineOptions) -> str:
-    """How a job that goes on without us is called, and what one can do about it."""
+    """Describes a job that continues after this process, and how to stop it."""
     cloud, job = options.view_as(GoogleCloudOptions), running.job_id()
     return (
-        f"the Dataflow job {job}, which goes on and publishes by itself; to stop it: "
+        f"the Dataflow job {job}, which continues and publishes the table; to stop it: "
         f"gcloud dataflow jobs cancel {job} --region={cloud.region} --project={cloud.project}"
     )
 
@@ -178,7 +178,7 @@ def local_paths(config: EmbedConfig) -> Iterator[tuple[str, str]]:
 
 
 def name_job(output: str) -> str:
-    """A name that says which table, and differs from run to run: embeam-notes-20261125-081500."""
+    """A name with the table's name that is unique per run: embeam-notes-20261125-081500."""
     table = re.sub(r"[^a-z0-9]+", "-", output.rstrip("/").rpartition("/")[2].lower()).strip("-")
     now = datetime.datetime.now(datetime.UTC)
     stamp = f"{now:%Y%m%d-%H%M%S}"

@@ -1,7 +1,7 @@
-"""A part of the graph on workers of its own, as the encoder on those with a GPU.
+"""Runs a part of the graph on dedicated workers, such as the encoder on workers with a GPU.
 
-What goes there and what comes back crosses between machines, so it goes in packs of a few hundred: a shuffle costs by
-the element. Engines may not fuse across either side, so every part gets the workers that it needs.
+Its inputs and outputs cross to other machines in groups of a few hundred elements, because the cost of a shuffle grows
+with the elements. A shuffle on either side prevents fusion, so that each part gets the workers that it needs.
 """
 
 from __future__ import annotations
@@ -20,81 +20,81 @@ GROUP_BYTES = 4 << 20  # of texts, token ids and vectors
 
 
 def size_chunk(chunk: Chunk) -> int:
-    """Bytes of a chunk in a pack; a document counts once, with its first chunk."""
+    """Bytes of a chunk in a group; a document counts once, with its first chunk."""
     return len(chunk.ids) + (len(chunk.document.text.encode()) if chunk.number == 0 else 0)
 
 
 def size_row(row: Row) -> int:
-    """Bytes of a row in a pack."""
+    """Bytes of a row in a group."""
     return len(row.vector) + len(row.text or "")
 
 
 def ends_document(chunk: Chunk) -> bool:
-    """Whether a pack may end with this chunk: those of one document must meet again."""
+    """Whether a group may end with this chunk: all chunks of a document must be in one group."""
     return chunk.number == chunk.n_chunks - 1
 
 
 class GroupElements(beam.DoFn):
-    """Elements to packs, within the bundle."""
+    """Collects elements of a bundle into groups."""
 
     def __init__(self, size: Callable[[Any], int], may_end: Callable[[Any], bool] | None = None) -> None:
         self.size = size
         self.may_end = may_end
 
     def start_bundle(self) -> None:
-        self._pack = ElementGroup()
+        self._group = ElementGroup()
         self._bytes = 0
 
     def process(self, element: Any) -> Iterator[ElementGroup]:
-        self._pack.append(element)
+        self._group.append(element)
         self._bytes += self.size(element)
-        is_full = len(self._pack) >= GROUP_ELEMENTS or self._bytes >= GROUP_BYTES
+        is_full = len(self._group) >= GROUP_ELEMENTS or self._bytes >= GROUP_BYTES
         if is_full and (self.may_end is None or self.may_end(element)):
             yield self._take()
 
     def finish_bundle(self) -> Iterator[Any]:
-        if self._pack:
+        if self._group:
             yield from end_bundle([self._take()])
 
     def _take(self) -> ElementGroup:
-        pack, self._pack, self._bytes = self._pack, ElementGroup(), 0
-        return pack
+        group, self._group, self._bytes = self._group, ElementGroup(), 0
+        return group
 
 
-def unpack(packs: beam.PCollection, kind: type) -> beam.PCollection:
-    return packs | "Unpack" >> beam.FlatMap(iter).with_output_types(kind)
+def ungroup(groups: beam.PCollection, kind: type) -> beam.PCollection:
+    return groups | "Unpack" >> beam.FlatMap(iter).with_output_types(kind)
 
 
 @dataclass
 class OnDedicatedWorkers(beam.PTransform):
-    """Runs a transform apart from what is before and after it: PCollection[Chunk] -> what the transform gives.
+    """Runs a transform on dedicated workers: PCollection[Chunk] -> the output of the transform.
 
     Attributes:
       inner: takes chunks and gives a named tuple of PCollections with `rows`.
-      hints: what its workers must have, as Beam's resource hints; with none, any worker takes its share.
+      hints: requirements of its workers, as Beam's resource hints; if empty, any worker may run it.
     """
 
     inner: beam.PTransform
     hints: Mapping[str, Any]
 
     def expand(self, chunks: beam.PCollection) -> Any:
-        packs = (
+        groups = (
             chunks
             | "GroupChunks" >> beam.ParDo(GroupElements(size_chunk, ends_document)).with_output_types(ElementGroup)
             | "ToDedicatedWorkers" >> beam.Reshuffle()
         )
-        outputs = packs | "Workers" >> _Packed(self.inner).with_resource_hints(**self.hints)
-        return outputs._replace(rows=unpack(outputs.rows | "FromDedicatedWorkers" >> beam.Reshuffle(), Row))
+        outputs = groups | "Workers" >> _Grouped(self.inner).with_resource_hints(**self.hints)
+        return outputs._replace(rows=ungroup(outputs.rows | "FromDedicatedWorkers" >> beam.Reshuffle(), Row))
 
 
-class _Packed(beam.PTransform):
-    """A transform that takes packs and gives packs."""
+class _Grouped(beam.PTransform):
+    """Runs a transform of elements on groups of elements."""
 
     def __init__(self, inner: beam.PTransform) -> None:
         super().__init__()
         self.inner = inner
 
-    def expand(self, packs: beam.PCollection) -> Any:
-        outputs = unpack(packs, Chunk) | self.inner
+    def expand(self, groups: beam.PCollection) -> Any:
+        outputs = ungroup(groups, Chunk) | self.inner
         rows = outputs.rows | "GroupRows" >> beam.ParDo(GroupElements(size_row)).with_output_types(ElementGroup)
         return outputs._replace(rows=rows)

@@ -1,4 +1,4 @@
-"""The workers of a distributed engine: what their GPUs are good for, and how an engine is asked for them."""
+"""Presets for GPUs on the workers of a distributed engine, and the resource hints that request them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pipeline.errors import ConfigError
 
 
 class Preset(NamedTuple):
-    """What serves well on one kind of GPU.
+    """Good settings for one kind of GPU.
 
     Attributes:
       machine_type: the smallest of Google's machines that has one.
@@ -40,7 +40,7 @@ _DRIVER, _SHARED = "install-nvidia-driver", "use_nvidia_mps"
 
 
 def find_device(config: WorkerConfig) -> Device | None:
-    """What the workers encode on; None where that is what this machine has."""
+    """The device that the workers encode on; None if it is this machine's."""
     if not config.accelerator:
         return None
     preset = PRESETS[config.accelerator]
@@ -48,7 +48,7 @@ def find_device(config: WorkerConfig) -> Device | None:
 
 
 def resource_hints(config: WorkerConfig) -> dict[str, Any]:
-    """What a worker that encodes must have, as Beam's resource hints; engines other than Dataflow pass them over."""
+    """Requirements of a worker that encodes, as Beam's resource hints; engines other than Dataflow ignore them."""
     hints: dict[str, Any] = {}
     if config.accelerator:
         machine = config.encoder_machine or PRESETS[config.accelerator].machine_type
@@ -64,12 +64,12 @@ def resource_hints(config: WorkerConfig) -> dict[str, Any]:
 
 
 def count_threads(config: WorkerConfig) -> int:
-    """Batches at a time in the one process of a worker with a GPU."""
+    """Batches at a time in the process of a worker with a GPU."""
     return config.encoder_threads or PRESETS[config.accelerator].threads
 
 
 def check_processes(config: WorkerConfig) -> None:
-    """Raises ConfigError if Dataflow would start another number of processes: it is one for each vCPU."""
+    """Raises ConfigError if Dataflow would start another number of processes: it starts one for each vCPU."""
     machine = config.encoder_machine or PRESETS[config.accelerator].machine_type
     cpus = machine.rpartition("-")[2]
     if config.encoder_processes > 1 and cpus.isdecimal() and int(cpus) != config.encoder_processes:
@@ -86,7 +86,7 @@ def check_processes(config: WorkerConfig) -> None:
 
 
 def share_memory(config: WorkerConfig) -> int:
-    """MiB of a GPU's memory that one process may take; 0 where it has the GPU to itself.
+    """MiB of a GPU's memory that one process may take; 0 if it does not share the GPU.
 
     A tenth stays free for the processes' contexts and the libraries' own workspaces.
     """

@@ -1,4 +1,4 @@
-"""Which Beam engine runs a pipeline: our own set-up of the local one, or a runner by its name."""
+"""Chooses the Beam engine of a pipeline: our own set-up of the local engine, or a runner by its name."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ LOCAL_NAMES = ("", "local", "directrunner", "fnapirunner", "bundlebaseddirectrun
 
 
 def is_local(runner: str) -> bool:
-    """Whether a runner's name, in any case and with or without its module, means the local engine."""
+    """Whether a runner's name, in any letter case and with or without its module, means the local engine."""
     return _plain_name(runner) in LOCAL_NAMES
 
 
@@ -26,7 +26,7 @@ def _plain_name(runner: str) -> str:
 
 
 def prepare_options(options: PipelineOptions, config: EmbedConfig) -> None:
-    """Checks that an engine can do what the configuration asks for, and tells it so by its own options.
+    """Checks that an engine supports the configuration, and sets the engine's own options.
 
     Raises:
       ConfigError: if it cannot.
@@ -37,7 +37,7 @@ def prepare_options(options: PipelineOptions, config: EmbedConfig) -> None:
             changed = next(f for f in fields(WorkerConfig) if getattr(config.workers, f.name) != f.default)
             raise ConfigError(
                 f"--{changed.name}={getattr(config.workers, changed.name)} is for workers of a distributed engine; the "
-                "local one takes the GPU that it finds: leave it out"
+                "local engine uses the GPU of this machine: leave it out"
             )
     elif _plain_name(name) == "dataflowrunner":
         prepare_dataflow(options, config)
@@ -48,9 +48,9 @@ def prepare_options(options: PipelineOptions, config: EmbedConfig) -> None:
 def make_runner(options: PipelineOptions) -> Any:
     """The runner that the options ask for.
 
-    `DirectRunner` by Beam's own rules would first try to download another engine, so that results depended on the
-    network; here it is always the local engine, FnApiRunner. Asked for by name, that hands no options to its worker
-    processes; so it is built here with them.
+    Beam's own `DirectRunner` first tries to download another engine, so that results depend on the network; here it is
+    always the local engine, FnApiRunner. Created by name, that passes no options to its worker processes; so it is
+    created here with them.
 
     Raises:
       ConfigError: for an engine that loses data.
@@ -71,8 +71,8 @@ def make_runner(options: PipelineOptions) -> Any:
             return create_runner(name)
         except (ValueError, ImportError, AttributeError) as error:
             close = difflib.get_close_matches(name, KNOWN_RUNNERS, 1)
-            cure = f"did you mean {close[0]}?" if close else f"use local, or one of {', '.join(KNOWN_RUNNERS)}"
-            raise ConfigError(f"--runner={name} is no Beam runner; {cure}") from error
+            fix = f"did you mean {close[0]}?" if close else f"use local, or one of {', '.join(KNOWN_RUNNERS)}"
+            raise ConfigError(f"--runner={name} is not a Beam runner; {fix}") from error
     encoded = JobServiceHandle.encode_pipeline_options(options.get_all_options(drop_default=True))
     info = beam_provision_api_pb2.ProvisionInfo(pipeline_options=encoded, retrieval_token="unused")
     return fn_runner.FnApiRunner(provision_info=fn_runner.ExtendedProvisionInfo(info))

@@ -60,12 +60,12 @@ class Buckets:
         return [(self.full_rows(length), length) for length in self.lengths]
 
     def padded_rows(self, rows: int, length: int) -> int:
-        """The row count of the grid that holds `rows`: a power of two, or a full batch."""
+        """The smallest row count of the grid that is at least `rows`: a power of two, or a full batch."""
         return min(self.full_rows(length), 1 << (rows - 1).bit_length())
 
 
 class Batcher:
-    """Collects chunks into batches; `add` returns a batch when one is full, `drain` what is left."""
+    """Collects chunks into batches; `add` returns a batch when one is full, `drain` returns the rest."""
 
     def __init__(self, buckets: Buckets) -> None:
         self.buckets = buckets
@@ -136,8 +136,8 @@ class BatchByTokens(beam.PTransform):
     Attributes:
       buckets: the grid of shapes.
       counts_tokens: sizes are tokens; False for text encoders, whose sizes are bytes.
-      max_waiting: after so many documents what waits for its bucket to fill is sent off; 0 waits for the bundle's end.
-        A document of several chunks is finished, and safe from a crash, only with its last one.
+      max_waiting: after this many documents, partial batches are sent too; 0 waits for the end of the bundle.
+        A document of several chunks is finished, and in the journal, only with its last chunk.
     """
 
     buckets: Buckets

@@ -26,13 +26,13 @@ BUFFERED_CHARACTERS = 4_000_000
 
 
 def window_starts(n: int, window: int, overlap: int) -> list[int]:
-    """Where windows over n tokens begin, so that neighbours share `overlap` tokens and each brings something new."""
+    """Starts of windows over n tokens: neighbours share `overlap` tokens, and each window has new ones."""
     stride = window - overlap
     return [0, *range(stride, n - overlap, stride)] if n > window else [0]
 
 
 def trim_pair(n_first: int, n_second: int, room: int) -> tuple[int, int]:
-    """How many tokens of two segments are kept in `room` tokens.
+    """How many tokens of each of two segments fit into `room` tokens.
 
     Each segment may use half of the room, the first one the odd token, and what the other leaves over: the formula of
     the published preprocessor, whose result equals that of tensorflow_text's RoundRobinTrimmer.
@@ -141,13 +141,13 @@ class WordpieceSplitter:
 
 @dataclass(frozen=True)
 class PreprocessorRule:
-    """A preprocessor SavedModel of unknown kind, called as it is; it alone decides how texts are cut.
+    """A preprocessor SavedModel of unknown kind, called as it is; it cuts long texts by its own rules.
 
     Attributes:
       folder: of the SavedModel on the machine that planned the run.
       max_tokens: what it packs to.
       prefix: put before every text.
-      handle: where another machine finds it.
+      handle: the name by which another machine finds it.
     """
 
     folder: str

@@ -1,4 +1,4 @@
-"""Text to token ids, equal to `bert_en_uncased_preprocess`, by the fast kernel where it agrees with the exact one."""
+"""Text to token ids, equal to `bert_en_uncased_preprocess`; uses the fast kernel where it equals the exact one."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ _DIFFERENT = (
 )
 _DIFFERENT_CASED = _DIFFERENT + "\u00a0\u2000-\u200a\u202f\u205f\u3000"
 
-# The ops that make a preprocessor one of the BERT family.
+# The ops by which a preprocessor of the BERT family is recognised.
 _WORDPIECE_OPS = frozenset(("RegexSplitWithOffsets", "WordpieceTokenizeWithOffsets"))
-PROBE_TEXTS = (
+PARITY_TEXTS = (
     "Hello, World! It's 3.14 o'clock.",
     "naïve café, Straße ΣΊΣΥΦΟΣ ﬁ ½ Å",
     "日本語 テスト 안녕 мир עברית हिन्दी",
@@ -53,7 +53,7 @@ class Vocabulary:
         try:
             return self.pieces.index(piece)
         except ValueError:
-            raise EncoderError(f"the vocabulary has no {piece}; it is no BERT vocabulary") from None
+            raise EncoderError(f"the vocabulary has no {piece}; it is not a BERT vocabulary") from None
 
     @classmethod
     def read(cls, path: str, lower_case: bool) -> Vocabulary:
@@ -64,7 +64,7 @@ class Vocabulary:
 
 
 def find_vocabulary(spec: SavedModelSpec) -> Optional[Vocabulary]:
-    """The vocabulary of a BERT preprocessor, or of an encoder that carries its own; None where there is none."""
+    """The vocabulary of a BERT preprocessor, or of an encoder that has its own; None if there is none."""
     paths = [asset for asset in spec.assets if asset.endswith(".txt")]
     if len(paths) != 1:
         return None
@@ -77,12 +77,12 @@ def find_vocabulary(spec: SavedModelSpec) -> Optional[Vocabulary]:
 
 
 def agrees_with_preprocessor(vocabulary: Vocabulary, folder: str) -> bool:
-    """Whether our tokens equal those of a preprocessor SavedModel on a few hostile texts; remembered in the cache."""
+    """Whether our tokens equal those of a preprocessor SavedModel on a few difficult texts; cached."""
     import tensorflow_text as text
 
     graph = hash_file(str(Path(folder, "saved_model.pb")))
     ours = [text.__version__, _DIFFERENT, _DIFFERENT_CASED, str(vocabulary.lower_case), *vocabulary.pieces]
-    digest = hashlib.sha256("\n".join([graph, *PROBE_TEXTS, *ours]).encode("utf-8", "surrogateescape")).hexdigest()
+    digest = hashlib.sha256("\n".join([graph, *PARITY_TEXTS, *ours]).encode("utf-8", "surrogateescape")).hexdigest()
     return remembered(
         f"tokenizer-{digest[:24]}",
         lambda: _compare_tokens(vocabulary, folder),
@@ -92,10 +92,10 @@ def agrees_with_preprocessor(vocabulary: Vocabulary, folder: str) -> bool:
 
 def _compare_tokens(vocabulary: Vocabulary, folder: str) -> bool:
     tf = load_tensorflow()
-    expected = tf.saved_model.load(folder).tokenize(tf.constant(PROBE_TEXTS))
+    expected = tf.saved_model.load(folder).tokenize(tf.constant(PARITY_TEXTS))
     while expected.ragged_rank > 1:
         expected = expected.merge_dims(-2, -1)
-    ids, splits = load_tokenizer(vocabulary).tokenize(PROBE_TEXTS)
+    ids, splits = load_tokenizer(vocabulary).tokenize(PARITY_TEXTS)
     return np.array_equal(ids, expected.flat_values.numpy()) and np.array_equal(splits, expected.row_splits.numpy())
 
 

@@ -1,4 +1,4 @@
-"""What is told on stderr: for people, or one JSON object a line for log collectors."""
+"""Log output on stderr: text for people, or one JSON object per line for log collectors."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ import json
 import logging
 import sys
 
-PROGRESS = "embeam.progress"  # its lines go to the log only where that is JSON
+PROGRESS = "embeam.progress"  # its messages are logged only if the log is JSON
 _ERRORS = "embeam"
 _FIELDS = "counts"  # numbers beside a message
 
 
 class JsonFormatter(logging.Formatter):
-    """One object a line, under the names that Google Cloud's and most other collectors know."""
+    """One object per line, with the names that Google Cloud and most other log collectors use."""
 
     def format(self, record: logging.LogRecord) -> str:
         when = datetime.datetime.fromtimestamp(record.created, datetime.UTC)
@@ -31,7 +31,7 @@ class JsonFormatter(logging.Formatter):
 
 
 def set_up_logging(debug: bool = False, form: str = "") -> None:
-    """Our own warnings in one line each; what Beam says of a failed run is said once, at the end. May be repeated.
+    """Prints our warnings in one line each and hides Beam's log, whose error is reported at the end. May be repeated.
 
     Args:
       debug: whether Beam's log is shown.
@@ -52,17 +52,17 @@ def set_up_logging(debug: bool = False, form: str = "") -> None:
 
 
 def _is_no_job_message(record: logging.LogRecord) -> bool:
-    """Keeps back what a job service says of a job, which Beam passes on by the root logger, tracebacks and all."""
+    """Drops the messages of a job service, which Beam logs with tracebacks to the root logger."""
     return record.module != "portable_runner"
 
 
 def is_json() -> bool:
-    """Whether the log is one of JSON."""
+    """Whether the log is JSON."""
     return any(isinstance(handler.formatter, JsonFormatter) for handler in logging.getLogger().handlers)
 
 
 def report_error(message: str) -> None:
-    """Says why a command ends."""
+    """Reports the error that ends a command."""
     if is_json():
         logging.getLogger(_ERRORS).error(message)
     else:
@@ -70,7 +70,7 @@ def report_error(message: str) -> None:
 
 
 def report_news(message: str) -> None:
-    """Says something good to know while a run lasts."""
+    """Reports a fact while a run lasts."""
     if is_json():
         logging.getLogger(PROGRESS).info(message)
     else:
@@ -78,5 +78,5 @@ def report_news(message: str) -> None:
 
 
 def report_progress(line: str, counts: dict[str, int]) -> None:
-    """Tells a JSON log how far a run is."""
+    """Reports the progress of a run to a JSON log."""
     logging.getLogger(PROGRESS).info(line, extra={_FIELDS: counts})

@@ -13,7 +13,7 @@ from pipeline.report.logs import is_json, report_progress
 
 
 class ProgressReporter:
-    """The launcher's end: a bar on a terminal, elsewhere a line every few seconds, from a thread of its own."""
+    """Shows progress in the launcher from its own thread: a bar on a terminal, else a line every few seconds."""
 
     def __init__(self, folder: str, total_bytes: int, stream: TextIO | None = None, line_seconds: float = 10) -> None:
         self._folder = folder
@@ -48,7 +48,7 @@ class ProgressReporter:
 
 
 def format_progress(counts: Counter[str], total_bytes: int, seconds: float) -> str:
-    """One line: bar, documents, rows a second and the time left, judged by the share of bytes read."""
+    """One line: bar, documents, rows per second, and the time left, estimated from the share of bytes read."""
     share = min(1.0, counts["bytes"] / total_bytes) if total_bytes else 0.0
     bar = "#" * round(share * 20)
     rate = counts["rows"] / seconds if seconds else 0

@@ -1,4 +1,4 @@
-"""What a run did and what a table holds, as text."""
+"""Formats what a run did and what a table holds as text."""
 
 from __future__ import annotations
 
@@ -54,14 +54,14 @@ def format_summary(manifest: Manifest, table: str) -> str:
 
 
 def locate_dead_letters(manifest: Manifest, table: str) -> str:
-    """A glob of the files with a run's dead letters: below the folder as the user named it, else in full."""
+    """A glob of a run's dead-letter files: below the table's folder as the user named it, else the full path."""
     found = find_table(table, manifest.settings.get("work_dir", ""))
     path = found.locate_dead_letters(manifest, "dead_letters-*")
     return path.replace(found.work, table, 1) if isinstance(found, FolderTable) else path
 
 
 def summarize(manifest: Manifest | None, table: str) -> dict[str, Any]:
-    """A run in numbers, for a program: the same names in every run, so that an alert can be built on them.
+    """A run in numbers, for programs: the names are the same in every run, so that alerts can use them.
 
     Args:
       manifest: of what was published; None if the job was only staged.
@@ -91,7 +91,7 @@ def summarize(manifest: Manifest | None, table: str) -> dict[str, Any]:
 
 
 def describe_changes(manifest: Manifest) -> list[str]:
-    """What a run found changed, and what it reused; nothing for the first run of a table without equal texts."""
+    """The changes that a run found and the vectors that it reused; empty for a first run without equal texts."""
     reuse, merge = manifest.counts.get("reuse", {}), manifest.counts.get("merge", {})
     found = [
         f"{int(reuse[name]):,} {name}"
@@ -109,7 +109,7 @@ def describe_changes(manifest: Manifest) -> list[str]:
 
 
 def describe_graph(manifest: Manifest) -> str:
-    """Which graph made the vectors, in which precision, and how near it is to the published one."""
+    """Which graph made the vectors, in which precision, and how close it is to the published one."""
     settings, parity = manifest.settings, manifest.parity
     line = f"{settings.get('encoder_graph', 'published')} graph, {settings.get('precision', 'float32')}"
     if not parity:
@@ -118,7 +118,7 @@ def describe_graph(manifest: Manifest) -> str:
 
 
 def format_table(table: str, n_rows: int) -> str:
-    """What `embeam show` prints: the manifest in short, counts and the first rows."""
+    """What `embeam show` prints: a summary of the manifest, counts and the first rows."""
     manifest = open_live(table)[0]
     layout = manifest.layout
     n_bytes = sum(file.n_bytes for file in manifest.files)

@@ -21,12 +21,12 @@ from pipeline.reuse.live_table import (
 from pipeline.reuse.requests import ReuseRequest
 from pipeline.reuse.wire import (
     CHECK,
-    LETTER,
+    DEAD,
     REQUEST,
     VECTOR,
 )
 
-_ROWS, _LETTERS = coders.registry.get_coder(Row), coders.registry.get_coder(DeadLetter)
+_ROWS, _DEAD_LETTERS = coders.registry.get_coder(Row), coders.registry.get_coder(DeadLetter)
 
 
 class AnswerRequests(beam.DoFn):
@@ -41,25 +41,25 @@ class AnswerRequests(beam.DoFn):
 
     def process(self, group: tuple[bytes, Iterable[bytes]]) -> Iterator[Any]:
         rows: dict[int, Row] = {}
-        letters: dict[tuple[str, str, str], None] = {}
+        dead_letters: dict[tuple[str, str, str], None] = {}
         for value in group[1]:
             if value[:1] == VECTOR:
                 row = _ROWS.decode(value[1:])
                 rows[row.chunk] = row
-            elif value[:1] == LETTER:
-                letter = _LETTERS.decode(value[1:])
-                letters[letter.stage, letter.reason, letter.message] = None
+            elif value[:1] == DEAD:
+                dead_letter = _DEAD_LETTERS.decode(value[1:])
+                dead_letters[dead_letter.stage, dead_letter.reason, dead_letter.message] = None
         own = [rows[chunk] for chunk in sorted(rows)]
         for value in group[1]:
             if value[:1] == REQUEST:
-                if not own and not letters:
+                if not own and not dead_letters:
                     raise RunError("a vector was lost between encoding and publishing; run the same command again")
                 document, content_hash = ReuseRequest.from_line(value[1:])
                 for row in own:
                     yield give_row(row, document, self._keep_text)
-                for facts in letters:
-                    letter = DeadLetter.of(*facts, document, content_hash)
-                    yield TaggedOutput("dead_letters", letter)
+                for facts in dead_letters:
+                    dead_letter = DeadLetter.of(*facts, document, content_hash)
+                    yield TaggedOutput("dead_letters", dead_letter)
             elif value[:1] == CHECK:
                 for row in own:
                     yield TaggedOutput("samples", row)
@@ -81,9 +81,11 @@ def key_vector(row: Row) -> tuple[bytes, bytes]:
     return bytes.fromhex(row.content_hash), VECTOR + _ROWS.encode(row)
 
 
-def key_letter(letter: DeadLetter) -> tuple[bytes, bytes]:
+def key_dead_letter(dead_letter: DeadLetter) -> tuple[bytes, bytes]:
     """A dead letter whose document others have the text of, as `AnswerRequests` takes it."""
-    return bytes.fromhex(letter.content_hash or ""), LETTER + _LETTERS.encode(letter._replace(text=None, pair=None))
+    return bytes.fromhex(dead_letter.content_hash or ""), DEAD + _DEAD_LETTERS.encode(
+        dead_letter._replace(text=None, pair=None)
+    )
 
 
 class Answered(NamedTuple):
@@ -121,16 +123,16 @@ class AnswerByContent(beam.PTransform):
             | "KeyReused" >> beam.Map(key_vector).with_output_types(KEYED)
         )
         fresh = rows | "Shared" >> beam.Filter(is_shared) | "KeyShared" >> beam.Map(key_vector).with_output_types(KEYED)
-        letters = (
+        dead_letters = (
             self.dead_letters
             | "SharedDead" >> beam.Filter(is_shared)
-            | "KeyDead" >> beam.Map(key_letter).with_output_types(KEYED)
+            | "KeyDead" >> beam.Map(key_dead_letter).with_output_types(KEYED)
         )
         answer = beam.ParDo(AnswerRequests(reuse.keep_text)).with_output_types(
             Row, samples=Row, dead_letters=DeadLetter
         )
         outputs = (
-            (reused, fresh, letters, *self.requests)
+            (reused, fresh, dead_letters, *self.requests)
             | "VectorsAndRequests" >> beam.Flatten()
             | "GroupByContent" >> beam.GroupByKey()
             | "AnswerRequests" >> answer.with_outputs("samples", "dead_letters", main="rows")

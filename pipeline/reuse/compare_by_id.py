@@ -71,7 +71,7 @@ class CompareDocuments(beam.DoFn):
     Args:
       policy: what may be reused.
       inputs: paths of the input files.
-      prefix: what is put before every text.
+      prefix: of every text.
     """
 
     def __init__(self, policy: ReusePolicy, inputs: Sequence[str], prefix: str) -> None:
@@ -154,7 +154,7 @@ class CompareDocuments(beam.DoFn):
                     yield TaggedOutput("unseen", (row.content, met.digest))
 
     def _move(self, live: list[LiveRow], document: Document) -> Iterator[Any]:
-        """Tells of unchanged rows whose document is in another file now; a file outside the input tells nothing."""
+        """Yields unchanged rows whose document is now in another file of the input."""
         path = document.origin.path
         if path in self._numbers and live[0].source != digest_source(path):
             for row in live:

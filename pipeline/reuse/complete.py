@@ -1,7 +1,7 @@
-"""From notes to rows: how a run on the local engine ends.
+"""Completes a run on the local engine: turns its notes into decisions and requests.
 
-Everything that grows with the corpus is read from files block by block. What stays in memory is, for each live row, a
-mark and the number of its source, and 16 bytes for each text that documents share.
+Everything that grows with the corpus is read from files block by block. Memory holds, for each live row, a mark and the
+number of its source, and 16 bytes for each text that several documents have.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from pipeline.sinks.writing import Shard, ShardWriter
 FRESH = "fresh"  # the kind of this run's own files
 _PLACE = np.dtype([("content", "S16"), ("chunk", "<u4"), ("row", "<u8")])
 BLOCK = 1 << 15
-_WRITTEN_LETTERS = 256
+_WRITTEN_DEAD_LETTERS = 256
 
 
 @dataclass(frozen=True)
@@ -58,12 +58,12 @@ class RequestPlan:
 
     Attributes:
       lines: the files of the requests.
-      wanted: the rows that are wanted, known and fresh ones.
-      moved: ascending content hashes of known rows that are wanted.
+      wanted: the rows whose vectors are needed, of the vector index and of this run.
+      moved: ascending content hashes of rows of the vector index whose vectors are needed.
       dead_ids: ascending digests of the ids of documents with a dead letter and without a new row.
-      dead_shards: files with the dead letters of documents whose text is that of one that could not be embedded.
-      dead_counts: those dead letters by reason.
-      n_dead: those documents.
+      dead_shards: files with dead letters of documents with the same text as one that could not be embedded.
+      dead_counts: these dead letters by reason.
+      n_dead: the number of these documents.
     """
 
     lines: list[str]
@@ -96,11 +96,11 @@ def plan_requests(
 
     Args:
       notes: paths of the bundles' notes.
-      index: of known vectors.
-      fresh: this run's files of new rows, numbered on from the known ones.
+      index: the vector index.
+      fresh: this run's files of new rows, numbered after the rows of the vector index.
       shared: from `list_shared`.
-      dead: what the run's dead letters say.
-      dead_writer: where more dead letters are written.
+      dead: facts from the run's dead letters.
+      dead_writer: writes more dead letters.
 
     Raises:
       RunError: if a text was neither encoded nor rejected.
@@ -123,12 +123,12 @@ def plan_requests(
                 rows = places["row"][np.arange(len(which)) + begins]
                 wanted.add(_want(rows, number, block["offset"][which]))
                 dead.mark_embedded(block["id"][high > low])
-                has_letters = dead.has(block["content"])
-                n_dead += int(has_letters.sum())
-                dead_ids.append(block["id"][has_letters & (high == low)])
-                for letters in _repeat_letters(block["offset"][has_letters], lines, dead):
-                    dead_counts.update(letter.reason for letter in letters)
-                    dead_writer.write(letters)
+                is_dead = dead.has(block["content"])
+                n_dead += int(is_dead.sum())
+                dead_ids.append(block["id"][is_dead & (high == low)])
+                for dead_letters in _repeat_dead_letters(block["offset"][is_dead], lines, dead):
+                    dead_counts.update(dead_letter.reason for dead_letter in dead_letters)
+                    dead_writer.write(dead_letters)
     wanted.finish()
     ids = np.unique(np.concatenate([*dead_ids, dead.dead_ids()]))
     lines_paths = [RequestFiles.of(note).lines for note in notes]
@@ -163,17 +163,17 @@ def _want(rows: np.ndarray, file: int, offsets: np.ndarray) -> np.ndarray:
     return wanted
 
 
-def _repeat_letters(offsets: np.ndarray, lines: object, dead: DeadLetterFacts) -> Iterator[list[DeadLetter]]:
-    """Dead letters for the requests at some places, some hundreds at a time."""
-    letters: list[DeadLetter] = []
+def _repeat_dead_letters(offsets: np.ndarray, lines: object, dead: DeadLetterFacts) -> Iterator[list[DeadLetter]]:
+    """Dead letters for the requests at some offsets, some hundred at a time."""
+    dead_letters: list[DeadLetter] = []
     for offset in offsets.tolist():
         lines.seek(offset)  # type: ignore[attr-defined]
-        letters += dead.repeat(*ReuseRequest.from_line(lines.readline()))  # type: ignore[attr-defined]
-        if len(letters) >= _WRITTEN_LETTERS:
-            yield letters
-            letters = []
-    if letters:
-        yield letters
+        dead_letters += dead.repeat(*ReuseRequest.from_line(lines.readline()))  # type: ignore[attr-defined]
+        if len(dead_letters) >= _WRITTEN_DEAD_LETTERS:
+            yield dead_letters
+            dead_letters = []
+    if dead_letters:
+        yield dead_letters
 
 
 def decide_live(
@@ -187,11 +187,11 @@ def decide_live(
     """Decides what happens to every live row.
 
     Args:
-      index: of known vectors.
+      index: the vector index.
       notes: paths of the bundles' notes.
       dead_ids: ascending digests of the ids of documents with a dead letter and without a new row.
-      incomplete: input files that have records which could not be told.
-      moved: ascending content hashes of known rows whose vectors other rows take.
+      incomplete: input files with records whose ids could not be read.
+      moved: ascending content hashes of live rows whose vectors are reused for other ids.
       policy: what may be reused.
     """
     n = index.n_live
@@ -222,7 +222,7 @@ def decide_live(
 
 
 def number_files(fresh: Sequence[Shard], first: int) -> list[VectorFile]:
-    """The files of new rows, numbered on from the known ones."""
+    """The files of new rows, numbered after the rows of the vector index."""
     files = []
     for shard in fresh:
         files.append(VectorFile(shard.path, FRESH, first, shard.rows))

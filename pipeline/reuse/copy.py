@@ -1,4 +1,4 @@
-"""Live rows that stay, file by file on the workers of a distributed engine: no vector of theirs crosses a shuffle."""
+"""Copies live rows that stay, file by file, on the workers of a distributed engine: their vectors cross no shuffle."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ class CollectMoves(beam.CombineFn):
 
 
 def group_files(files: Sequence[LiveFile], shard_bytes: int) -> list[tuple[int, ...]]:
-    """What one worker copies in one go: numbers of files. Small files go together if there are too many of them."""
+    """Groups of files, by number, that one worker copies at once. Small files share a group if there are too many."""
     small = [i for i, file in enumerate(files) if file.n_bytes < shard_bytes // 4]
     if len(small) <= MAX_SMALL_FILES:
         return [(i,) for i in range(len(files))]
@@ -93,8 +93,8 @@ class CopyRows(beam.DoFn):
       files: of the live table.
       reader: of these files; None if there are none.
       form: how rows are written.
-      folder: where to.
-      shard_bytes: size at which a new file is begun.
+      folder: where files are written.
+      shard_bytes: size at which a new file is started.
       inputs: paths of the input files.
       copies: whether rows can be copied as they are stored.
     """

@@ -1,4 +1,4 @@
-"""What the dead letters of a run say about documents. They are read one by one and not held."""
+"""Facts about documents from the dead letters of a run, which are read one by one and not held."""
 
 from __future__ import annotations
 
@@ -18,15 +18,14 @@ _BLOCK = 1 << 14
 
 
 class DeadLetterFacts:
-    """Whose the dead letters of a run are. Takes 17 bytes for a dead letter.
+    """The documents that a run's dead letters belong to. Takes 17 bytes per dead letter.
 
     Args:
       shards: the run's files of dead letters.
       shared: ascending content hashes `[n]` of S16, whose reasons are needed for documents with the same text.
 
     Attributes:
-      incomplete: input files that have records which could not be told: such a file does not prove that any document
-        is gone.
+      incomplete: input files with records whose ids could not be read: their missing documents may not be gone.
       n_documents: documents that were read and have a dead letter.
     """
 
@@ -37,7 +36,7 @@ class DeadLetterFacts:
         for shard in shards:
             for block in _read_blocks(shard.path):
                 self.incomplete.update(letter["file"] for letter in block if letter["id"] is None)
-                # A duplicate says nothing about the document that has the id.
+                # A duplicate is skipped, because the first document with the id counts.
                 named = [letter for letter in block if letter["id"] is not None and letter["reason"] != "duplicate_id"]
                 ids.append(_digest_ids(named))
                 was_read = [letter for letter in block if "content_hash" in letter]
@@ -55,12 +54,12 @@ class DeadLetterFacts:
         return np.array([one in self._reasons for one in content.tolist()], bool)
 
     def repeat(self, document: Document, content_hash: str) -> list[DeadLetter]:
-        """The dead letters of a document whose text is that of another one that could not be embedded."""
+        """The dead letters of a document with the same text as one that could not be embedded."""
         reasons = self._reasons.get(parse_hashes([content_hash])[0], {})
         return [DeadLetter.of(*reason, document, content_hash) for reason in reasons]
 
     def mark_embedded(self, ids: np.ndarray) -> None:
-        """Notes documents that have new rows, by digests `[n]` of their ids: they are not dead."""
+        """Records documents that have new rows, by digests `[n]` of their ids: they do not count as dead."""
         if len(self._ids):
             at = np.minimum(np.searchsorted(self._ids, ids), len(self._ids) - 1)
             self._embedded[at[self._ids[at] == ids]] = True

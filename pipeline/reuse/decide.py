@@ -1,8 +1,8 @@
-"""What happens to documents and to live rows. This is the only place that decides; it is pure and works on arrays.
+"""Decides what happens to documents and to live rows. Only this module decides; it is pure and works on arrays.
 
 A run decides twice. Before it encodes, it compares each document with the live rows of its id (`compare_documents`) and
-finds out whose vector is known already (`decide_documents`). After it has encoded, it decides what happens to each live
-row (`decide_rows`): then it is known which documents have new rows, and which became dead letters.
+decides which are encoded and which reuse a vector (`decide_documents`). After it has encoded, it decides what happens
+to each live row (`decide_rows`), from the documents that have new rows and those that became dead letters.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class DocumentAction(IntEnum):
     """What happens to a document."""
 
     KEEP = 0  # its rows stay
-    REUSE = 1  # it gets rows from vectors that are known
+    REUSE = 1  # it gets rows from vectors of the vector index
     ENCODE = 2
     SHARE = 3  # it gets the rows, or the dead letter, of a document with the same text that is encoded
 
@@ -40,7 +40,7 @@ class RowAction(IntEnum):
     KEEP = 0
     REPLACE = 1  # its document has new rows
     DELETE = 2  # its document is gone from the input
-    KEEP_STALE = 3  # its document is in the input, or may be, and cannot be embedded now: an old vector beats none
+    KEEP_STALE = 3  # its document is in the input, or may be, and cannot be embedded now: its old vector stays
     KEEP_UNSEEN = 4  # its document is gone from the input, and rows of such documents are kept on request
 
 
@@ -52,7 +52,7 @@ class ReusePolicy:
     """What a run may reuse.
 
     Attributes:
-      same_fingerprint: the live vectors are those that the run would make.
+      same_fingerprint: the live vectors have the fingerprint of the run.
       same_layout: the live rows have the columns and the file format that the run writes.
       keeps_unseen: rows of documents that are gone from the input are kept.
     """
@@ -101,7 +101,7 @@ def decide_documents(unchanged: np.ndarray, known: np.ndarray, first: np.ndarray
     Args:
       unchanged: `[m]` bool, whether the document is unchanged.
       known: `[m]` bool, whether there are vectors of the document's text, from the live table or the journal.
-      first: `[m]` bool, whether the document is the one that is encoded of all with its text.
+      first: `[m]` bool, whether the document is the first with its text, which is encoded.
 
     Returns:
       `[m]` uint8 of `DocumentAction`.
@@ -114,14 +114,14 @@ def decide_documents(unchanged: np.ndarray, known: np.ndarray, first: np.ndarray
 
 
 def count_changes(changes: np.ndarray) -> Counter[str]:
-    """Counts documents by `Change`, under the names that the manifest has them by."""
+    """Counts documents by `Change`, under their names in the manifest."""
     counts = Counter({change.name.lower(): int((changes == change).sum()) for change in Change})
     counts["documents"] = len(changes)
     return counts
 
 
 def count_actions(actions: np.ndarray) -> Counter[str]:
-    """Counts documents by `DocumentAction`, under the names that the manifest has them by."""
+    """Counts documents by `DocumentAction`, under their names in the manifest."""
     names = {DocumentAction.REUSE: "reused", DocumentAction.ENCODE: "encoded", DocumentAction.SHARE: "same_text"}
     return Counter({name: int((actions == action).sum()) for action, name in names.items()})
 
@@ -134,7 +134,7 @@ class RowFacts(NamedTuple):
       unchanged: `[n]` bool, whether the document is unchanged.
       seen: `[n]` bool, whether the document was read.
       dead: `[n]` bool, whether there is a dead letter with its id, and no new row.
-      incomplete: `[n]` bool, whether the file that the row came from has records that could not be told.
+      incomplete: `[n]` bool, whether the row's input file has records whose ids could not be read.
       moved: `[n]` bool, whether another document has taken the row's vector in this run.
     """
 
@@ -152,7 +152,7 @@ ROW_COUNTS = ("live", "deleted", "moved", "stale", "kept", "lost")
 class RowDecisions(NamedTuple):
     """What happens to live rows: `[n]` uint8 of `RowAction`, and documents counted by it.
 
-    The counts are `live`, `deleted`, `moved` (deleted, but the text goes on under another id), `stale`, `kept` and
+    The counts are `live`, `deleted`, `moved` (deleted, but its vector is reused for another id), `stale`, `kept` and
     `lost` (would be stale or kept, but the vectors are of another encoder or other settings).
     """
 
@@ -163,7 +163,7 @@ class RowDecisions(NamedTuple):
 def decide_rows(facts: RowFacts, policy: ReusePolicy) -> RowDecisions:
     """Decides what happens to live rows.
 
-    A row is deleted if nothing was seen of its document in an input that was read to the end.
+    A row is deleted if its document was not seen and its input file was read completely.
     """
     stale = facts.dead | (~facts.seen & facts.incomplete)
     actions = np.select(

@@ -48,10 +48,10 @@ class Waiting(NamedTuple):
     """A document whose action is not decided yet.
 
     Attributes:
-      document: it.
+      document: the document.
       content: its content hash.
       known: whether there are vectors of its text.
-      first: whether it is the one that is encoded of all with its text.
+      first: whether it is the first with its text, which is encoded.
       shared: whether others have its text.
     """
 
@@ -63,18 +63,18 @@ class Waiting(NamedTuple):
 
 
 class DecideTexts(beam.DoFn):
-    """(content hash, documents and places of known vectors) -> documents to encode, and under tags everything else.
+    """(content hash, documents and places of vectors) -> documents to encode, and under tags everything else.
 
     Outputs:
       main: documents to encode, those of spot checks among them.
       requests: (content hash, packed request).
-      wanted: (file or path of a journal's segment, row), known vectors that requests need.
+      wanted: (file or path of a journal's segment, row), the vectors that requests need.
       moved: (digest of an id, MOVED) of documents that were not seen and whose text is reused.
       bundle_counts: BundleCounts.
 
     Args:
       inputs: paths of the input files.
-      keep_text: rows carry their document's text.
+      keep_text: rows have their document's text.
     """
 
     def __init__(self, inputs: Sequence[str], keep_text: bool) -> None:
@@ -111,7 +111,7 @@ class DecideTexts(beam.DoFn):
         for value in values:
             if value[:1] == DOCUMENT:
                 is_first = self._packer.order(value) == first
-                first = None if is_first else first  # documents of one place, such as dead letters tried again
+                first = None if is_first else first  # several documents may have one place: retried dead letters
                 document = self._packer.unpack(value)
                 self._waiting.append(Waiting(document, content, is_known, is_first, n_documents > 1))
                 if len(self._waiting) >= BLOCK_DOCUMENTS:
@@ -136,7 +136,7 @@ class DecideTexts(beam.DoFn):
                 yield document._replace(shared=waiting.shared or is_checked)
             else:
                 spare = document
-                if action == DocumentAction.REUSE:  # else the text may be needed, for the dead letter
+                if action == DocumentAction.REUSE:  # else a dead letter may need the text
                     spare = document._replace(text=document.text if self._keep_text else "", pair=None)
                 request = ReuseRequest(spare, content.hex()).to_line()
                 yield TaggedOutput("requests", (content, REQUEST + request))
@@ -146,7 +146,7 @@ class DecideTexts(beam.DoFn):
 
 
 def _order(where: int | str, row: int) -> tuple[str, int]:
-    """Sorts places, so that the same one is taken in whatever order they come."""
+    """Sort key of places, so that the choice does not depend on their order."""
     return str(where), row
 
 

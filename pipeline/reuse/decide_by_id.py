@@ -132,16 +132,16 @@ def mark_new(row: Row) -> tuple[bytes, bytes]:
     return digest_id(row.id), NEW + row.chunk.to_bytes(4, "little")
 
 
-def mark_dead(letter: DeadLetter) -> list[tuple[bytes, bytes]]:
+def mark_dead(dead_letter: DeadLetter) -> list[tuple[bytes, bytes]]:
     """A dead letter, as `DecideRows` takes it; a duplicate says nothing about the document that has the id."""
-    if letter.id is None or letter.reason == "duplicate_id":
+    if dead_letter.id is None or dead_letter.reason == "duplicate_id":
         return []
-    return [(digest_id(letter.id), DEAD if letter.content_hash is not None else UNREAD)]
+    return [(digest_id(dead_letter.id), DEAD if dead_letter.content_hash is not None else UNREAD)]
 
 
-def find_incomplete(letter: DeadLetter) -> list[str]:
+def find_incomplete(dead_letter: DeadLetter) -> list[str]:
     """The input file of a record that could not be told."""
-    return [letter.origin.path] if letter.id is None else []
+    return [dead_letter.origin.path] if dead_letter.id is None else []
 
 
 class Dropped(NamedTuple):
@@ -168,10 +168,10 @@ class DecideById(beam.PTransform):
     dead_letters: Sequence[beam.PCollection]
 
     def expand(self, rows: beam.PCollection) -> Dropped:
-        letters = tuple(self.dead_letters) | "DeadLetters" >> beam.Flatten()
+        dead_letters = tuple(self.dead_letters) | "DeadLetters" >> beam.Flatten()
         new = rows | "MarkNew" >> beam.Map(mark_new).with_output_types(KEYED)
-        dead = letters | "MarkDead" >> beam.FlatMap(mark_dead).with_output_types(KEYED)
-        incomplete = letters | "FindIncomplete" >> beam.FlatMap(find_incomplete).with_output_types(str)
+        dead = dead_letters | "MarkDead" >> beam.FlatMap(mark_dead).with_output_types(KEYED)
+        incomplete = dead_letters | "FindIncomplete" >> beam.FlatMap(find_incomplete).with_output_types(str)
         outputs = (
             (self.open_rows, self.moved, new, dead)
             | "RowsAndResults" >> beam.Flatten()

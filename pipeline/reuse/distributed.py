@@ -1,8 +1,8 @@
-"""Which documents are encoded, and which rows stay: the back end for distributed engines, by joins.
+"""Decides which documents are encoded and which rows stay: the back end for distributed engines, by joins.
 
-Everything is decided on digests. Documents meet the live rows of their id (`CompareById`), those that are not unchanged
-meet known vectors under their text (`DecideByContent`). After encoding, requests meet the vectors that they ask for
-(`AnswerByContent`), and what is left of every id decides which live rows go (`DecideById`). Live rows that stay are
+All decisions use digests. Documents are joined with the live rows of their id (`CompareById`); changed ones are joined
+with existing vectors of their text (`DecideByContent`). After encoding, requests are joined with the vectors that they
+need (`AnswerByContent`), and the results of each id with its live rows (`DecideById`). Live rows that stay are
 copied file by file (`CopyLiveRows`). So a text crosses a shuffle once if nothing has changed, and a vector only if
 another document asks for it.
 """
@@ -23,8 +23,8 @@ from pipeline.reuse.decide_by_id import DecideById
 from pipeline.reuse.live_table import DistributedReuse
 
 
-class Known(NamedTuple):
-    """What `LookUpKnown` gives."""
+class LookedUp(NamedTuple):
+    """What `LookUpVectors` gives."""
 
     documents: beam.PCollection  # of Document, to encode
     dead_letters: beam.PCollection  # of DeadLetter, of duplicates
@@ -34,26 +34,26 @@ class Known(NamedTuple):
 
 
 @dataclass
-class LookUpKnown(beam.PTransform):
-    """PCollection[Document] -> Known: everything that is decided before a run encodes."""
+class LookUpVectors(beam.PTransform):
+    """PCollection[Document] -> LookedUp: all decisions before a run encodes."""
 
     reuse: DistributedReuse
 
-    def expand(self, documents: beam.PCollection) -> Known:
+    def expand(self, documents: beam.PCollection) -> LookedUp:
         compared = documents | "CompareById" >> CompareById(self.reuse)
         decided = compared.documents | "DecideByContent" >> DecideByContent(self.reuse, compared.unseen)
         to_encode = (decided.documents, compared.spot_checks) | "ToEncode" >> beam.Flatten()
         counts = (compared.bundle_counts, decided.bundle_counts) | "Counts" >> beam.Flatten()
-        return Known(to_encode, compared.dead_letters, counts, compared, decided)
+        return LookedUp(to_encode, compared.dead_letters, counts, compared, decided)
 
 
 class Reused(NamedTuple):
     """What `ReuseRows` gives.
 
     Attributes:
-      rows: all new rows: those that were encoded, and those that requests got.
+      rows: all new rows: encoded ones, and those from requests.
       samples: rows to compare spot checks with.
-      dead_letters: of documents whose text is that of one that could not be encoded.
+      dead_letters: of documents with the same text as one that could not be encoded.
       shards: files with the live rows that stay.
       bundle_counts: BundleCounts.
     """
@@ -67,30 +67,30 @@ class Reused(NamedTuple):
 
 @dataclass
 class ReuseRows(beam.PTransform):
-    """PCollection[Row] that were encoded -> Reused: everything that is decided after a run has encoded.
+    """PCollection[Row] that were encoded -> Reused: all decisions after a run has encoded.
 
     Attributes:
       reuse: what may be reused.
-      known: from `LookUpKnown`.
+      looked_up: from `LookUpVectors`.
       dead_letters: PCollections of the run's dead letters so far.
     """
 
     reuse: DistributedReuse
-    known: Known
+    looked_up: LookedUp
     dead_letters: Sequence[beam.PCollection]
 
     def expand(self, encoded: beam.PCollection) -> Reused:
-        reuse, compared, decided = self.reuse, self.known.compared, self.known.decided
-        letters = tuple(self.dead_letters) | "DeadLetters" >> beam.Flatten()
+        reuse, compared, decided = self.reuse, self.looked_up.compared, self.looked_up.decided
+        dead_letters = tuple(self.dead_letters) | "DeadLetters" >> beam.Flatten()
         answered = encoded | "AnswerByContent" >> AnswerByContent(
             reuse,
             wanted=(compared.wanted, decided.wanted),
             requests=(compared.requests, decided.requests),
-            dead_letters=letters,
+            dead_letters=dead_letters,
         )
         rows = (encoded, answered.rows) | "Rows" >> beam.Flatten()
         dropped = rows | "DecideById" >> DecideById(
-            reuse, compared.open_rows, decided.moved, [letters, answered.dead_letters]
+            reuse, compared.open_rows, decided.moved, [dead_letters, answered.dead_letters]
         )
         copied = dropped.rows | "CopyLiveRows" >> CopyLiveRows(reuse, compared.sources)
         counts = (dropped.bundle_counts, copied.bundle_counts) | "Counts" >> beam.Flatten()

@@ -1,8 +1,8 @@
 """The vector index: the live rows of a table and the journal, looked up by id and by content, on a local disk.
 
-One index serves resuming, retrying, reindexing, equal texts and ids that moved: an id tells which rows a document has
-now, a content hash where there is a vector of its text. The index lies in a scratch folder and is read through the page
-cache, so memory stays flat; making it takes 24 bytes a row.
+One index is used to resume, to retry, to reindex, for equal texts and for renamed ids: it maps an id to the document's
+live rows, and a content hash to a vector of the text. It is in a scratch folder and is read through the page cache, so
+memory use is constant; building it takes 24 bytes per row.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ class VectorIndex:
         return self._ids
 
     def find_contents(self, hashes: np.ndarray) -> list[np.ndarray]:
-        """The rows with the vectors of each content, chunk by chunk; none where not all of them are known.
+        """The rows with the vectors of each content, chunk by chunk; none if a chunk is missing.
 
         Args:
           hashes: `[m]` of S16.
@@ -93,7 +93,7 @@ def build_index(folder: str, live: Iterable[tuple[str, Index]], segments: Sequen
     Args:
       folder: an empty local folder.
       live: path and index of each file of the live table.
-      segments: paths of the journal of the wanted fingerprint; torn ones are ignored.
+      segments: paths of the journal of the wanted fingerprint; incomplete ones are ignored.
       reusable: whether the live table's vectors have the wanted fingerprint.
     """
     files: list[VectorFile] = []
@@ -149,7 +149,7 @@ def _write_sorted(folder: str, keys_name: str, rows_name: str, keys: np.ndarray,
 
 
 def _open(folder: str, name: str, dtype: np.typing.DTypeLike, n: int) -> np.ndarray:
-    if not n:  # an empty file cannot be mapped
+    if not n:  # an empty file cannot be memory-mapped
         return np.empty(0, dtype)
     return np.asarray(np.memmap(os.path.join(folder, name), dtype, "r", shape=(n,)))
 

@@ -1,10 +1,10 @@
-"""The journal: finished vectors, kept as they are made, so that a run that dies loses moments and not hours.
+"""The journal: finished vectors, written as they are made, so that a crashed run loses seconds and not hours.
 
 DIR/journal/FINGERPRINT/HASH.seg
 
-A segment holds the vectors of some seconds of work. Its name is the hash of its bytes, so a torn one is told from a
-whole one, and one that is written twice is one file. Segments say what was encoded (the content hash), never for which
-document: a later run gives the vectors to whoever has that text.
+A segment holds the vectors of some seconds of work. Its name is the hash of its bytes, so an incomplete one is
+recognised, and one that is written twice is one file. Segments are keyed by content hash, never by document: a later
+run reuses the vectors for every document with that text.
 """
 
 from __future__ import annotations
@@ -90,10 +90,10 @@ def write_segment(folder: str, rows: Sequence[Row]) -> str:
 
 
 def read_segment(path: str) -> Optional[Segment]:
-    """Reads a segment; None if it is torn, damaged or gone."""
+    """Reads a segment; None if it is incomplete, damaged or missing."""
     try:
         data = read_bytes(path)
-    except Exception:  # every file system has exceptions of its own
+    except Exception:  # each file system raises its own exceptions
         return None
     name = path.replace("\\", "/").rpartition("/")[2].removesuffix(SUFFIX)
     if hashlib.blake2b(data, digest_size=20).hexdigest() != name or not data.startswith(_MAGIC):
@@ -106,7 +106,7 @@ def read_segment(path: str) -> Optional[Segment]:
 
 
 def list_segments(work: str, fingerprint: str) -> list[str]:
-    """Paths of the segments for a fingerprint, torn ones too."""
+    """Paths of the segments for a fingerprint, incomplete ones too."""
     return list_folder(journal_folder(work, fingerprint))
 
 
@@ -132,7 +132,7 @@ class SegmentReader:
     def read(self, file: VectorFile, wanted: np.ndarray) -> Iterator[Stored]:
         segment = read_segment(file.path)
         if segment is None:
-            raise TableError(f"{file.path} has vanished or is damaged; run the same command again")
+            raise TableError(f"{file.path} is missing or damaged; run the same command again")
         yield Stored(np.arange(file.first, file.first + file.rows), segment)
 
     def select(self, stored: Stored, positions: np.ndarray) -> StoredRows:

@@ -1,4 +1,4 @@
-"""Writing the journal while a run goes on."""
+"""Writes the journal while a run lasts."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _open_writers: set[Any] = set()
 
 
 def flush_journals() -> None:
-    """Writes what this process holds back: for the moment before it ends, from whatever thread."""
+    """Writes the buffered rows of this process; call it before the process ends, from any thread."""
     for writer in list(_open_writers):
         writer.flush()
 
@@ -40,7 +40,7 @@ class JournalWriter:
     def add(self, row: Row) -> None:
         with self._lock:
             self._rows.append(row)
-            self._bytes += len(row.vector) + len(row.kept) + len(row.text or "")  # of what is held, not of the segment
+            self._bytes += len(row.vector) + len(row.kept) + len(row.text or "")  # of the buffer, not of the segment
         if self._bytes >= FLUSH_BYTES or time.monotonic() - self._since >= self._seconds:
             self.flush()
 
@@ -57,7 +57,7 @@ class JournalWriter:
 
 
 class WriteJournal(beam.DoFn):
-    """Writes the rows that pass to the journal."""
+    """Passes rows on, and writes them to the journal."""
 
     def __init__(self, folder: str) -> None:
         self._folder = folder

@@ -1,8 +1,8 @@
-"""Which documents are encoded: the back end of the local engine, by an index on a local disk.
+"""Decides which documents are encoded: the back end of the local engine, with a vector index on a local disk.
 
-Documents that are not encoded leave the stream here, as notes on the disk: marks on the live rows of documents that
-were seen, and requests for rows of documents whose vector is known or will be, from a document with the same text.
-`merge_local.py` turns both into rows once everything is encoded.
+Documents that are not encoded become notes on the disk: marks on the live rows of documents that were seen, and
+requests for rows whose vector is in the index or will be encoded for a document with the same text. `complete.py` and
+`merge.py` turn both into rows once everything is encoded.
 """
 
 from __future__ import annotations
@@ -42,13 +42,13 @@ BUFFERED_CHARACTERS = 4_000_000
 
 @dataclass(frozen=True)
 class LocalReuse:
-    """What a run on the local engine may reuse, and where it looks it up.
+    """What a run on the local engine may reuse, and where the vector index is.
 
     Attributes:
       folder: local folder of the vector index; notes are written beside it.
-      prefix: what is put before every text.
+      prefix: of every text.
       policy: what may be reused.
-      keep_text: rows carry their document's text.
+      keep_text: rows have their document's text.
     """
 
     folder: str
@@ -58,14 +58,14 @@ class LocalReuse:
 
 
 class LookedUp(NamedTuple):
-    """What is decided about some documents.
+    """The decisions about some documents.
 
     Attributes:
       hashes: their content hashes.
       live: the live rows of each one's id.
       changes: `[m]` of `Change`.
       actions: `[m]` of `DocumentAction`.
-      known: by the number of the document, for those that do not keep their rows: the rows with vectors of its text.
+      known: rows with vectors of the text, by the number of the document, for documents that do not keep their rows.
     """
 
     hashes: list[str]
@@ -89,7 +89,7 @@ class DocumentLookUp:
         self._encoded = DigestSet()
 
     def look_up(self, documents: Sequence[Document]) -> LookedUp:
-        """Decides about documents; call it for all of a bundle in their order."""
+        """Decides about documents; call it for all documents of a bundle, in order."""
         hashes = [hash_content(self._reuse.prefix + document.text, document.pair) for document in documents]
         content = parse_hashes(hashes)
         kept = np.array([digest_kept(document.kept) for document in documents], "<u8")
@@ -113,7 +113,7 @@ class MarkWriter:
 
     def __init__(self, path: str) -> None:
         self._sources = SourceNumbers()
-        self._file = open(path, "wb")  # noqa: SIM115  for the length of a bundle
+        self._file = open(path, "wb")  # noqa: SIM115  open during a bundle
 
     def write(self, documents: Sequence[Document], found: LookedUp) -> None:
         marks = []
@@ -133,7 +133,7 @@ class NoteWriter:
     """Writes the notes of one bundle.
 
     Attributes:
-      path: what the names of its files begin with.
+      path: the prefix of its files' names.
     """
 
     def __init__(self, reuse: LocalReuse) -> None:
@@ -157,7 +157,7 @@ def marks_file(note: str) -> str:
 
 
 class LookUpDocuments(beam.DoFn):
-    """Passes on the documents that have to be encoded, and a few spot checks; takes notes of the others."""
+    """Yields the documents that must be encoded, and a few spot checks; writes notes of the others."""
 
     def __init__(self, reuse: LocalReuse) -> None:
         self.reuse = reuse

@@ -1,7 +1,7 @@
-"""Writing kept and reused rows to the files of one snapshot.
+"""Merge: writes kept and reused rows to the files of one snapshot.
 
-Every file with vectors is read once, in order, and only if something is wanted of it: rows that stay are copied as they
-are stored, and requests get the vectors that pass by. A file of which everything stays is linked whole.
+Each file with vectors is read at most once, in order, and only if some of its rows are needed: rows that stay are
+copied as they are stored, and requests get their vectors during the same pass. A file whose rows all stay is linked.
 """
 
 from __future__ import annotations
@@ -32,15 +32,15 @@ class Merger:
     """Writes rows that are kept, and rows for requests.
 
     Args:
-      index: of known vectors.
+      index: the vector index.
       readers: how to read files of kind ROWS (the live table's), SEGMENT and FRESH (this run's own).
       form: how rows are written.
-      folder: where to.
-      shard_bytes: size at which a new file is begun.
+      folder: where files are written.
+      shard_bytes: size at which a new file is started.
       copies: whether live rows can be copied as they are stored.
 
     Attributes:
-      counts: rows by what became of them.
+      counts: rows by how they were written.
     """
 
     def __init__(
@@ -75,8 +75,8 @@ class Merger:
         Args:
           kept: which live rows `[n_live]` are written again; none where they stay in a database.
           decisions: about the live rows.
-          requests: for rows from vectors that are known, or that this run has made.
-          fresh: this run's own files, numbered on from the known ones.
+          requests: for rows from vectors of the index or of this run.
+          fresh: this run's own files, numbered after the rows of the vector index.
           live: size and checksum of each file of the live table, by path.
 
         Returns:
@@ -151,7 +151,7 @@ class KeptRows:
       reader: of the live table's files.
       writer: of the new snapshot's files.
       layout: of their rows.
-      counts: rows are counted here by what became of them.
+      counts: rows by how they were written; updated.
       copies: whether rows can be copied as they are stored; else they are written with other columns.
     """
 
@@ -178,7 +178,7 @@ class KeptRows:
             self._counts["converted_rows"] += len(positions)
 
     def link(self, file: VectorFile, index: Index, n_bytes: int, sha256: str) -> Shard:
-        """A whole file that stays where it is, with a new index."""
+        """Links a whole file that stays, with a new index."""
         written, form = write_index(self._writer.folder, index), self._writer.form
         first = index.entries["id"][0].hex()
         self._counts["linked_files"] += 1

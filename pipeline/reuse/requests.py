@@ -1,8 +1,8 @@
-"""Requests for rows whose vector need not be encoded for them, on a local disk.
+"""Reuse requests on a local disk: rows that need a vector which need not be encoded for them.
 
-Three files hold those of a bundle: the requests themselves, one JSON line each; beside it fixed-size records, sorted by
-nothing, of those that ask for known rows (`REUSED`), and of those that wait for a document with the same text
-(`WAITING`). A commit reads the records first, and each line when the vector for it passes by.
+Three files hold the requests of a bundle: the requests themselves, one JSON line each, and unsorted fixed-size records
+of those that reuse rows of the index (`REUSED`) and of those that wait for a document with the same text (`WAITING`).
+The commit reads the records first, and each line when it reads the vector for it.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class ReuseRequest(NamedTuple):
     """A row that is wanted for a document.
 
     Attributes:
-      document: whose row it is; without its texts where nothing needs them any more.
+      document: the document of the row; without its texts if they are no longer needed.
       content_hash: of its text.
     """
 
@@ -69,12 +69,12 @@ class RequestWriter:
         self._waiting = open(files.waiting, "wb")  # noqa: SIM115
 
     def write(self, document: Document, content_hash: str, known: np.ndarray) -> None:
-        """Writes a request for known rows `[n]`, or without any one that waits for a document with the same text."""
+        """Writes a request for rows `[n]` of the index; if empty, one that waits for a document with the same text."""
         offset, digest = self._lines.tell(), digest_id(document.id)
         if len(known):
             self._reused.write(np.array([(digest, row, offset) for row in known.tolist()], REUSED).tobytes())
             document = document._replace(text=document.text if self._keep_text else "", pair=None)
-        else:  # the text may still be needed, for the dead letter
+        else:  # a dead letter may need the text
             self._waiting.write(np.array([(digest, bytes.fromhex(content_hash), offset)], WAITING).tobytes())
         self._lines.write(ReuseRequest(document, content_hash).to_line())
 

@@ -1,4 +1,4 @@
-"""Which documents are encoded once more, to compare the vector with the row that the table has."""
+"""Spot checks: picks documents that are encoded once more and compared with their row in the table."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections import Counter
 
 
 class SpotCheckPicker:
-    """Picks the first of a kind of document and then ever fewer: the 4th, the 16th, the 64th."""
+    """Picks documents of each kind at growing distances: the 1st, the 4th, the 16th, the 64th and so on."""
 
     def __init__(self) -> None:
         self._seen: Counter[str] = Counter()

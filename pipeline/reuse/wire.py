@@ -1,7 +1,7 @@
-"""How documents and live rows cross shuffles on a distributed engine: as few bytes as can be.
+"""Encodes documents and live rows compactly for shuffles on a distributed engine.
 
-A shuffle costs by the byte and by the element, so elements are (16-byte digest, bytes). The first byte of the value
-says what it is.
+The cost of a shuffle grows with bytes and elements, so elements are (16-byte digest, bytes). The first byte of the
+value is its type.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from pipeline.sinks.index import Index, digest_source, whole_digest
 
 LIVE, DOCUMENT, UNREAD, DEAD, NEW, OPEN, MOVED, CHECK = b"L", b"D", b"U", b"X", b"N", b"O", b"M", b"C"
 JOURNAL, UNSEEN = b"J", b"S"
-VECTOR, LETTER, REQUEST = b"V", b"X", b"R"
+VECTOR, REQUEST = b"V", b"R"
 _OUTSIDE = 0xFFFFFFFF  # for the number of an input file: the path follows instead
 _BYTE_UNIT, _PAIR = 1, 2
 _HEAD = struct.Struct("<BIQIII")
@@ -90,7 +90,7 @@ def unpack_open_row(data: bytes) -> OpenRow:
 
 
 class DocumentPacker:
-    """Packs documents; the paths of input files that are known beforehand as their numbers.
+    """Packs documents; paths of input files are stored as their numbers.
 
     Args:
       inputs: paths of the input files.
@@ -131,7 +131,7 @@ class DocumentPacker:
         return Document(parts[0], parts[1], parts[2] if flags & _PAIR else None, data[at:], origin)
 
     def order(self, data: bytes) -> tuple[int, int]:
-        """Sorts packed documents by their place in the input: number of the file, position."""
+        """Sort key of packed documents: number of the input file, position."""
         _, number, position, *_ = _HEAD.unpack_from(data, 1)
         return number, position
 

@@ -1,4 +1,4 @@
-"""A table that is verified: what its manifest says, what was counted in it, and what was found wrong."""
+"""State of the verification of a table: its manifest, counts, and findings."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ from pipeline.tables.manifest import open_table
 KINDS = {
     "missing_file": "the manifest lists a file that is not there",
     "surplus_file": "the snapshot's folder holds something that the manifest does not list",
-    "wrong_size": "a file has not the size that the manifest says",
-    "wrong_checksum": "a file has not the sha256 that the manifest says",
+    "wrong_size": "a file does not have the size in the manifest",
+    "wrong_checksum": "a file does not have the sha256 in the manifest",
     "damaged_file": "a file, or rows of it, cannot be read",
     "wrong_count": "the manifest's own numbers do not add up",
     "wrong_index": "the index of a file does not agree with its rows",
     "wrong_row": "a row contradicts itself",
     "duplicate_row": "two rows have one id and chunk",
-    "missing_chunk": "a document has not all of its chunks",
-    "wrong_dimension": "a vector has not the table's size",
+    "missing_chunk": "a document lacks some of its chunks",
+    "wrong_dimension": "a vector does not have the table's dimension",
     "not_finite": "a vector holds NaN or infinity",
     "missing_document": "a document of the input has no row",
     "stale_row": "a document has changed since its row was made",
@@ -36,7 +36,7 @@ KINDS = {
 
 
 class Finding(NamedTuple):
-    """One thing that is not as it should be: a key of KINDS, which file, row or document, and what is wrong."""
+    """One inconsistency: a key of KINDS, the file, row or document, and a message."""
 
     kind: str
     what: str
@@ -55,8 +55,8 @@ class CheckedTable:
       folder: of the live snapshot.
       layout: the columns.
       reader: of its files.
-      counts: what was looked at, and what dead letters account for.
-      dead_letters: whose they are.
+      counts: of files, rows and documents that were checked, and of those that dead letters explain.
+      dead_letters: the documents and files that the dead letters belong to.
       redigests: whether the digest of the kept fields can be made from the rows.
       compares_kept: whether the digest of the kept fields is known.
       required: the columns that may not be null.
@@ -81,14 +81,14 @@ class CheckedTable:
         """Reports a finding."""
         self._report(Finding(kind, what, message))
 
-    def read_rows(self, known: VectorIndex, numbers: np.ndarray) -> Iterator[tuple[int, str, dict[str, Any]]]:
-        """Yields number, place and columns of some rows; of one that cannot be read only its id's digest as the id.
+    def read_rows(self, index: VectorIndex, numbers: np.ndarray) -> Iterator[tuple[int, str, dict[str, Any]]]:
+        """Yields number, place and columns of some rows; an unreadable row has only the digest of its id, as its id.
 
         Args:
-          known: the index of the rows.
+          index: the index of the rows.
           numbers: which rows, ascending.
         """
-        for file in known.files:
+        for file in index.files:
             low, high = np.searchsorted(numbers, [file.first, file.first + file.rows])
             left = numbers[low:high]
             name = os.path.basename(file.path)
@@ -109,6 +109,6 @@ class CheckedTable:
             except Exception:  # it was reported when all rows were read
                 pass
             for number in left.tolist():
-                digest = whole_digest(known.entries["id"][number]).hex()
-                row = {"id": f"digest {digest}", "chunk": int(known.entries["chunk"][number])}
+                digest = whole_digest(index.entries["id"][number]).hex()
+                row = {"id": f"digest {digest}", "chunk": int(index.entries["chunk"][number])}
                 yield number, f"{name} row {number - file.first}", row

@@ -1,7 +1,7 @@
-"""What a run would do, without doing it: documents looked up in the index of known vectors, a sample of them tokenised.
+"""Dry run: looks all documents up in the vector index and tokenises a sample of them.
 
-The whole input is read. Nothing is encoded, nothing is written to the output; a running job is not disturbed, nor does
-it disturb.
+The whole input is read. Nothing is encoded and nothing is written to the output. It takes no lock, so it can run beside
+a job.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from pipeline.sinks.index import parse_hashes
 from pipeline.tables.commit import check_any_rows, check_counts, check_deletes
 from pipeline.tables.folder import FolderStore
 
-SAMPLE_TEXTS, SAMPLE_CHARACTERS = 2000, 16_000_000  # that are tokenised
+SAMPLE_TEXTS, SAMPLE_CHARACTERS = 2000, 16_000_000  # the most that are tokenised
 
 
 @dataclass(frozen=True)
@@ -46,32 +46,32 @@ class DryRun:
     """What a run would do. Counts of documents and vectors are exact unless `is_sampled`, or dead letters are expected.
 
     Attributes:
-      documents: that can be read, without duplicates.
-      new: whose id has no row.
-      changed: whose text is another one.
-      updated: whose text is the same, but not the kept fields, or that are stored in another way.
-      unchanged: whose rows stay.
-      reused: of all but the unchanged: those whose vector is known.
-      same_text: of all but the unchanged: those with the text of another one that is encoded.
+      documents: documents that can be read, without duplicates.
+      new: documents whose id has no row.
+      changed: documents whose text has changed.
+      updated: documents with the same text, but other kept fields or another file format.
+      unchanged: documents whose rows stay.
+      reused: documents that are not unchanged and whose vector is known already.
+      same_text: documents that are not unchanged and have the text of another one that is encoded.
       to_encode: texts that are encoded.
       deleted: documents of the table that are gone from the input.
       stale: documents whose old rows stay because their new text cannot be embedded or read.
-      kept: documents that are gone and whose rows stay.
-      lost: documents whose rows cannot stay, as another encoder made them, and that cannot be made anew.
+      kept: documents that are gone from the input and whose rows stay.
+      lost: documents whose rows were made by another encoder and cannot be made again.
       skipped_empty: blank texts that are left out.
       dead_letters: by reason; those of texts that are too long are judged by the sample.
       chunks: inputs of the encoder.
-      tokens: that are encoded, without [CLS] and [SEP]; None where the encoder tokenises itself.
-      cut_tokens: that reach no chunk.
+      tokens: tokens that are encoded, without [CLS] and [SEP]; None where the encoder tokenises itself.
+      cut_tokens: tokens that reach no chunk.
       padding: share of padding in the batches.
-      seconds: in the encoder, on one worker; None if nothing is known of its speed.
+      seconds: time in the encoder, on one worker; None if its speed is unknown.
       speed: where `seconds` comes from: `measured` in an earlier run, `rough` or `unknown`; `idle`: nothing to encode.
       speed_source: the snapshot whose run was measured.
       rows: of the new snapshot.
       bytes: of its files.
       is_sampled: whether tokens, chunks, time and size are scaled up from a part of the texts.
-      changes: what makes the table's vectors useless, such as `preprocessing.max_tokens 128 -> 256`.
-      stops: what would stop the run.
+      changes: settings that make the table's vectors unusable, such as `preprocessing.max_tokens 128 -> 256`.
+      stops: messages of the errors that would stop the run.
     """
 
     documents: int
@@ -103,13 +103,13 @@ class DryRun:
 
 
 def make_dry_run(config: EmbedConfig) -> DryRun:
-    """Says what a run would do, from its whole input.
+    """Makes the dry run of a configuration, from its whole input.
 
     Args:
       config: of the run.
 
     Raises:
-      EmbeamError: if the run could not even begin: settings that do not fit, no input, a damaged table.
+      EmbeamError: if the run cannot begin: settings that do not fit, no input, a damaged table.
     """
     resolved = resolve(config)
     live, spec, form = resolved.live, resolved.spec, resolved.form
@@ -154,19 +154,19 @@ class ThinnedSample:
 
 
 class Seen(NamedTuple):
-    """What one pass over the input tells.
+    """The result of one pass over the input.
 
     Attributes:
       read: counts of the reading, as in the manifest.
       counts: documents by change and action, as in the manifest.
       dead: dead letters of the reading, by reason.
-      dead_letters: whose they are.
-      reused_ids: digests of the ids of documents that get rows from known vectors, ascending.
-      reused_contents: content hashes of the known rows whose vectors they get, ascending.
+      dead_letters: the documents and files that they belong to.
+      reused_ids: digests of the ids of documents that reuse vectors, ascending.
+      reused_contents: content hashes of the rows whose vectors they get, ascending.
       n_reused: how many rows they get.
       same_text: of some documents with the text of another one that is encoded: content hash, id and file.
       sample: of the texts to encode.
-      known: the index of known vectors.
+      vector_index: the vectors that are known already.
       note: path of the notes on live rows.
     """
 
@@ -179,7 +179,7 @@ class Seen(NamedTuple):
     n_reused: int
     same_text: list[tuple[str, str, str]]
     sample: ThinnedSample
-    known: VectorIndex
+    vector_index: VectorIndex
     note: str
 
 
@@ -233,7 +233,7 @@ def look_up_all(resolved: ResolvedRun, reuse: LocalReuse, scratch: str) -> Seen:
 
 
 def combine(resolved: ResolvedRun, policy: ReusePolicy, seen: Seen, measured: Measured) -> DryRun:
-    """Puts the counts together, and finds what would stop the run."""
+    """Combines the counts, and finds the errors that would stop the run."""
     live, spec, form = resolved.live, resolved.spec, resolved.form
     counts = seen.counts
     to_encode, n_equal = counts["encoded"], counts["same_text"]
@@ -258,7 +258,7 @@ def combine(resolved: ResolvedRun, policy: ReusePolicy, seen: Seen, measured: Me
     dead_ids = np.unique(np.array(list(seen.dead_letters.ids), "S16"))
     dead_ids = dead_ids[~is_in(dead_ids, seen.reused_ids)]
     incomplete, moved = seen.dead_letters.incomplete_files, seen.reused_contents
-    decisions = decide_live(seen.known, [seen.note], dead_ids, incomplete, moved, policy)
+    decisions = decide_live(seen.vector_index, [seen.note], dead_ids, incomplete, moved, policy)
     n_kept = int(decisions.kept.sum())
     rows = n_kept + seen.n_reused + round(to_encode * each + equal_rows)
     row_bytes = live_row_bytes(live, form) or measured.row_bytes or live_row_bytes(live)

@@ -1,4 +1,4 @@
-"""How large a run gets and how long it takes, judged by a sample of its documents: chunks, batches, seconds, bytes."""
+"""Estimates the size and the time of a run from a sample of its documents: chunks, batches, seconds, bytes."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ from pipeline.tables.retention import list_snapshots
 from pipeline.tables.store import Store
 from pipeline.vectors.storing import quantize_vectors
 
-SAMPLE_ROWS, SAMPLE_ROW_BYTES = 256, 8 << 20  # that are written to memory, to see how large they get
-LEAST_TOKENS = 10_000  # padded ones of an earlier run whose rate is trusted
+SAMPLE_ROWS, SAMPLE_ROW_BYTES = 256, 8 << 20  # rows that are written to memory to measure their size
+LEAST_TOKENS = 10_000  # padded tokens of an earlier run from which its rate is trusted
 SPEED_KEYS = ("encoder", "vector", "graph", "precision")  # of an identity
 MATMUL_SECONDS = 0.1
 MATMUL_SHARE = 0.5  # of the rate of bare matmuls that encoders reach, about
@@ -37,13 +37,13 @@ _NO_CHUNK = Chunk(Document("", ""), "", 0, 1, b"", 0, 0, 0)  # takes a place in 
 
 
 class Measured(NamedTuple):
-    """What becomes of some texts.
+    """Measurements of some texts.
 
     Attributes:
       documents: how many there are.
       counts: their chunks, rows, content tokens, tokens that are cut, and tokens in batches (bytes for text encoders).
       lengths: chunks by the padded length of their bucket.
-      made: content hash to the number of rows, or to why there is a dead letter instead.
+      made: content hash to the number of rows, or to the dead letter.
       row_bytes: of one row and its index entry; 0 if there is none.
     """
 
@@ -86,7 +86,7 @@ def measure_texts(spec: EmbeddingSpec, form: RowFormat, documents: Sequence[Docu
 
 
 def measure_row(spec: EmbeddingSpec, form: RowFormat, chunks: Sequence[Chunk]) -> float:
-    """Bytes of a row and its index entry, by writing some with random vectors to memory."""
+    """Measures bytes of a row and its index entry by writing some rows with random vectors to memory."""
     rng = np.random.default_rng(0)
     rows, n_bytes = [], 0
     for chunk in chunks:
@@ -111,14 +111,14 @@ def measure_row(spec: EmbeddingSpec, form: RowFormat, chunks: Sequence[Chunk]) -
 
 
 class RowSize(NamedTuple):
-    """What the rows of a run are like: how many one document has, and how many bytes a row and its index entry take."""
+    """Rows of one document, and bytes of a row with its index entry."""
 
     rows_per_document: float
     row_bytes: float
 
 
 def measure_rows(spec: EmbeddingSpec, form: RowFormat, documents: Sequence[Document]) -> RowSize:
-    """Measures rows by a sample of documents, which are tokenised only if their tokens say how large the rows are."""
+    """Measures rows by a sample of documents, which are tokenised only if the row size depends on their tokens."""
     good = [document for document in documents if is_encodable(document.id) and is_encodable(document.text)]
     documents = good or [Document("0" * 32, "", kept=pack_kept([None] * len(form.layout.kept)))]
     if spec.vectors.chunked or spec.vectors.tokens:
@@ -139,7 +139,7 @@ def live_row_bytes(live: Manifest | None, form: RowFormat | None = None) -> floa
 
 
 class Scaled(NamedTuple):
-    """What `Measured` comes to for all texts, and how long it takes.
+    """`Measured` scaled up to all texts, and the time that they take.
 
     Attributes:
       counts: as measured.
@@ -157,7 +157,7 @@ class Scaled(NamedTuple):
 
 
 def scale_up(store: Store, spec: EmbeddingSpec, measured: Measured, n_texts: int) -> Scaled:
-    """From a sample to all texts."""
+    """Scales the measurements of a sample up to all texts."""
     if not measured.counts["chunks"] or not n_texts:
         return Scaled({}, 0, 0.0, "idle", "")
     factor = n_texts / measured.documents
@@ -209,7 +209,7 @@ def find_rate(store: Store, spec: EmbeddingSpec) -> tuple[float, str, bool]:
 
 
 def read_manifests(store: Store) -> Iterator[Manifest]:
-    """Those of all snapshots that can be read; of a database that of the live state."""
+    """Yields the manifests of all readable snapshots; for a database, that of the live state."""
     if not isinstance(store, FolderStore):
         live = store.read_live().manifest
         yield from [live] if live else []
@@ -239,7 +239,7 @@ def measure_matmul(spec: EmbeddingSpec) -> float:
 
 
 def split_blocks(documents: Iterator[Document]) -> Iterator[list[Document]]:
-    """Documents in lists of the sizes in which a run looks them up."""
+    """Yields documents in lists of the size in which a run looks them up."""
     block: list[Document] = []
     characters = 0
     for document in documents:

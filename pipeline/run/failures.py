@@ -1,4 +1,4 @@
-"""What is said of a command that fails: our own errors, the system's, and exceptions that crossed Beam."""
+"""Describes why a command fails: our own errors, errors of the system, and exceptions that crossed Beam."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from contextlib import contextmanager
 
 from pipeline.errors import EmbeamError, RunError, first_line
 
-# What can be done about an error of the system.
+# How to fix an error of the system.
 _FIXES = {
     errno.EACCES: "change its permissions, or name another path",
     errno.EPERM: "change its permissions, or name another path",
@@ -20,11 +20,11 @@ _FIXES = {
     errno.ENOENT: "check the path",
 }
 _FULL = (errno.ENOSPC, errno.EDQUOT)
-_CUT_SHORT = re.compile(r"\d+ requested and \d+ written")  # what NumPy says of a full disk, without a number
+_CUT_SHORT = re.compile(r"\d+ requested and \d+ written")  # NumPy's message for a full disk, which has no error number
 
 
 def describe_failure(error: Exception) -> str:
-    """One line for what ends a command: what is wrong, and how to fix it."""
+    """One line for the error that ends a command: what is wrong, and how to fix it."""
     if isinstance(error, EmbeamError):
         return str(error)
     if isinstance(error, OSError):
@@ -48,7 +48,7 @@ def explain_failure(error: BaseException, told: str = "") -> EmbeamError:
 
     Args:
       error: what was raised.
-      told: what the engine has to say of it, where it is none of ours.
+      told: the engine's own explanation, for errors that are not ours.
     """
     seen: list[BaseException] = []
     current: BaseException | None = error
@@ -66,7 +66,7 @@ def explain_failure(error: BaseException, told: str = "") -> EmbeamError:
     if told:
         return RunError(told)
     if "No space left on device" in text or _CUT_SHORT.search(text):
-        return RunError("the disk is full: free some space and run again; the table is what it was")
+        return RunError("the disk is full: free some space and run again; the table is unchanged")
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     last = lines[-1].split(" [while running")[0] if lines else ""
     kind = "" if last.partition(":")[0].endswith(("Error", "Exception")) else f"{type(error).__name__}: "
@@ -75,10 +75,10 @@ def explain_failure(error: BaseException, told: str = "") -> EmbeamError:
 
 @contextmanager
 def watch_threads() -> Iterator[list[BaseException]]:
-    """Collects what ends threads of the engine, which Python would print with a traceback.
+    """Collects the exceptions that end threads of the engine, which Python would print with a traceback.
 
     Yields:
-      A list that grows: the reasons, of which whoever waits for such a thread is told nothing.
+      A list that grows by each exception; code that waits for such a thread does not see it.
     """
     reasons: list[BaseException] = []
 

@@ -1,4 +1,4 @@
-"""One run from start to end: checks first, then the pipeline, then what is left behind."""
+"""Runs one job from start to end: checks, the pipeline, and the clean-up."""
 
 from __future__ import annotations
 
@@ -68,11 +68,11 @@ def build_table(
       show_progress: whether to report to stderr while it runs.
 
     Returns:
-      The new snapshot's manifest; None if the job was only staged, as a template, and publishes it by itself.
+      The new snapshot's manifest; None if the job was only staged as a template, which publishes it when it runs.
 
     Raises:
       EmbeamError: if the configuration cannot work, the output cannot be written, or the run is stopped; the table's
-        live snapshot is then what it was before.
+        live snapshot is then unchanged.
     """
     load_tensorflow()
     started = time.time()
@@ -98,21 +98,21 @@ def build_table(
             job = prepare_job(resolved, name, started, distributed, scratch)
             reporter = ProgressReporter(scratch, job.input.total_bytes)
             with reporter if show_progress and not distributed else nullcontext():
-                run_job(job, runner, options, lock.hand_over, show_progress)
+                run_job(job, runner, options, lock.leave_to_job, show_progress)
             if options.view_as(GoogleCloudOptions).template_location:
-                lock.hand_over()
+                lock.leave_to_job()
                 return None
         finally:
             forget()
     manifest = store.read_live().manifest
     if manifest is None or manifest.snapshot != name:
-        raise RunError(f"the engine says that it is done, and {store.shown} was not published; see its own log")
+        raise RunError(f"the engine reports success, but {store.shown} was not published; check the engine's log")
     return manifest
 
 
 @contextmanager
 def scratch_folder(work: str, name: str) -> Iterator[str]:
-    """A local folder for what the run's processes share: on the table's disk if that is local, as it grows with it."""
+    """A local folder that the run's processes share. It is on the table's disk if that is local."""
     sweep_dead_attempts(work)
     if is_local_path(work):
         folder = join(attempts_folder(work, name), "scratch")
@@ -134,14 +134,14 @@ def run_job(
     leave: Callable[[], object] = lambda: None,
     show_progress: bool = False,
 ) -> None:
-    """Runs a prepared job to its end; one that fails leaves its dead letters and its journal.
+    """Runs a prepared job to its end; a failed one keeps its dead letters and its journal.
 
     Args:
       job: from `prepare_job`.
       runner: from `make_runner`.
       options: the engine's.
-      leave: hands the table over to a job that outlives this process.
-      show_progress: whether to say on stderr where a job can be looked at.
+      leave: leaves the table's lock to a job that outlives this process.
+      show_progress: whether to print a link to the job on stderr.
 
     Raises:
       EmbeamError: if it fails.
@@ -158,7 +158,7 @@ def run_job(
         try:
             flush_journals()
         except Exception as problem:  # a full disk; what was written earlier counts all the same
-            _LOGGER.warning("the last seconds of work could not be kept: %s", problem)
+            _LOGGER.warning("the vectors of the last seconds could not be written to the journal: %s", problem)
         return abandon_attempt(*names)
 
     def cancel() -> None:
@@ -180,12 +180,12 @@ def run_job(
             left.set()
             leave()
             reason = first_line(reasons[-1] if reasons else error)
-            raise RunError(f"lost touch with {describe_job(running, options)} ({reason})") from error
+            raise RunError(f"lost the connection to {describe_job(running, options)} ({reason})") from error
         try:
             if dead_letters := stop():
                 _LOGGER.warning("the dead letters of the failed run are in %s until the next run", dead_letters)
         except Exception as problem:
-            _LOGGER.warning("what the failed run had written could not be removed: %s", problem)
+            _LOGGER.warning("files of the failed run could not be removed: %s", problem)
         raise explain_failure(error, explain_job(error, options)) from error
     finally:
         forget_job()
@@ -193,7 +193,7 @@ def run_job(
 
 
 def prepare_job(resolved: ResolvedRun, name: str, started: float, distributed: bool = False, scratch: str = "") -> Job:
-    """Looks at the output and at what is known already; the caller holds the table's lock.
+    """Prepares a job from the output's state and the vectors to reuse; the caller holds the table's lock.
 
     Args:
       resolved: from `resolve`.
@@ -203,14 +203,16 @@ def prepare_job(resolved: ResolvedRun, name: str, started: float, distributed: b
       scratch: an empty local folder that all processes of the run see.
 
     Raises:
-      EmbeamError: if the run could not succeed.
+      EmbeamError: if the run cannot succeed.
     """
     resolved = resolve_again(resolved)
     for stop in find_stops(resolved, estimate_new_rows(resolved)):
         raise stop
     config, store, spec, form, live = resolved.config, resolved.store, resolved.spec, resolved.form, resolved.live
     if changes := find_changes(live, spec):
-        _LOGGER.warning("%s was made otherwise (%s): everything is embedded again", store.shown, "; ".join(changes))
+        _LOGGER.warning(
+            "%s was made with other settings (%s): everything is embedded again", store.shown, "; ".join(changes)
+        )
     attempts = attempts_folder(store.work, name)
     make_folder(attempts)
     if distributed:
@@ -254,7 +256,7 @@ def require_folder(store: Store) -> FolderStore:
 
 
 def describe_table(resolved: ResolvedRun) -> dict[str, Any]:
-    """The fields of the new snapshot's manifest that the run does not change."""
+    """The fields of the new snapshot's manifest that are fixed before the run."""
     config, spec, form = resolved.config, resolved.spec, resolved.form
     settings = config.flat() | {
         flag: absolute_path(path)  # a later query may run in another folder
@@ -277,5 +279,5 @@ def describe_table(resolved: ResolvedRun) -> dict[str, Any]:
 
 
 def leave_here(encode: beam.PTransform) -> beam.PTransform:
-    """Where the local engine encodes: in the stage that reads."""
+    """Returns the transform unchanged: the local engine encodes in the stage that reads."""
     return encode

@@ -1,4 +1,4 @@
-"""Reading a planned input in this process, and what its dead letters account for."""
+"""Reads a planned input in this process, and records which documents its dead letters stand for."""
 
 from __future__ import annotations
 
@@ -36,9 +36,9 @@ def read_outcomes(
 
 
 class Accounts(NamedTuple):
-    """What dead letters account for: documents, by the digests of their ids, and whatever an incomplete file held.
+    """Documents without rows for which a dead letter is the reason: by digest of the id, or by incomplete file.
 
-    A file is incomplete if a record of it could not be read so far that its id is known.
+    A file is incomplete if it has a record whose id could not be read.
     """
 
     ids: set[bytes]
@@ -47,5 +47,5 @@ class Accounts(NamedTuple):
     def add(self, document_id: str | None, reason: str, path: str) -> None:
         if document_id is None:
             self.incomplete_files.add(path)
-        elif reason != "duplicate_id":  # another document has the id, and counts
+        elif reason != "duplicate_id":  # the earlier document with this id counts
             self.ids.add(digest_id(document_id).rstrip(b"\0"))  # as NumPy gives it

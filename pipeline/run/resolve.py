@@ -1,4 +1,4 @@
-"""What can be known of a run before it begins: its input, its model, and what the table has already."""
+"""Resolves a run before it begins: its input, its model, and the state of its table."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from pipeline.tables.publish import check_free_space
 from pipeline.tables.store import ReusePlan, Store
 from pipeline.tables.stores import open_store
 
-# What defines a table: its vectors, and the form that its rows and dead letters are stored in.
+# The settings that define a table: its vectors, and how its rows and dead letters are stored.
 MODEL_PATHS = ("encoder", "preprocessor")
 DEFINING = (
     *(field.name for kind in (PreprocessConfig, EncoderConfig, VectorConfig) for field in fields(kind)),
@@ -39,7 +39,7 @@ _LOGGER = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class ResolvedRun:
-    """A configuration with everything that can be known without writing anything.
+    """A configuration with everything that can be found out without writing anything.
 
     Attributes:
       config: what the user asked for.
@@ -91,10 +91,10 @@ class ResolvedInput(NamedTuple):
 
 
 def resolve(config: EmbedConfig) -> ResolvedRun:
-    """Finds out everything that can be known without writing anything; `find_stops` says what speaks against the run.
+    """Finds out everything that does not need a write; `find_stops` then finds what would stop the run.
 
     Raises:
-      EmbeamError: if the run could not even begin: settings that do not fit, no input, an output that is no table.
+      EmbeamError: if the run cannot begin: settings that do not fit, no input, an output that is not a table.
     """
     if not config.write.output:
         raise ConfigError("--output is missing; name the folder of the table: --output=table")
@@ -112,7 +112,7 @@ def resolve(config: EmbedConfig) -> ResolvedRun:
 
 
 def resolve_again(resolved: ResolvedRun) -> ResolvedRun:
-    """The same run once the table is locked: resolved anew if another run has published meanwhile."""
+    """The same run once the table is locked; resolves again if another run has published meanwhile."""
     if resolved.store.read_live().version == resolved.version:
         return resolved
     return resolve(resolved.config)
@@ -137,18 +137,18 @@ def resolve_input(config: EmbedConfig) -> ResolvedInput:
 
 
 def resolve_dead_letters(config: EmbedConfig, store: Store, live: Manifest | None) -> ResolvedInput:
-    """As `resolve_input`, for a run whose input is the live table's dead letters, and which leaves the table as it is.
+    """As `resolve_input`, for a run that reads the live table's dead letters and keeps its rows and settings.
 
     Raises:
-      EmbeamError: if there are none that hold their texts, or a setting is not as the table's.
+      EmbeamError: if no dead letters hold their texts, or a setting differs from the table's.
     """
     if live is None:
-        raise TableError(f"--retry_dead_letters: {store.shown} is no table yet; run without the flag first")
+        raise TableError(f"--retry_dead_letters: {store.shown} is not a table yet; run without the flag first")
     if not live.dead_letters:
         raise RunError(f"--retry_dead_letters: {store.shown} has no dead letters; nothing is left to do")
     if live.settings["dead_letter_text"] != "full":
         raise ConfigError(
-            f"--retry_dead_letters: the dead letters of {store.shown} hold no texts, as it was made with "
+            f"--retry_dead_letters: the dead letters of {store.shown} contain no texts, because it was made with "
             f"--dead_letter_text={live.settings['dead_letter_text']}; run on the whole --input instead"
         )
     config = take_settings(config, live, store.shown)
@@ -159,13 +159,13 @@ def resolve_dead_letters(config: EmbedConfig, store: Store, live: Manifest | Non
 
 
 def take_settings(config: EmbedConfig, live: Manifest, shown: str) -> EmbedConfig:
-    """A configuration with the settings that define the live table, whose rows and new rows have to fit together.
+    """A configuration with the settings that define the live table, so that its rows and the new rows fit together.
 
-    A setting that has its default value may not have been given, and is the table's. An encoder or a preprocessor may
-    have moved since: where one is named, `check_model` compares what is there with the table's.
+    A setting with its default value counts as not given; the table's value is used. An encoder or a preprocessor may
+    have moved: if one is given, `check_model` compares it with the table's.
 
     Raises:
-      ConfigError: if a setting was given that is not as the table's.
+      ConfigError: if a given setting differs from the table's.
     """
     given, default, own = config.flat(), EmbedConfig().flat(), {}
     for name in DEFINING:
@@ -183,14 +183,14 @@ def take_settings(config: EmbedConfig, live: Manifest, shown: str) -> EmbedConfi
 
 
 class NewRows(NamedTuple):
-    """How many rows a run writes anew, and how many bytes one takes."""
+    """How many rows a run writes, and how many bytes one takes."""
 
     n_rows: int
     row_bytes: float
 
 
 def estimate_new_rows(resolved: ResolvedRun) -> NewRows:
-    """The rows that a run writes at least, as far as can be known before its input is read.
+    """Estimates how many rows a run writes at least, before its input is read.
 
     Unchanged rows need no space, as their files are linked. How many there are is not known yet: at most all.
     """
@@ -202,7 +202,7 @@ def estimate_new_rows(resolved: ResolvedRun) -> NewRows:
 
 
 def find_stops(resolved: ResolvedRun, new_rows: NewRows) -> Iterator[EmbeamError]:
-    """What stops a run before it reads its input: a run raises the first, a dry run tells them all.
+    """Finds the errors that stop a run before it reads its input: a run raises the first, a dry run prints all.
 
     Args:
       resolved: the run.
@@ -221,7 +221,7 @@ def find_stops(resolved: ResolvedRun, new_rows: NewRows) -> Iterator[EmbeamError
 
 
 def check_limit(live: Manifest | None, config: EmbedConfig) -> None:
-    """Raises ConfigError for a trial that would replace a table."""
+    """Raises ConfigError if a trial run would replace a table."""
     if config.read.limit and live:
         raise ConfigError(
             f"--limit={config.read.limit} is for trials and --output={config.write.output} already holds a table; "
@@ -230,31 +230,31 @@ def check_limit(live: Manifest | None, config: EmbedConfig) -> None:
 
 
 def check_model(live: Manifest | None, spec: EmbeddingSpec, config: EmbedConfig) -> None:
-    """Checks that everything may be embedded again, if the live table and the wanted one differ in what makes vectors.
+    """Checks that the run may embed everything again, if the live table's vectors were made with other settings.
 
     Raises:
-      TableError: if that is not wanted.
-      ConfigError: if rows should be kept that cannot be made again.
+      TableError: if --on_model_change=stop forbids it.
+      ConfigError: if a flag asks to keep rows that cannot be kept.
     """
     changes = "; ".join(find_changes(live, spec))
     if changes and config.reindex.on_model_change == "stop":
         raise TableError(
-            f"{config.write.output} was made otherwise ({changes}) and --on_model_change=stop; leave that out to embed "
-            "everything again, or give another --output"
+            f"{config.write.output} was made with other settings ({changes}) and --on_model_change=stop; leave "
+            "that out to embed everything again, or give another --output"
         )
     if changes and config.reindex.keeps_deleted:
         flag = "--deletes=keep" if config.reindex.deletes == "keep" else "--retry_dead_letters"
         raise ConfigError(
-            f"{flag}: {config.write.output} was made otherwise ({changes}), and its rows cannot be kept beside new "
-            "ones; give another --output, or leave the flag out to embed the whole input again"
+            f"{flag}: {config.write.output} was made with other settings ({changes}), and its rows cannot be "
+            "kept beside new ones; give another --output, or leave the flag out to embed the whole input again"
         )
 
 
 def find_changes(live: Manifest | None, spec: EmbeddingSpec) -> list[str]:
-    """What makes all vectors of the live table useless; nothing if they can be used."""
+    """The settings that make all vectors of the live table unusable; empty if they can be used."""
     if live is None or live.fingerprint == spec.fingerprint:
         return []
-    return list(describe_changes(live.identity, spec.identity)) or ["in a way that its manifest does not tell"]
+    return list(describe_changes(live.identity, spec.identity)) or ["its manifest does not say which"]
 
 
 def describe_changes(old: dict[str, Any], new: dict[str, Any], name: str = "") -> Iterator[str]:
@@ -271,7 +271,7 @@ def describe_changes(old: dict[str, Any], new: dict[str, Any], name: str = "") -
 def prepare_local_reuse(
     store: Store, live: Manifest | None, spec: EmbeddingSpec, form: RowFormat, scratch: str, config: EmbedConfig
 ) -> ReusePlan:
-    """Indexes what may be reused, for the local engine: the live table and the journal of earlier attempts."""
+    """Indexes the vectors that the local engine may reuse: the live table and the journal of earlier attempts."""
     folder = os.path.join(scratch, "known")
     os.makedirs(folder)
     policy = choose_policy(store, live, spec, form, config)

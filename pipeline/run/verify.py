@@ -1,7 +1,7 @@
-"""Whether a table is consistent: files with manifest, rows with their index, and all of it with the input.
+"""Verifies that a table is consistent: files with manifest, rows with their index, and all of it with the input.
 
-Everything streams. What is said about ids goes through an index of digests on a local disk, as in a run, so memory
-stays at some 40 bytes a row whatever the table holds.
+Everything streams. Checks of ids use an index of digests on a local disk, as a run does, so memory stays at some
+40 bytes per row for any table.
 """
 
 from __future__ import annotations
@@ -25,18 +25,18 @@ if TYPE_CHECKING:
 
 
 def verify_table(table: str, input_globs: Sequence[str] = (), sample: int = 0) -> list[Finding]:
-    """Reconciles the live snapshot of a table with its manifest, and with an input.
+    """Compares the live snapshot of a table with its manifest, and with an input.
 
     Args:
       table: the table's folder.
-      input_globs: files to compare with, read by the settings that the table was made with; none: no comparison.
+      input_globs: files to compare with, read with the settings of the table; without any, no input is compared.
       sample: how many rows to encode again and compare.
 
     Returns:
-      What is wrong; nothing if the table is consistent.
+      The findings; empty if the table is consistent.
 
     Raises:
-      TableError: if there is no table, or its encoder is no longer what it was and a sample is asked for.
+      TableError: if there is no table, or a sample is asked for and the table's encoder has changed.
       ConfigError: if a glob matches nothing, or there are no texts for the sample.
     """
     findings: list[Finding] = []
@@ -52,12 +52,12 @@ def check_table(table: CheckedTable, input_globs: Sequence[str] = (), sample: in
     check_dead_letters(table, there)
     with tempfile.TemporaryDirectory(prefix="embeam-verify-") as scratch:
         build_index(scratch, check_rows(table, there), [], True)
-        known = VectorIndex(scratch)
-        check_ids(table, known)
-        wanted = _spread(np.flatnonzero(known.entries["n_chunks"] == 1), sample)
-        texts = check_input(table, known, *plan, scratch, wanted) if plan else None
+        index = VectorIndex(scratch)
+        check_ids(table, index)
+        wanted = _spread(np.flatnonzero(index.entries["n_chunks"] == 1), sample)
+        texts = check_input(table, index, *plan, scratch, wanted) if plan else None
         if embedder:
-            check_sample(table, known, embedder, wanted, texts)
+            check_sample(table, index, embedder, wanted, texts)
 
 
 def _plan_input(table: CheckedTable, input_globs: Sequence[str]) -> tuple[InputPlan, ReadConfig]:
@@ -72,9 +72,7 @@ def _prepare_sample(table: CheckedTable, input_globs: Sequence[str]) -> Embedder
     if table.layout.tokens:
         raise ConfigError(f"--sample: {table.name} holds a matrix per text, which is not compared; leave it out")
     if not input_globs and (not table.layout.keep_text or table.manifest.settings["pair_field"]):
-        raise ConfigError(
-            f"--sample: {table.name} keeps no texts to encode again; say where they are with --input=GLOB"
-        )
+        raise ConfigError(f"--sample: {table.name} keeps no texts to encode again; name the input with --input=GLOB")
     from pipeline.search.embedder import load_embedder
 
     return load_embedder(table.name)

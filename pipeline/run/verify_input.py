@@ -1,4 +1,4 @@
-"""A table against its input: documents without rows, rows without documents, and vectors that are no longer made."""
+"""Compares a table with its input: documents without rows, rows without documents, and changed vectors."""
 
 from __future__ import annotations
 
@@ -23,16 +23,16 @@ if TYPE_CHECKING:
     from pipeline.search.embedder import Embedder
 
 BLOCK = 1024
-SAMPLE_BATCH = 64  # texts that are encoded in one go
+SAMPLE_BATCH = 64  # texts that are encoded at once
 
 
 def check_input(
-    table: CheckedTable, known: VectorIndex, found: InputPlan, config: ReadConfig, scratch: str, wanted: np.ndarray
+    table: CheckedTable, index: VectorIndex, found: InputPlan, config: ReadConfig, scratch: str, wanted: np.ndarray
 ) -> dict[int, tuple[str, str | None]]:
     """Compares the rows with the documents of an input.
 
     Args:
-      known: the index of the rows.
+      index: the index of the rows.
       found: the input.
       config: how it is read.
       scratch: a local folder.
@@ -41,17 +41,17 @@ def check_input(
     Returns:
       Text and second segment by number of row, for those rows that are up to date.
     """
-    seen = np.zeros(known.n_live, bool)
+    seen = np.zeros(index.n_live, bool)
     unread = Accounts(set(), set())
     texts: dict[int, tuple[str, str | None]] = {}
     wanted_rows = set(wanted.tolist())
     block: list[Document] = []
 
     def compare() -> None:
-        rows = known.find_ids(np.array([digest_id(document.id) for document in block], "S16"))
+        rows = index.find_ids(np.array([digest_id(document.id) for document in block], "S16"))
         for document, own in zip(block, rows, strict=True):
             seen[own] = True
-            if _is_current(table, document, known.entries[own]) and int(own[0]) in wanted_rows:
+            if _is_current(table, document, index.entries[own]) and int(own[0]) in wanted_rows:
                 texts[int(own[0])] = document.text, document.pair
         block.clear()
 
@@ -64,12 +64,12 @@ def check_input(
         elif isinstance(outcome, DeadLetter):
             unread.add(outcome.id, outcome.reason, outcome.origin.path)
     compare()
-    _check_surplus(table, known, seen, unread)
+    _check_surplus(table, index, seen, unread)
     return texts
 
 
 def _is_current(table: CheckedTable, document: Document, entries: np.ndarray) -> bool:
-    """Whether a document's rows are what it says now; reports if not."""
+    """Whether a document's rows match its current text and kept fields; reports a finding if not."""
     origin = document.origin
     place = f"{origin.path} {origin.unit} {origin.position}"
     is_dead = digest_id(document.id).rstrip(b"\0") in table.dead_letters.ids
@@ -91,13 +91,13 @@ def _is_current(table: CheckedTable, document: Document, entries: np.ndarray) ->
     return same_text
 
 
-def _check_surplus(table: CheckedTable, known: VectorIndex, seen: np.ndarray, unread: Accounts) -> None:
+def _check_surplus(table: CheckedTable, index: VectorIndex, seen: np.ndarray, unread: Accounts) -> None:
     incomplete = table.dead_letters.incomplete_files | unread.incomplete_files
-    is_incomplete = np.array([source in incomplete for source in known.sources] or [False])
+    is_incomplete = np.array([source in incomplete for source in index.sources] or [False])
     keeps = table.manifest.settings.get("deletes") == "keep"
     surplus = [np.empty(0, np.int64)]
-    for start in range(0, known.n_live, BLOCK):
-        entries = known.entries[start : start + BLOCK]
+    for start in range(0, index.n_live, BLOCK):
+        entries = index.entries[start : start + BLOCK]
         gone = np.flatnonzero(~seen[start : start + BLOCK] & (entries["id"] != b""))
         some = entries[gone]
         is_dead = [digest in table.dead_letters.ids or digest in unread.ids for digest in some["id"]]
@@ -105,26 +105,28 @@ def _check_surplus(table: CheckedTable, known: VectorIndex, seen: np.ndarray, un
         table.counts["unproven_rows"] += int(unproven.sum())
         table.counts["kept_rows"] += int((~unproven).sum()) if keeps else 0
         surplus.append(start + gone[~unproven] if not keeps else surplus[0])
-    for _, place, row in table.read_rows(known, np.concatenate(surplus)):
-        table.find("surplus_row", row["id"], f"{place} is of no document of the input; embeam embed drops it")
+    for _, place, row in table.read_rows(index, np.concatenate(surplus)):
+        table.find("surplus_row", row["id"], f"{place} belongs to no document of the input; embeam embed drops it")
 
 
 def check_sample(
     table: CheckedTable,
-    known: VectorIndex,
+    index: VectorIndex,
     embedder: Embedder,
     wanted: np.ndarray,
     texts: dict[int, tuple[str, str | None]] | None,
 ) -> None:
-    """Encodes the texts of some rows again; their own texts where none are given."""
+    """Encodes the texts of some rows again: the given texts, or else the table's own."""
     numbers = wanted if texts is None else np.array(sorted(texts), np.int64)
-    rows = (read for read in table.read_rows(known, numbers) if "embedding" in read[2])
+    rows = (read for read in table.read_rows(index, numbers) if "embedding" in read[2])
     while batch := list(islice(rows, SAMPLE_BATCH)):
         pairs = [texts[number] if texts is not None else (row["text"], None) for number, _, row in batch]
         try:
             vectors = embedder.embed([text for text, _ in pairs], [pair for _, pair in pairs])
         except ConfigError as error:
-            table.find("wrong_vector", batch[0][1], f"of {len(batch)} rows from it on one has none now: {error}")
+            table.find(
+                "wrong_vector", batch[0][1], f"one of {len(batch)} rows from here on can no longer be encoded: {error}"
+            )
             continue
         for (_, place, row), again, scale in zip(batch, *quantize_vectors(vectors, table.layout.dtype), strict=True):
             table.counts["sampled"] += 1

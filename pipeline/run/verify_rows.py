@@ -1,4 +1,4 @@
-"""A table by itself: its files against its manifest, its rows against their index and against each other."""
+"""Checks a table by itself: files against the manifest, rows against their index and against each other."""
 
 from __future__ import annotations
 
@@ -33,8 +33,8 @@ def check_files(table: CheckedTable) -> dict[str, str]:
         fix = "embeam rollback returns to an older snapshot"
         table.find("missing_file", name, f"it is not in {table.folder}; {fix}")
     for name in sorted({*there, *list_folders(table.folder)} - ours):
-        if not name.startswith("."):  # what file managers leave behind
-            table.find("surplus_file", name, f"the manifest does not know it; remove it from {table.folder}")
+        if not name.startswith("."):  # files of file managers
+            table.find("surplus_file", name, f"the manifest does not list it; remove it from {table.folder}")
     for name in sorted(set(listed) & set(there)):
         _check_file(table, listed[name], there[name])
     n_rows = sum(file.rows for file in manifest.files)
@@ -46,7 +46,7 @@ def check_files(table: CheckedTable) -> dict[str, str]:
 def _check_file(table: CheckedTable, file: TableFile, path: str) -> None:
     try:
         sha256, size = read_checksum(path)
-    except Exception as error:  # every file system has exceptions of its own
+    except Exception as error:  # each file system raises its own exceptions
         table.find("damaged_file", file.name, f"it cannot be read: {error}")
         return
     table.counts["files"] += 1
@@ -58,7 +58,7 @@ def _check_file(table: CheckedTable, file: TableFile, path: str) -> None:
 
 
 def check_dead_letters(table: CheckedTable, there: dict[str, str]) -> None:
-    """Reads the dead letters: whose they are, and whether all are there."""
+    """Reads the dead letters, records which documents they belong to, and checks their number."""
     n = 0
     for file in table.manifest.dead_letter_files:
         if file.name not in there:
@@ -84,11 +84,11 @@ def check_dead_letters(table: CheckedTable, there: dict[str, str]) -> None:
 
 
 def check_rows(table: CheckedTable, there: dict[str, str]) -> Iterator[tuple[str, Index]]:
-    """Checks every row by itself and against its index; yields what the rows themselves say, file by file."""
+    """Checks every row by itself and against its index; yields the entries made from the rows, file by file."""
     for file, index_file in zip(table.manifest.files, table.manifest.index_files, strict=True):
         index = _read_index(table, file, index_file) if index_file.name in there else None
         entries = np.zeros(file.rows, ENTRY)
-        if index is not None:  # what cannot be read counts as there
+        if index is not None:  # a row that cannot be read counts as present
             size = min(file.rows, len(index.entries))
             entries[:size] = index.entries[:size]
         elif table.layout.kept and not table.redigests:
@@ -161,7 +161,7 @@ def _decode(table: CheckedTable, file: TableFile, stored: Stored) -> Iterator[tu
 
 
 def _check_row(table: CheckedTable, name: str, row: dict[str, Any]) -> tuple[bytes, bytes, int, int, int, int] | None:
-    """Checks one row by itself; returns its ENTRY, without a source, or None if it has no identity."""
+    """Checks one row by itself; returns its ENTRY, without a source, or None if it has no valid id or content hash."""
     layout = table.layout
     absent = [column for column in table.required if row[column] is None]
     if absent:
@@ -172,7 +172,7 @@ def _check_row(table: CheckedTable, name: str, row: dict[str, Any]) -> tuple[byt
     except ValueError:
         content = b""
     if len(content) != 16:
-        table.find("wrong_row", name, f"its content hash {row['content_hash']!r} is none")
+        table.find("wrong_row", name, f"its content hash {row['content_hash']!r} is not 32 hexadecimal digits")
         return None
     n_chunks = row["n_chunks"] if layout.chunked else 1
     if not 0 <= row["chunk"] < n_chunks:
@@ -205,31 +205,31 @@ def _check_vector(table: CheckedTable, name: str, row: dict[str, Any]) -> None:
         table.find("not_finite", name, f"the vector of {row['id']!r} holds NaN or infinity")
 
 
-def check_ids(table: CheckedTable, known: VectorIndex) -> None:
-    """Finds rows that are there twice, and documents of which chunks are missing."""
-    ids = known.live_ids()
+def check_ids(table: CheckedTable, index: VectorIndex) -> None:
+    """Finds duplicate rows, and documents with missing chunks."""
+    ids = index.live_ids()
     is_first = np.ones(len(ids), bool)
     is_first[1:] = ids[1:] != ids[:-1]
     table.counts["documents"] = int(is_first.sum())
     firsts = np.flatnonzero(is_first)
-    if not table.layout.chunked:  # only what is there more than once can be wrong
+    if not table.layout.chunked:  # only ids with several rows can be wrong
         firsts = firsts[np.diff(firsts, append=len(ids)) > 1]
     twice, partial = [np.empty(0, np.int64)], np.empty(0, [("row", "<u8"), ("n", "<u4"), ("n_chunks", "<u4")])
     for start in range(0, len(firsts), BLOCK):
         some = ids[firsts[start : start + BLOCK]]
         short = []
-        for digest, rows in zip(some, known.find_ids(some), strict=True):
+        for digest, rows in zip(some, index.find_ids(some), strict=True):
             if not digest:  # a row that cannot be read
                 continue
-            entries = known.entries[rows]
+            entries = index.entries[rows]
             chunks, at = np.unique(entries["chunk"], return_index=True)
             if len(chunks) < len(rows):
                 twice.append(np.delete(rows, at).astype(np.int64))
             if len(chunks) < entries["n_chunks"].max() and digest not in table.dead_letters.ids:
                 short.append((int(rows[0]), len(chunks), int(entries["n_chunks"].max())))
         partial = np.concatenate([partial, np.array(short, partial.dtype)])
-    for _, place, row in table.read_rows(known, np.sort(np.concatenate(twice))):
+    for _, place, row in table.read_rows(index, np.sort(np.concatenate(twice))):
         table.find("duplicate_row", row["id"], f"{place} repeats its chunk {row['chunk']}")
     partial.sort(order="row")
-    for (_, n, n_chunks), (_, _, row) in zip(partial, table.read_rows(known, partial["row"]), strict=True):
+    for (_, n, n_chunks), (_, _, row) in zip(partial, table.read_rows(index, partial["row"]), strict=True):
         table.find("missing_chunk", row["id"], f"{n:,} of its {n_chunks:,} chunks are there")

@@ -1,4 +1,4 @@
-"""Texts to vectors exactly as a table's rows were made, so that the table can be searched."""
+"""Embeds texts with the settings of a table, so that the table can be searched."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Embedder:
         """Embeds texts.
 
         Args:
-          texts: what to embed; the table's text prefix is put before each.
+          texts: the texts; the table's text prefix is put before each.
           pairs: second segments, for a table of pairs.
 
         Returns:
@@ -46,7 +46,7 @@ class Embedder:
         documents = [Document(str(i), text, pair) for i, (text, pair) in enumerate(zip(texts, seconds, strict=True))]
         for document in documents:
             if not (is_encodable(document.text) and is_encodable(document.pair or "")):
-                raise ConfigError(f"text {document.id} is no valid UTF-8: {document.text!r}; fix its encoding")
+                raise ConfigError(f"text {document.id} is not valid UTF-8: {document.text!r}; fix its encoding")
         batcher = Batcher(self.spec.buckets)
         batches = []
         for chunk in self._splitter.split(documents):
@@ -78,10 +78,10 @@ class Embedder:
 
 
 def load_embedder(table: str) -> Embedder:
-    """Loads exactly the encoder, preprocessing and vector settings that a table was made with.
+    """Loads the encoder, preprocessing and vector settings of a table.
 
     Raises:
-      TableError: if there is no table, it holds token matrices, or its encoder is no longer what it was.
+      TableError: if there is no table, it holds token matrices, or its encoder has changed.
     """
     manifest, _ = open_live(table)
     if manifest.layout.tokens:

@@ -25,12 +25,12 @@ def find_nearest(table: str, text: str, top: int = 5, pair: str | None = None) -
 
     Args:
       table: the table's folder.
-      text: what to look for; the table's text prefix is put before it.
+      text: the query; the table's text prefix is put before it.
       top: how many rows to return.
       pair: second segment, for a table of pairs.
 
     Returns:
-      The nearest rows by cosine similarity, nearest first; among equals the earlier row.
+      The nearest rows by cosine similarity, nearest first; ties in the order of the table.
     """
     query = load_embedder(table).embed([text], [pair])[0].astype(np.float64)
     query /= np.linalg.norm(query) or 1

@@ -1,7 +1,7 @@
-"""The index of a table's file: who each row belongs to and what it was made from, without its numbers.
+"""The index of a table's file: digests of each row's id, text and kept fields, without the vector.
 
-Beside every file with rows stands one with 52 bytes for each of them, in the same order, so that a later run can tell
-what is new, changed or gone by reading a few percent of the table.
+Every file with rows has an index file with 52 bytes for each row, in the same order. A later run finds new, changed and
+deleted documents by reading it, a few percent of the table.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ def parse_hashes(names: Sequence[str]) -> np.ndarray:
 
 
 def whole_digest(stored: bytes) -> bytes:
-    """A 16-byte digest in full: NumPy gives strings without the zeros at their end."""
+    """A 16-byte digest in full: NumPy strips zeros from the end of strings."""
     return stored.ljust(16, b"\0")
 
 
@@ -92,7 +92,7 @@ def unpack_records(data: bytes, dtype: np.dtype) -> tuple[np.ndarray, list[str]]
     """The inverse of `pack_records`.
 
     Raises:
-      ValueError: if the bytes are none.
+      ValueError: if the bytes have another format.
     """
     n = _count_records(len(data), data[-_LENGTH.size :], dtype)
     sources: list[str] = json.loads(data[n * dtype.itemsize : -_LENGTH.size])
@@ -130,7 +130,7 @@ def read_sources(path: str, dtype: np.dtype = ENTRY) -> list[str]:
 
 
 def _count_records(n_bytes: int, length: bytes, dtype: np.dtype) -> int:
-    """How many records a file of so many bytes holds whose last bytes say how long its JSON is."""
+    """Number of records in a file, from its size and the length of its JSON, which its last bytes hold."""
     if len(length) < _LENGTH.size:
         raise ValueError("it is too short")
     size = n_bytes - _LENGTH.size - _LENGTH.unpack(length)[0]

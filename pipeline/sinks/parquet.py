@@ -51,7 +51,7 @@ class ParquetWriter:
             self._flush()
 
     def close(self) -> None:
-        """Writes what waits and the footer; the stream stays open."""
+        """Writes the buffered rows and the footer; the stream stays open."""
         self._flush()
         self._writer.close()
 

@@ -39,7 +39,7 @@ class Stored(NamedTuple):
     """Some rows as they are stored, and their numbers `[n]`, ascending."""
 
     numbers: np.ndarray
-    rows: Any  # of the reader's own kind
+    rows: Any  # in the reader's own form
 
 
 class VectorReader(Protocol):
@@ -92,7 +92,7 @@ class FileReader:
                 for rows in SINKS[self.file_format].read(stream, self.layout):
                     yield Stored(np.arange(first, first + len(rows)), rows)
                     first += len(rows)
-        except Exception as error:  # every format and file system has its own
+        except Exception as error:  # each format and file system raises its own exceptions
             raise damaged(file.path, str(error)) from error
         if first != file.first + file.rows:
             raise damaged(file.path, f"it has {first - file.first} rows instead of {file.rows}")
@@ -106,4 +106,6 @@ class FileReader:
 
 def damaged(path: str, why: str) -> TableError:
     """The error for a part of the live table that cannot be read."""
-    return TableError(f"{path} is damaged: {why}; run embeam embed again with --verify_live, which makes its rows anew")
+    return TableError(
+        f"{path} is damaged: {why}; run embeam embed again with --verify_live, which makes its rows again"
+    )

@@ -1,4 +1,4 @@
-"""What a format of a table's files is: it writes rows to a file and reads them back."""
+"""The interface of a format of a table's files: writes rows to a file and reads them back."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from pipeline.records import Row
 from pipeline.sinks.layout import Columns, TableLayout
 from pipeline.sources.compression import ByteReader
 
-StoredRows = Union[list[bytes], pa.RecordBatch]  # what a format copies without looking inside: its own kind alone
+StoredRows = Union[list[bytes], pa.RecordBatch]  # opaque rows that a format copies; only of its own kind
 
 
 class ByteWriter(Protocol):
-    """A stream that is written; Parquet also asks it where it is, and whether it is closed."""
+    """A stream for writing; Parquet also needs `tell` and `closed`."""
 
     def write(self, data: bytes, /) -> int: ...
 
@@ -32,7 +32,7 @@ class RowWriter(Protocol):
 
 
 class TableFormat(NamedTuple):
-    """How rows become files and files rows.
+    """Writes and reads the files of one format.
 
     Attributes:
       suffix: of the files.

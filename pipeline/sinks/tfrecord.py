@@ -70,7 +70,7 @@ def read_stored(stream: ByteReader, layout: TableLayout) -> Iterator[list[bytes]
     records: list[bytes] = []
     for frame in iterate_frames(stream, limit=1 << 40):
         if not frame.is_intact:
-            raise ValueError("a record does not have its checksum")
+            raise ValueError("a record has a wrong checksum")
         records.append(frame.data)
         if len(records) == _READ_ROWS:
             yield records

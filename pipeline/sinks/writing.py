@@ -1,4 +1,4 @@
-"""Records to files of bounded size, written where no reader looks until they are published."""
+"""Writes records to files of bounded size, in a folder that readers do not use until they are published."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ from pipeline.sinks.index import SUFFIX as INDEX_SUFFIX
 from pipeline.sinks.layout import TableLayout
 from pipeline.sinks.table_format import ByteWriter, RowWriter, StoredRows
 
-# What a shard holds. Beam may hand records on as another type with the same fields, so it cannot be told from theirs.
+# What a shard holds. It is given by name, as Beam may pass records as another type with the same fields.
 ROWS, DEAD_LETTERS = "embeddings", "dead_letters"
 BUFFERED_RECORDS = 256
 BUFFERED_BYTES = 4_000_000
 
 
 class Shard(NamedTuple):
-    """A finished file that waits to be published."""
+    """A finished file that is not published yet."""
 
     path: str
     kind: str  # embeddings or dead_letters
@@ -46,7 +46,7 @@ class Shard(NamedTuple):
     first: str  # sorts shards
     index_path: str = ""  # of the file with the index of its rows
     index_size: tuple[int, str] = (0, "")  # that file's bytes and sha256
-    linked: bool = False  # the file belongs to the snapshot before and stays there
+    linked: bool = False  # the file belongs to the previous snapshot and stays there
 
 
 @dataclass(frozen=True)
@@ -122,7 +122,7 @@ def describe_dead_letter(dead_letter: DeadLetter, text: str) -> dict[str, Any]:
 
 
 class HashingStream:
-    """A write-only stream that counts and hashes what goes through."""
+    """A write-only stream that counts and hashes its bytes."""
 
     def __init__(self, stream: BinaryIO) -> None:
         self._stream = stream
@@ -165,11 +165,11 @@ class HashingStream:
         return self._digest.hexdigest()
 
     def close(self) -> None:
-        """Does nothing: a format's writer must not close what it was lent."""
+        """Does nothing: a format's writer must not close the stream, which it does not own."""
 
 
 class ShardWriter:
-    """Writes records of one kind to files in a folder and begins a new one when the last is large enough."""
+    """Writes records of one kind to files in a folder and starts a new one when the last is large enough."""
 
     def __init__(self, folder: str, form: RowFormat | DeadLetterFormat, shard_bytes: int) -> None:
         self.folder = folder
@@ -267,7 +267,7 @@ def write_index(folder: str, index: Index) -> tuple[str, tuple[int, str]]:
 
 
 class WriteRecords(beam.DoFn):
-    """Rows or dead letters to files; emits the finished files and a counted with the bundle."""
+    """Rows or dead letters to files; emits the finished files and the counts with the bundle."""
 
     def __init__(
         self, folder: str, form: RowFormat | DeadLetterFormat, shard_bytes: int, progress: Optional[Progress]
@@ -291,7 +291,7 @@ class WriteRecords(beam.DoFn):
         if self.form.kind == DEAD_LETTERS and self.progress:
             try:
                 self.progress.add_dead_letter(record)
-            except RunError:  # the run is over; what was lost must be there to be looked at
+            except RunError:  # the run stops; its dead letters must still be written, to show the reasons
                 self._flush()
                 self._writer.finish()
                 raise

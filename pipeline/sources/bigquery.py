@@ -1,4 +1,4 @@
-"""BigQuery: the streams of a read session are what a table is cut into, only the needed columns are read.
+"""BigQuery: a table is split into the streams of a read session; only the needed columns are read.
 
 A session shows the table as it was when the session was made. A stream gives the same rows in the same order whenever
 it is read, for the six hours that a session lasts; the rows of two sessions are cut up differently.
@@ -72,7 +72,7 @@ class BigQuerySource(Source):
 
 
 def require_id_field(path: str, config: ReadConfig) -> None:
-    """Refuses to make ids from places: the rows of a table have none that last.
+    """Checks that there is an id field: rows of a table have no lasting positions to make ids from.
 
     Raises:
       ConfigError: if there is no id field.
@@ -157,7 +157,7 @@ def read_stream(stream: str, path: str) -> Iterator[tuple[pa.RecordBatch, float,
       Rows, and which share of the stream was read before and after them.
 
     Raises:
-      InputError: if the service gives up.
+      InputError: if the service fails.
     """
     from google.api_core.exceptions import GoogleAPIError
 

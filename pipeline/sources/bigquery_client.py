@@ -1,6 +1,6 @@
-"""How BigQuery is reached: names of tables, clients, and an emulator in place of the service.
+"""Access to BigQuery: names of tables, clients, and an emulator in place of the service.
 
-Two variables of the environment, which every process of a run has to have, lead to an emulator:
+Two environment variables, which every process of a run must have, select an emulator:
 `BIGQUERY_EMULATOR_HOST`, a URL that Google's client knows too, and `BIGQUERY_STORAGE_EMULATOR_HOST`, host:port of the
 read API. Without them nothing here differs from Google's defaults.
 
@@ -50,14 +50,14 @@ class BigQueryName(NamedTuple):
           flag: of the command line, for the error.
 
         Raises:
-          ConfigError: if it is no such name.
+          ConfigError: if the text is not such a name.
         """
         given = f"--{flag}={text}" if flag else text
         found = _NAME.fullmatch(text.removeprefix(SCHEME))
         if not text.startswith(SCHEME) or not found:
             raise ConfigError(
-                f"{given} is no table: a name is bq://PROJECT.DATASET.TABLE of letters, digits and _, with - also in "
-                "the project and the table; write bq://my-project.my_dataset.my_table"
+                f"{given} is not a table name: it must be bq://PROJECT.DATASET.TABLE of letters, digits and _, "
+                "with - also in the project and the table; write bq://my-project.my_dataset.my_table"
             )
         return cls(*found.groups())
 
@@ -108,13 +108,13 @@ def client(project: str = "") -> Client:
 def billing_project(name: BigQueryName) -> str:
     """The project that reading a table is billed to: the environment's if it names one, else the table's own.
 
-    Anybody may read a public table, but not at the expense of its project.
+    Anybody may read a public table, but its project does not pay for that.
     """
     if os.environ.get(API_VARIABLE):
         return os.environ.get("GOOGLE_CLOUD_PROJECT") or name.project
     try:
         return client().project
-    except OSError:  # as Google's client says that there is none
+    except OSError:  # Google's client raises this if there is none
         return name.project
 
 
@@ -141,7 +141,7 @@ def _make_read_client(emulator: str) -> BigQueryReadClient:
 
 
 def use_emulator() -> None:
-    """Makes Beam's own client for BigQuery go where `BIGQUERY_EMULATOR_HOST` says; it knows no such variable."""
+    """Makes Beam's own client for BigQuery use `BIGQUERY_EMULATOR_HOST`, which it does not support by itself."""
     if host := os.environ.get(API_VARIABLE):
         from apache_beam.io.gcp.internal.clients.bigquery import BigqueryV2
 

@@ -1,4 +1,4 @@
-"""Raw streams over any Beam file system, with gzip, bzip2 and zstd undone by ourselves.
+"""Raw streams over any Beam file system, with our own decompression of gzip, bzip2 and zstd.
 
 Beam's own decompression returns the first part of a file that is cut off and reports no error; here everything that
 can be decoded is delivered first, and then the error is raised. Memory is bounded whatever the compression ratio.
@@ -18,7 +18,7 @@ from pipeline import files
 
 BUFFER_BYTES = 1 << 18
 CHUNK_BYTES = 1 << 16
-# A zstd frame can expand 3 bytes to 128 KiB and its decoder takes no output limit, so it is fed in small bites.
+# A zstd frame can expand 3 bytes to 128 KiB and its decoder takes no output limit, so it is fed in small pieces.
 ZSTD_BITE_BYTES = 1 << 10
 
 
@@ -29,11 +29,11 @@ class FileError(Exception):
 
 
 class UnreadableFile(FileError):
-    """The file system refuses: the file is gone, or may not be read."""
+    """The file system refuses access: the file is gone, or may not be read."""
 
 
 class DamagedFile(FileError):
-    """The bytes are not what the format says."""
+    """The bytes do not fit the format."""
 
 
 class TruncatedFile(FileError):
@@ -78,7 +78,7 @@ class GzipDecoder:
 
 
 class ZstdDecoder:
-    """One zstd frame; keeps what one bite of input expands to, some 32 MiB at the very most."""
+    """One zstd frame; keeps the output of one piece of input, at most some 32 MiB."""
 
     def __init__(self) -> None:
         self._frame = zstandard.ZstdDecompressor().decompressobj()
@@ -108,9 +108,9 @@ _DECODE_ERRORS = (zlib.error, zstandard.ZstdError, OSError, ValueError, EOFError
 
 
 class RawFile(io.RawIOBase):
-    """A file of any Beam file system as a raw stream; whatever goes wrong below becomes UnreadableFile."""
+    """A file of any Beam file system as a raw stream; every error of the file system becomes UnreadableFile."""
 
-    _file: Optional[BinaryIO] = None  # Python closes, at the end, what could not even be opened
+    _file: Optional[BinaryIO] = None  # Python also closes objects whose opening failed
 
     def __init__(self, path: str, start: int = 0) -> None:
         self.path = path
@@ -200,7 +200,7 @@ class DecodedFile(io.RawIOBase):
 
 
 class InputStream(io.BufferedReader):
-    """A buffered stream that knows how many stored bytes were read for it."""
+    """A buffered stream that counts the stored bytes that were read for it."""
 
     @property
     def position(self) -> int:
@@ -216,7 +216,7 @@ def open_file(path: str) -> BinaryIO:
     """
     try:
         return files.open_file(path)
-    except Exception as error:  # every file system has exceptions of its own
+    except Exception as error:  # each file system raises its own exceptions
         raise UnreadableFile(f"cannot open {path}: {error}") from error
 
 

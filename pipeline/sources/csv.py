@@ -14,7 +14,7 @@ from pipeline.sources.source import FileRange, Record, Source, describe_too_larg
 
 
 class Row(NamedTuple):
-    """One row: its cells and lines, or what is wrong with it."""
+    """One row: its cells and lines, or an error message."""
 
     cells: list[str]
     lines: list[Line]
@@ -94,7 +94,7 @@ class _TooLarge(Exception):
 
 
 class _Feed:
-    """Hands lines to the parser and remembers those of the row in progress."""
+    """Passes lines to the parser and keeps those of the current row."""
 
     def __init__(self, lines: Iterator[Line], config: ReadConfig) -> None:
         self.taken: list[Line] = []
@@ -127,5 +127,5 @@ class _Feed:
         return self._bad
 
     def return_lines(self) -> None:
-        """Puts back all lines of the row but its first."""
+        """Puts back all lines of the row except its first."""
         self._returned.extendleft(reversed(self.taken[1:]))

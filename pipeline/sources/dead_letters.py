@@ -1,4 +1,4 @@
-"""Dead letters of an earlier run, to be tried again: those that hold their document become it, the others stay dead."""
+"""Reads dead letters of an earlier run to retry them: those with their document become documents, others stay."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pipeline.records import DeadLetter, Document, Origin, pack_kept
 from pipeline.sources.jsonl import JsonlSource
 from pipeline.sources.source import FileRange, Record
 
-RETRIED_STAGES = ("preprocess", "encode")  # what fails to be read is tried again by reading it again
+RETRIED_STAGES = ("preprocess", "encode")  # documents that could not be read are retried by reading the input
 
 
 class DeadLetterSource(JsonlSource):
@@ -37,5 +37,5 @@ class DeadLetterSource(JsonlSource):
 
 
 def is_complete(values: Any) -> bool:
-    """Whether a dead letter holds all that it takes to try its document again."""
+    """Whether a dead letter holds everything that a retry needs."""
     return values.get("stage") in RETRIED_STAGES and "text" in values and values.get("id") is not None

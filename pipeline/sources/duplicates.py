@@ -1,7 +1,7 @@
-"""Duplicate ids: which documents lose because another one earlier in the input has their id.
+"""Duplicate ids: finds the documents whose id another document earlier in the input has.
 
-The texts are read twice rather than kept: a first pass looks at ids only, as 16-byte digests, and finds the losers; the
-reading pass then drops them. Locally the digests go through files, since the local engine keeps whatever crosses a
+The texts are read twice rather than kept: a first pass looks at ids only, as 16-byte digests, and finds the duplicates;
+the reading pass then drops them. Locally the digests go through files, since the local engine keeps whatever crosses a
 shuffle in memory as Python objects; on a distributed engine they go through a GroupByKey.
 """
 
@@ -27,7 +27,7 @@ from pipeline.sources.source import FileRange
 # One id: 16 bytes of digest, file index, position.
 _ENTRY = struct.Struct("<16sIQ")
 ENTRY = np.dtype([("high", "<u8"), ("low", "<u8"), ("file", "<u4"), ("position", "<u8")])
-LOSER = np.dtype([("file", "<u4"), ("position", "<u8")])
+DUPLICATE = np.dtype([("file", "<u4"), ("position", "<u8")])
 _WRITE_BYTES = 1 << 20
 _READ_BYTES = _ENTRY.size << 16
 _NEVER = 1 << 63
@@ -36,7 +36,7 @@ _NEVER = 1 << 63
 ListIds = Callable[[tuple[FileRange, ...]], Iterator[tuple[FileRange, str, int]]]
 
 
-def find_losers(blocks: Iterable[np.ndarray], n_ids: int, scratch: str | None = None) -> np.ndarray:
+def find_duplicates(blocks: Iterable[np.ndarray], n_ids: int, scratch: str | None = None) -> np.ndarray:
     """Finds all entries but the lowest (file, position) of each digest.
 
     Takes the same memory for any number of ids up to a few hundred million, 28 bytes of disk for each, and some 50
@@ -48,32 +48,32 @@ def find_losers(blocks: Iterable[np.ndarray], n_ids: int, scratch: str | None = 
       scratch: a local folder for files without names; None for the system's own.
 
     Returns:
-      `[n]` of `LOSER`, sorted by file and position.
+      `[n]` of `DUPLICATE`, sorted by file and position.
     """
     entries = Partitions(ENTRY, n_ids, scratch)
     for block in blocks:
         entries.add(block, block["high"])
-    losers = np.concatenate([_find_losers(part) for part in entries.take()])
-    return losers[np.lexsort((losers["position"], losers["file"]))]
+    duplicates = np.concatenate([_find_duplicates(part) for part in entries.take()])
+    return duplicates[np.lexsort((duplicates["position"], duplicates["file"]))]
 
 
-def _find_losers(entries: np.ndarray) -> np.ndarray:
-    """The losers among entries that fit into memory, in no order."""
+def _find_duplicates(entries: np.ndarray) -> np.ndarray:
+    """The duplicates among entries that fit into memory, in no order."""
     highs = np.sort(entries["high"])
     repeated = highs[1:][highs[1:] == highs[:-1]]
     if not len(repeated):
-        return np.empty(0, LOSER)
+        return np.empty(0, DUPLICATE)
     entries = entries[_is_in(entries["high"], repeated)]
     entries = entries[np.lexsort((entries["position"], entries["file"], entries["low"], entries["high"]))]
-    loses = np.zeros(len(entries), bool)
-    loses[1:] = (entries["high"][1:] == entries["high"][:-1]) & (entries["low"][1:] == entries["low"][:-1])
-    losers = np.empty(int(loses.sum()), LOSER)
-    losers["file"], losers["position"] = entries["file"][loses], entries["position"][loses]
-    return losers
+    is_duplicate = np.zeros(len(entries), bool)
+    is_duplicate[1:] = (entries["high"][1:] == entries["high"][:-1]) & (entries["low"][1:] == entries["low"][:-1])
+    duplicates = np.empty(int(is_duplicate.sum()), DUPLICATE)
+    duplicates["file"], duplicates["position"] = entries["file"][is_duplicate], entries["position"][is_duplicate]
+    return duplicates
 
 
-class LoserCursor:
-    """Says of ascending positions in one file whether they lose, in constant time each."""
+class DuplicateCursor:
+    """Tells for ascending positions in one file whether they are duplicates, in constant time each."""
 
     def __init__(self, positions: np.ndarray) -> None:
         self._positions = np.ascontiguousarray(positions)  # [n] ascending; a field of records is copied by every search
@@ -110,19 +110,19 @@ class ScanToFile(beam.DoFn):
 
 
 def merge_scans(_: Any, scans: Iterable[tuple[str, int]], work_dir: str) -> str:
-    """Writes the losers among the ids of all scans, files and their numbers of ids, to one file; returns its path."""
+    """Writes the duplicates among the ids of all scans, (file, number of ids), to one file; returns its path."""
     blocks = read_blocks(path for path, _ in scans)
     scratch = work_dir if is_local(work_dir) else None
-    data = find_losers(blocks, sum(n_ids for _, n_ids in scans), scratch).tobytes()
-    # Named after its content: readers cache it by path, and a replay gives the same file.
-    path = FileSystems.join(work_dir, f"losers-{hashlib.blake2b(data, digest_size=16).hexdigest()}.bin")
+    data = find_duplicates(blocks, sum(n_ids for _, n_ids in scans), scratch).tobytes()
+    # The name is a hash of the content: readers cache it by path, and a replay gives the same file.
+    path = FileSystems.join(work_dir, f"duplicates-{hashlib.blake2b(data, digest_size=16).hexdigest()}.bin")
     with create_scratch(path) as stream:
         stream.write(data)
     return path
 
 
 def scan_through_files(splits: beam.PCollection, list_ids: ListIds, work_dir: str) -> beam.pvalue.AsSingleton:
-    """The local back end: a side input with the path of the losers' file."""
+    """The local back end: a side input with the path of the duplicates' file."""
     scans = splits | "ScanIds" >> beam.ParDo(ScanToFile(list_ids, work_dir))
     merged = (
         splits.pipeline
@@ -132,20 +132,20 @@ def scan_through_files(splits: beam.PCollection, list_ids: ListIds, work_dir: st
     return beam.pvalue.AsSingleton(merged)
 
 
-def select_losers(losers: Optional[str], file_range: FileRange) -> Optional[LoserCursor]:
-    """The losers of a range, from the side input; None if nobody has looked for them."""
-    if losers is None:
+def select_duplicates(duplicates: Optional[str], file_range: FileRange) -> Optional[DuplicateCursor]:
+    """The duplicates of a range, from the side input; None if the run has no side input."""
+    if duplicates is None:
         return None
-    table = load_losers(losers)
+    table = load_duplicates(duplicates)
     low, high = np.searchsorted(table["file"], [file_range.file.index, file_range.file.index + 1])
-    return LoserCursor(table["position"][low:high])
+    return DuplicateCursor(table["position"][low:high])
 
 
 @functools.lru_cache(maxsize=1)
-def load_losers(path: str) -> np.ndarray:
-    """Reads a losers' file, once per process."""
-    blocks = list(_read_file(path, LOSER))
-    return np.concatenate(blocks) if blocks else np.empty(0, LOSER)
+def load_duplicates(path: str) -> np.ndarray:
+    """Reads a duplicates' file, once per process."""
+    blocks = list(_read_file(path, DUPLICATE))
+    return np.concatenate(blocks) if blocks else np.empty(0, DUPLICATE)
 
 
 def reject_duplicate(document: Document) -> DeadLetter:

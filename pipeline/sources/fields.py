@@ -77,15 +77,15 @@ def read_id(values: Mapping[str, Any], name: str) -> str:
 
 
 def read_text(values: Mapping[str, Any], names: Sequence[str]) -> str:
-    """The text fields that are there, joined by a blank.
+    """The text fields that are present, joined by a space.
 
     Raises:
-      BadRecord: missing_field if none is there, wrong_type or invalid_utf8 if one is no text.
+      BadRecord: missing_field if none is there, wrong_type or invalid_utf8 if one is not text.
     """
     found = [as_text(values[name], name) for name in names if values.get(name) is not None]
     if not found:
-        cure = f"; it has {', '.join(map(str, values))}" if values else ""
-        raise BadRecord("missing_field", f"the text field {' or '.join(map(repr, names))} is missing{cure[:200]}")
+        hint = f"; it has {', '.join(map(str, values))}" if values else ""
+        raise BadRecord("missing_field", f"the text field {' or '.join(map(repr, names))} is missing{hint[:200]}")
     return " ".join(found)
 
 
@@ -125,7 +125,7 @@ def as_text(value: Any, name: str, expected: str = "a string") -> str:
     """A string that can be stored as UTF-8.
 
     Raises:
-      BadRecord: wrong_type if it is no string, invalid_utf8 if it is broken bytes or holds a lone surrogate.
+      BadRecord: wrong_type if it is not a string, invalid_utf8 if it is broken bytes or holds a lone surrogate.
     """
     try:
         if isinstance(value, bytes):
@@ -203,5 +203,5 @@ _SPOKEN = {
 
 
 def _name_kind(value: Any) -> str:
-    """What a value is, without saying its content, which may be private."""
+    """The kind of a value, without its content, which may be private."""
     return _SPOKEN.get(type(value), "something else")

@@ -43,7 +43,7 @@ def parse_object(text: str) -> dict[str, Any]:
     """Parses one JSON object; NaN and infinities are let through, whole numbers beyond 4000 digits stay strings.
 
     Raises:
-      ValueError: if it is no JSON, no object, or nested too deeply to parse.
+      ValueError: if it is not JSON, not an object, or nested too deeply to parse.
     """
     try:
         try:

@@ -10,7 +10,7 @@ from pipeline.sources.source import PREVIEW_BYTES, TO_THE_END, FileRange
 
 BOM = b"\xef\xbb\xbf"
 _SKIP_BYTES = 1 << 20
-_SLACK_BYTES = len(BOM) + len(b"\r\n")  # may come on top of the largest record
+_SLACK_BYTES = len(BOM) + len(b"\r\n")  # in addition to the largest record
 
 
 class Line(NamedTuple):
@@ -43,7 +43,7 @@ def iterate_lines(stream: BinaryIO, start: int, end: Optional[int], limit: int) 
     Raises:
       TruncatedFile: if the stream ends before `end`.
     """
-    # The byte before the range tells whether a line begins at its start; if not, the line is the range's before.
+    # The byte before the range tells whether a line begins at its start; if not, the line belongs to the range before.
     offset = start - 1 + _skip_line(stream) if start else 0
     while end is None or offset < end:
         raw = stream.readline(limit + _SLACK_BYTES)

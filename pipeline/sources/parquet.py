@@ -1,4 +1,4 @@
-"""Parquet: row groups are what a file is cut into, only the needed columns are read."""
+"""Parquet: a file is split into row groups; only the needed columns are read."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class ParquetSource(Source):
     reads_compressed = False
 
     def split_file(self, file: InputFile, config: ReadConfig) -> list[FileRange]:
-        if file.size <= config.split_bytes:  # planning many small files must not open them all
+        if file.size <= config.split_bytes:  # planning does not open every one of many small files
             return [FileRange.whole(file)]
         try:
             with open_file(file.path) as stream:
@@ -57,7 +57,7 @@ def group_row_groups(file: InputFile, sizes: list[int], split_bytes: int) -> lis
 
     Args:
       file: the file.
-      sizes: bytes of each row group, in any one measure: only their shares matter.
+      sizes: bytes of each row group, in any unit: only their shares matter.
       split_bytes: wanted size of a range.
     """
     if not sizes:
@@ -76,12 +76,12 @@ def open_parquet(stream: ByteReader, file: InputFile) -> pq.ParquetFile:
     """Reads the footer.
 
     Raises:
-      DamagedFile: if it is no Parquet file.
+      DamagedFile: if it is not a Parquet file.
     """
     try:
         return pq.ParquetFile(stream, page_checksum_verification=True)
     except (pa.ArrowException, OSError) as error:
-        raise DamagedFile(f"{file.path} is no readable Parquet file: {error}") from error
+        raise DamagedFile(f"{file.path} is not a readable Parquet file: {error}") from error
 
 
 def batch_to_rows(batch: pa.RecordBatch) -> list[dict[str, Any]]:

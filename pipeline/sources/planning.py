@@ -1,7 +1,7 @@
-"""The plan of the input: which files there are, in which order, and the pieces that workers read.
+"""Plans the input: which files there are, in which order, and the pieces that workers read.
 
-All of it happens before anything is encoded, so that a typo costs seconds: a glob that matches nothing, a format that
-nobody can guess, two files whose ids would collide.
+This happens before anything is encoded, so that mistakes are found in seconds: a glob that matches nothing, an unknown
+format, two files whose ids would collide.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class InputPlan:
     Attributes:
       files: the files with content, sorted by path.
       empty_files: paths of files of size 0, which are not read.
-      splits: what one worker reads in one go: ranges that hold about `split_bytes` together, in order.
+      splits: what one worker reads at once: ranges of about `split_bytes` together, in order.
     """
 
     files: tuple[InputFile, ...]
@@ -91,7 +91,7 @@ def plan_input(config: ReadConfig) -> InputPlan:
 
 
 def plan_dead_letters(paths: Iterable[tuple[str, int]], config: ReadConfig) -> InputPlan:
-    """The plan of trying dead letters again.
+    """Plans the retry of dead letters.
 
     Args:
       paths: the dead_letters' files and their sizes.
@@ -142,7 +142,7 @@ def match_files(pattern: str) -> list[FoundFile]:
         is_glob = _fixed_part(pattern) != pattern
         if not metadata and is_glob and FileSystems.exists(pattern):  # a file whose name holds * ? or [
             metadata, is_glob = [FileSystems.get_filesystem(pattern).metadata(pattern)], False
-    except Exception as error:  # every file system has exceptions of its own
+    except Exception as error:  # each file system raises its own exceptions
         raise InputError(f"--input={given} cannot be listed: {error}") from error
     if not metadata:
         raise InputError(f"--input={given} matches no file; check the path, and quote globs in the shell")
@@ -158,7 +158,7 @@ def detect_format(path: str, input_format: str = "auto") -> tuple[str, str]:
       input_format: a key of `SOURCES`, or auto to go by the extension.
 
     Raises:
-      InputError: if the extension says nothing, or the format cannot be compressed as a whole.
+      InputError: if the extension is unknown, or files of the format cannot be compressed as a whole.
     """
     if path.startswith(SCHEME):
         return "bigquery", ""
@@ -169,7 +169,7 @@ def detect_format(path: str, input_format: str = "auto") -> tuple[str, str]:
     kind = FORMATS.get(extension, "") if input_format == "auto" else input_format
     if not kind:
         raise InputError(
-            f"{path}: the extension {extension or '(none)'} is no known format ({', '.join(FORMATS)}, also under "
+            f"{path}: the extension {extension or '(none)'} is not a known format ({', '.join(FORMATS)}, also under "
             f"{', '.join(COMPRESSIONS)}); say what it is, as in --input_format=text, or narrow --input"
         )
     if compression and not SOURCES[kind].reads_compressed:
@@ -178,7 +178,7 @@ def detect_format(path: str, input_format: str = "auto") -> tuple[str, str]:
 
 
 def check_files(files: Iterable[InputFile], config: ReadConfig) -> None:
-    """Refuses fields that a format does not have, and derived ids that would collide.
+    """Checks that the formats have the fields that are asked for, and that derived ids cannot collide.
 
     Raises:
       ConfigError: for --id_field, --pair_field or --keep_fields on text files.

@@ -1,4 +1,4 @@
-"""Reading the plan: splits -> documents, dead letters and counts."""
+"""Reads a planned input: splits -> documents, dead letters and counts."""
 
 from __future__ import annotations
 
@@ -17,26 +17,26 @@ from pipeline.errors import ConfigError
 from pipeline.records import BundleCounts, DeadLetter, Document
 from pipeline.sources import SOURCES
 from pipeline.sources.compression import FileError
-from pipeline.sources.duplicates import reject_duplicate, scan_through_files, select_losers
+from pipeline.sources.duplicates import reject_duplicate, scan_through_files, select_duplicates
 from pipeline.sources.fields import build_document
 from pipeline.sources.planning import InputPlan
 from pipeline.sources.source import FileRange, Record
 
 PROGRESS_EVERY = 256
 
-# Takes how many more documents and stored bytes were read; must be picklable.
+# Called with the numbers of documents and stored bytes that were read since the last call; picklable.
 Progress = Callable[[int, int], None]
 
 
 class Item(NamedTuple):
-    """What one record became, and how many stored bytes of its range were read with it."""
+    """The result of one record, and how many stored bytes of its range were read with it."""
 
     outcome: Union[Document, DeadLetter, None]
     n_read: int
 
 
 def read_range(file_range: FileRange, config: ReadConfig, kept_fields: Sequence[KeptField]) -> Iterator[Item]:
-    """Reads one range; a file that ends early or is damaged ends in one dead letter, not in an exception."""
+    """Reads one range; a file that ends early or is damaged gives one dead letter, not an exception."""
     file = file_range.file
     source = SOURCES[file.format]
     has_bytes = source.has_byte_positions and not file.compression
@@ -48,7 +48,7 @@ def read_range(file_range: FileRange, config: ReadConfig, kept_fields: Sequence[
             yield Item(restored or build_document(record, file, source, config, kept_fields), n_read)
             position = file_range.start + n_read if has_bytes else record.position + 1
     except FileError as error:
-        # Nothing says where the next record would have begun: it is reported right behind the last one.
+        # The start of the next record is unknown: the error is reported right after the last record.
         bad = Record(position, file_range.n_bytes, reason=error.reason, message=str(error))
         dead_letter = build_document(bad, file, source, config, kept_fields)
         assert isinstance(dead_letter, DeadLetter)
@@ -56,7 +56,7 @@ def read_range(file_range: FileRange, config: ReadConfig, kept_fields: Sequence[
 
 
 class ReadSplit(beam.DoFn):
-    """Reads one split; documents leave as they are read, and one counted at the end."""
+    """Reads one split; yields documents as they are read, and counts at the end."""
 
     def __init__(
         self, config: ReadConfig, kept_fields: Sequence[KeptField] = (), progress: Optional[Progress] = None
@@ -65,16 +65,16 @@ class ReadSplit(beam.DoFn):
         self._kept_fields = tuple(kept_fields)
         self._progress = progress
 
-    def process(self, split: tuple[FileRange, ...], losers: Any = None) -> Iterator[Any]:
+    def process(self, split: tuple[FileRange, ...], duplicates: Any = None) -> Iterator[Any]:
         counts: Counter[str] = Counter(records=0, bytes=0, documents=0, dead_letters=0, skipped_empty=0)
         reported: Counter[str] = Counter()
         seconds, since = 0.0, time.perf_counter()
-        for outcome in self._read_outcomes(split, losers, counts):
-            # Before a dead letter, too: their share is judged by how many documents were reported.
+        for outcome in self._read_outcomes(split, duplicates, counts):
+            # Also before a dead letter: the share of dead letters is computed from the reported documents.
             if isinstance(outcome, DeadLetter) or counts["documents"] - reported["documents"] >= PROGRESS_EVERY:
                 self._report(counts, reported)
             if outcome is not None:
-                seconds += time.perf_counter() - since  # whoever takes the document runs until the next line
+                seconds += time.perf_counter() - since  # the consumer of the document runs until the next line
                 yield TaggedOutput("dead_letters", outcome) if isinstance(outcome, DeadLetter) else outcome
                 since = time.perf_counter()
         self._report(counts, reported)
@@ -93,11 +93,11 @@ class ReadSplit(beam.DoFn):
                         return
 
     def _read_outcomes(
-        self, split: tuple[FileRange, ...], losers: Any, counts: Counter[str]
+        self, split: tuple[FileRange, ...], duplicates: Any, counts: Counter[str]
     ) -> Iterator[Union[Document, DeadLetter, None]]:
         n_left = self._config.limit or -1
         for file_range in split:
-            cursor = select_losers(losers, file_range)
+            cursor = select_duplicates(duplicates, file_range)
             bytes_before = counts["bytes"]
             for outcome, n_read in read_range(file_range, self._config, self._kept_fields):
                 counts["records"] += 1
@@ -136,7 +136,7 @@ class ReadDocuments(beam.PTransform):
       config: names of the fields and rules for records.
       kept_fields: from `infer_kept_fields`.
       work_dir: existing folder on any file system that all workers see, for scratch files of the search for duplicate
-        ids; needed with an id field unless `distributed`. Whoever gives it removes it after the run.
+        ids; needed with an id field unless `distributed`. The caller removes it after the run.
       distributed: whether a later step finds duplicate ids by a shuffle.
       progress: called every few hundred documents with how many more documents and stored bytes were read.
 
@@ -158,10 +158,10 @@ class ReadDocuments(beam.PTransform):
     def expand(self, begin: beam.pvalue.PBegin) -> tuple[beam.PCollection, beam.PCollection, beam.PCollection]:
         splits = begin | "Splits" >> beam.Create(self.plan.splits).with_output_types(Any)
         read = ReadSplit(self.config, self.kept_fields, self.progress)
-        losers = None
+        duplicates = None
         if self.config.id_field and not self.distributed:
-            losers = scan_through_files(splits, read.list_ids, self.work_dir)
-        typed = beam.ParDo(read, losers).with_output_types(
+            duplicates = scan_through_files(splits, read.list_ids, self.work_dir)
+        typed = beam.ParDo(read, duplicates).with_output_types(
             Document, dead_letters=DeadLetter, bundle_counts=BundleCounts
         )
         outputs = splits | "Read" >> typed.with_outputs("dead_letters", "bundle_counts", main="documents")

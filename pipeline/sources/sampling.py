@@ -1,4 +1,4 @@
-"""The first records of the input, read once before a run: what its fields hold, and about how many documents it has."""
+"""Samples the first records of the input before a run: types of its fields, and about how many documents it has."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from pipeline.sources.source import FileRange, InputFile, Record
 
 _LOGGER = logging.getLogger(__name__)
 SAMPLE_FILES = 10  # of each kind
-SAMPLE_ROWS = 200  # whose fields are looked at
+SAMPLE_ROWS = 200  # whose fields are inspected
 KEPT_CHARACTERS = 1 << 20  # of the records that are kept
 SAMPLE_RECORDS, SAMPLE_BYTES = 20_000, 4 << 20  # of each kind of file: whichever comes first, after `SAMPLE_ROWS`
 
 
 class InputSample(NamedTuple):
-    """What the first records of an input tell.
+    """What the first records of an input show.
 
     Attributes:
       rows: the fields of the first good records, of files that have fields.
@@ -47,7 +47,7 @@ def sample_input(plan: InputPlan, config: ReadConfig) -> InputSample:
     """Reads the first records of the first files of each kind.
 
     Args:
-      plan: the input; files that cannot be read are passed over, they become dead letters later.
+      plan: the input; files that cannot be read are skipped; they become dead letters later.
       config: as for reading; a limit caps the number of documents.
 
     Raises:
@@ -90,7 +90,7 @@ def _sample_files(files: Sequence[InputFile], config: ReadConfig, sample: InputS
 
 
 def read_readable(file_range: FileRange, config: ReadConfig) -> Iterator[Record]:
-    """The records of a range up to the point where it can be read no further."""
+    """The records of a range up to the first error."""
     try:
         yield from SOURCES[file_range.file.format].read_records(file_range, config)
     except FileError:
@@ -134,7 +134,7 @@ def _infer_field(name: str, values: dict[str, list[Any]]) -> str:
 
 
 def _parse_strings(row: dict[str, str]) -> dict[str, Any]:
-    """Cells of a text format as the values that their spelling suggests."""
+    """Converts cells of a text format to the values that their spelling suggests."""
     return {name: _parse_string(value) for name, value in row.items()}
 
 
@@ -148,6 +148,6 @@ def _parse_string(value: str) -> Any:
             number = parse(value)
         except ValueError:
             continue
-        # Leading zeros, plus signs and underscores are spellings of names, not of numbers: 007 is no 7.
+        # Leading zeros, plus signs and underscores are spellings of names, not of numbers: 007 is not 7.
         return number if re.fullmatch(r"-?(0|[1-9]\d*)(\.\d+)?([eE][-+]?\d+)?", value) else value
     return value

@@ -1,4 +1,4 @@
-"""What a source is: files, ranges of them, and the records that every format yields."""
+"""The interface of a source: files, ranges of them, and the records that every format yields."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ class InputFile(NamedTuple):
     Attributes:
       index: position in the plan's sorted list of files.
       path: where it is, on any Beam file system.
-      name: what derived ids begin with: the path below the fixed part of its glob.
+      name: the beginning of derived ids: the path below the fixed part of its glob.
       size: stored size in bytes, compressed if it is.
       format: a key of `SOURCES`.
       compression: a key of `compression.DECODERS`, or empty.
     """
 
-    index: int  # type: ignore[assignment]  # in place of tuple.index, which nobody calls
+    index: int  # type: ignore[assignment]  # hides tuple.index, which is not used
     path: str
     name: str
     size: int
@@ -34,7 +34,7 @@ class InputFile(NamedTuple):
 
 
 class FileRange(NamedTuple):
-    """The part of a file that is read in one go.
+    """The part of a file that is read at once.
 
     Attributes:
       file: the file.
@@ -61,8 +61,8 @@ class Record(NamedTuple):
       n_read: stored bytes of the range that were read when the record was complete.
       values: field name to value.
       reason: a key of `records.REASONS`, or empty.
-      message: what is wrong, for people.
-      text: what can be shown of a bad record.
+      message: what is wrong.
+      text: the readable part of a bad record.
     """
 
     position: int
@@ -86,7 +86,7 @@ class Source(Protocol):
         return [FileRange.whole(file)]
 
     def restore(self, record: Record) -> Union[Document, DeadLetter, None]:
-        """The document or dead letter that a record is already; None where it has to become one."""
+        """The document or dead letter that a record holds already; None for all other formats."""
         return None
 
     def read_records(self, file_range: FileRange, config: ReadConfig) -> Iterator[Record]:

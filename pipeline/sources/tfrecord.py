@@ -1,8 +1,8 @@
-"""TFRecord files of tf.Example records, the framing read by ourselves.
+"""TFRecord files of tf.Example records; the framing is read by our own code.
 
 A record is: uint64 length, masked crc32c of the length, data, masked crc32c of the data, all little-endian. A wrong
-checksum of data costs that record; a wrong checksum of a length costs the rest of the file, since nothing says where
-the next record begins.
+checksum of data costs that record; a wrong checksum of a length costs the rest of the file, since the next
+record cannot be found.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class Frame(NamedTuple):
 
 
 class BrokenFraming(FileError):
-    """A length that cannot be trusted: what comes after it is lost."""
+    """A length with a wrong checksum: the records after it cannot be found."""
 
     reason = "bad_checksum"
 
@@ -53,7 +53,7 @@ class TfrecordSource(Source):
                     message = describe_too_large(frame.size, config)
                     yield Record(number, n_read, reason="too_large", message=message)
                 elif not frame.is_intact:
-                    message = f"record {number} of {frame.size} bytes does not have its checksum"
+                    message = f"record {number} of {frame.size} bytes has a wrong checksum"
                     yield Record(number, n_read, reason="bad_checksum", message=message)
                 else:
                     try:
@@ -77,7 +77,7 @@ def iterate_frames(stream: ByteReader, limit: int) -> Iterator[Frame]:
             raise TruncatedFile("the file ends within a record's length")
         size, checksum = _HEADER.unpack(header)
         if mask_crc(google_crc32c.value(header[:8])) != checksum:
-            raise BrokenFraming("a record's length does not have its checksum; the rest of the file is lost")
+            raise BrokenFraming("a record's length has a wrong checksum; the rest of the file cannot be read")
         if size > limit:
             _skip_bytes(stream, size + _FOOTER.size)
             yield Frame(b"", size, is_too_large=True)

@@ -1,11 +1,11 @@
-"""What runs leave behind: attempts and journals.
+"""Removes what runs leave behind: attempts and journals.
 
-An attempt is abandoned when its run fails, and swept by the next run if it died. A journal stays until a run with its
-fingerprint publishes: its vectors are of no use to any other, and another run must not take them away. If none ever
-does, it is removed a month after its last segment was written.
+A run that fails removes its attempt; the attempt of a killed run is removed by the next run. A journal stays until a
+run with its fingerprint publishes, because only such a run can use its vectors. If none does, it is removed a month
+after its last segment was written.
 
-Whoever holds the table's lock may remove all attempts: no other run is alive. Where there are no locks nothing tells
-the dead from the living, and nothing is swept.
+The run that holds the table's lock may remove all attempts, because no other run is active. On file systems without
+locks, attempts of killed and of active runs cannot be distinguished, and none are removed.
 """
 
 from __future__ import annotations
@@ -37,23 +37,23 @@ _LOGGER = logging.getLogger(__name__)
 
 
 def sweep_dead_attempts(table: str) -> None:
-    """Removes what dead runs left: unfinished files, and snapshots that never went live."""
+    """Removes what killed runs left: unfinished files, and snapshots that never became live."""
     if not can_lock(table):
         return
     live = read_pointer(table)
     for name in list_folders(join(table, ATTEMPTS)):
         folder = snapshot_folder(table, name)
-        # Names sort by time: a finished snapshot of a dead run is newer than the live one if it never became that.
+        # Names sort by time: a finished snapshot of a killed run that never became live is newer than the live one.
         if name > live or not exists(join(folder, MANIFEST)):
             delete_folder(folder)
         delete_folder(attempts_folder(table, name))
 
 
 def abandon_attempt(table: str, name: str, previous: str) -> str:
-    """Removes what a failed run wrote, but for its dead letters, which may say why it failed.
+    """Removes what a failed run wrote, except its dead letters, which may show why it failed.
 
     A finished snapshot that could not become live is removed too, unless another run has published meanwhile: then it
-    is complete, and its owner may want it.
+    is complete, and the user may want it.
 
     Returns:
       The folder with the dead letters, or "".
@@ -77,12 +77,14 @@ def abandon_attempt(table: str, name: str, previous: str) -> str:
 
 @contextmanager
 def cleaning_up(work: str) -> Iterator[None]:
-    """Makes a warning of what fails: once a run has published it has succeeded, and the next one cleans up as well."""
+    """Turns errors into warnings: a run that has published has succeeded, and the next run cleans up as well."""
     try:
         yield
-    except Exception as error:  # every file system has exceptions of its own
+    except Exception as error:  # each file system raises its own exceptions
         _LOGGER.warning(
-            "the run is published; what it no longer needs in %s could not be removed: %s", work, first_line(error)
+            "the run is published, but files in %s that it no longer needs could not be removed: %s",
+            work,
+            first_line(error),
         )
 
 
@@ -96,7 +98,7 @@ def clean_up(work: str, name: str, fingerprint: str) -> None:
 
 
 def expire_journals(work: str) -> None:
-    """Removes the journals whose last segment is older than JOURNAL_DAYS, as far as the file system tells times."""
+    """Removes the journals whose last segment is older than JOURNAL_DAYS, if the file system has times."""
     for name in list_folders(journal_folder(work)):
         folder = journal_folder(work, name)
         written = last_written(folder)

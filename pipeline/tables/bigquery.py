@@ -1,7 +1,7 @@
 """A table in BigQuery: `bq://PROJECT.DATASET.TABLE`. Every run is one MERGE.
 
-New rows, and markers for ids that are gone, are loaded into a staging table; then one transaction replaces the rows of
-every id there and writes the run's manifest. The folder WORK_DIR/PROJECT.DATASET.TABLE holds the lock, the journal and
+New rows, and markers for deleted ids, are loaded into a staging table; then one transaction replaces the rows of every
+id in it and writes the run's manifest. The folder WORK_DIR/PROJECT.DATASET.TABLE holds the lock, the journal and
 dead letters.
 """
 
@@ -90,7 +90,7 @@ class BigqueryStore(DatabaseStore):
                 raise TableError(f"--output={self.shown} is a table that embeam did not make; name another one")
 
     def check_writable(self) -> None:
-        """Loading says it: a table that is made for a trial counts against the quota of the data set."""
+        """Does nothing: loading reports errors. A trial table would count against the quota of the dataset."""
 
     def read_live(self) -> Live:
         with explained(self.name):
@@ -149,7 +149,7 @@ class Changes(NamedTuple):
     Attributes:
       rows: files with new rows.
       dead_letters: files with dead letters.
-      removed: file with the ids of documents whose rows go.
+      removed: file with the ids of documents whose rows are removed.
       n_staged: rows and markers together.
       manifest: of the run.
     """
@@ -182,7 +182,7 @@ class BigqueryCommit(Committer):
         publication = self.plan.publication
         folder = attempts_folder(publication.table, publication.name)
         path = join(folder, "changes.json")
-        if not exists(path):  # else a repeated attempt at the same commit
+        if not exists(path):  # else the commit is repeated
             completion = complete_changes(self.plan, results)
             manifest, dead_letters = describe_run(completion)
             removed = list(list_removed(completion))
@@ -210,7 +210,7 @@ class BigqueryCommit(Committer):
             | "SpreadParts" >> beam.Reshuffle()
             | "ReadPart" >> beam.ParDo(ReadPart(self.plan)).with_output_types(dict[str, Any])
         )
-        # Rows and markers come from one step: the local engine would hold what crosses a Flatten in memory.
+        # Rows and markers come from one step, because the local engine holds the inputs of a Flatten in memory.
         written = rows | "LoadStaging" >> beam.io.WriteToBigQuery(
             self.staging.beam,
             schema={"fields": staging_fields(layout)},
@@ -228,13 +228,13 @@ class BigqueryCommit(Committer):
             >> beam.ParDo(
                 MergeStaging(self),
                 beam.pvalue.AsSingleton(committed),
-                beam.pvalue.AsList(written.destination_load_jobid_pairs),  # to wait for the jobs
+                beam.pvalue.AsList(written.destination_load_jobid_pairs),  # waits for the load jobs
                 beam.pvalue.AsList(written.destination_copy_jobid_pairs),
             )
         )
 
     def merge(self, path: str) -> str:
-        """Replaces the rows of all ids of the staging table, and removes what the run has left.
+        """Replaces the rows of all ids of the staging table, and removes temporary files and tables of the run.
 
         Raises:
           ValidationError: if the staging table does not hold what was loaded.
@@ -292,7 +292,7 @@ class BigqueryCommit(Committer):
         connection.create_table(bigquery.Table(runs_of(self.name).plain, schema), exists_ok=True)
         columns = database_columns(layout)
         for name in columns.keys() & there.keys():
-            if there[name] != SQL_TYPES[columns[name]]:  # the service tells types by their older names
+            if there[name] != SQL_TYPES[columns[name]]:  # the service returns the older names of types
                 check_column(self.name, name, there[name], TYPES[columns[name]])
         for name in columns.keys() - there.keys():
             connection.query(make_column_statement(self.name, name, columns[name])).result()
@@ -373,7 +373,7 @@ def find_table(connection: Client, name: BigQueryName) -> bool:
 
 
 def run_script(connection: Client, script: str) -> None:
-    """Runs statements in one session without repeating them: whether they took effect is asked afterwards."""
+    """Runs statements in one session without retries; the caller checks afterwards whether they took effect."""
     from google.api_core.exceptions import GoogleAPIError
 
     try:

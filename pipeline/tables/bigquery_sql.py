@@ -49,10 +49,10 @@ def make_column_statement(name: BigQueryName, column: str, kind: str) -> str:
 
 
 def make_merge(target: BigQueryName, staging: BigQueryName, columns: Sequence[str]) -> str:
-    """One statement that gives every id of the staging table exactly the rows it has there, and so none if it is gone.
+    """One statement after which every id of the staging table has exactly its staged rows: none if it was deleted.
 
     The source has one row more for each id, with the id in `replaced`. It alone matches what the target has of that
-    id, so that no row of the target meets two rows of the source, which BigQuery refuses. Repeated it changes nothing.
+    id, so that no row of the target matches two rows of the source, which BigQuery refuses. It is idempotent.
 
     Args:
       target: table with the columns; `id` is one of them.
@@ -74,7 +74,7 @@ WHEN NOT MATCHED BY TARGET AND S.replaced IS NULL THEN INSERT ({names}) VALUES (
 
 
 def make_script(name: BigQueryName, merge: str, manifest: Manifest, version: str) -> str:
-    """The transaction: it does nothing if the last run is another than when this one began.
+    """The transaction: it does nothing if another run has published since this one began.
 
     Args:
       name: of the table.

@@ -1,4 +1,4 @@
-"""The one step that waits for all others: what was encoded and what was known become the new state of a table."""
+"""Commit: the step that waits for all others and publishes new and reused rows as the new state of a table."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ class LocalCompletion:
 
     Attributes:
       plan: of the commit.
-      index: of known vectors.
+      index: the vector index.
       readers: how its files are read.
       fresh: files with rows that were encoded.
       shards: all files that the run has written, and those that it links.
@@ -101,7 +101,7 @@ class LocalCompletion:
 
 @dataclass(frozen=True)
 class DistributedCompletion:
-    """As `LocalCompletion`, where workers have written everything already."""
+    """As `LocalCompletion`, for a run whose workers have written all files."""
 
     plan: CommitPlan
     results: Results
@@ -129,22 +129,22 @@ Completion = LocalCompletion | DistributedCompletion
 
 
 def complete(plan: CommitPlan, results: Results, whole: bool) -> Completion:
-    """Brings a run's rows to their end, by the back end that it ran with; see `complete_local`."""
+    """Completes a run's rows, by the back end that it ran with; see `complete_local`."""
     if isinstance(plan.reuse.back_end, DistributedReuse):
         return complete_distributed(plan, results)
     return complete_local(plan, results, whole)
 
 
 def validate_snapshot(completion: Completion, failed: str, it: str) -> None:
-    """Raises if a new state must not be published, and keeps it aside.
+    """Validates a new state; keeps a rejected one in its own folder and raises.
 
     Args:
       completion: the new state.
-      failed: what the message says of it: what failed validation and "lies".
-      it: what the message tells to look into.
+      failed: the beginning of the message: what failed validation and where it "is kept".
+      it: the pronoun for it in the message.
 
     Raises:
-      ValidationError: saying why, and where it lies.
+      ValidationError: with the reason and the folder.
     """
     if completion.plan.publication.reindex.validate == "off":
         return
@@ -155,13 +155,13 @@ def validate_snapshot(completion: Completion, failed: str, it: str) -> None:
         manifest = build_manifest(publication, completion.shards, completion.counts)
         folder = reject_snapshot(publication, manifest, completion.shards)
         raise ValidationError(
-            f"{failed} in {folder}: {error}; the table is what it was; look into {it}, or "
-            "publish all the same with --validate=off"
+            f"{failed} in {folder}: {error}; the table is unchanged; inspect {it}, or "
+            f"publish {it} anyway with --validate=off"
         ) from error
 
 
 def check_deletes(counts: Mapping[str, float], max_fraction: float) -> None:
-    """Raises RunError if so many documents are gone, those that moved not counted, that the input must be wrong.
+    """Raises RunError if more documents are gone than is allowed, without renamed ones: the input may be wrong.
 
     Args:
       counts: of `decide_rows`.
@@ -238,7 +238,7 @@ def complete_local(plan: CommitPlan, results: Results, whole: bool) -> LocalComp
 
 
 def expect_documents(plan: CommitPlan, counts: dict[str, dict[str, float]], n_dead: int) -> Expected:
-    """How many documents should have rows: from what was counted on the way, not from what was written.
+    """How many documents should have rows, from the counts of the run and not from the written files.
 
     Args:
       plan: of the commit.
@@ -269,8 +269,8 @@ class Commit(beam.PTransform):
 
     Attributes:
       commit: what publishes; from a store's `committer`.
-      results: PCollections of what the run has produced, by the name of their field in `Results`.
-      lease: what is given back when all is done, where nobody may be waiting for it.
+      results: PCollections of the run's results, by the name of their field in `Results`.
+      lease: the lock to release at the end, if the launcher may be gone.
     """
 
     commit: Committer

@@ -1,7 +1,7 @@
-"""What tables in databases share: their columns, the index made from a query, and what a commit adds and removes.
+"""Common parts of tables in databases: columns, the index made from a query, and the changes of a commit.
 
-A database's table holds the live state alone. A second table, NAME_runs, holds the manifest of every run; the last one
-describes the live state.
+A table in a database holds only the live state. A second table, NAME_runs, holds the manifest of every run; the last
+one describes the live state.
 """
 
 from __future__ import annotations
@@ -67,10 +67,10 @@ def check_database_config(config: EmbedConfig) -> None:
 
 
 def check_column(table: object, name: str, there: str, wanted: str) -> None:
-    """Raises TableError if a column that is there has another type than is wanted."""
+    """Raises TableError if an existing column has another type than is needed."""
     if there != wanted:
         raise TableError(
-            f"{table} has a column {name!r} of type {there}, which is to hold {wanted}; rename the field, or give it "
+            f"{table} has a column {name!r} of type {there}, but {wanted} is needed; rename the field, or give it "
             "the column's type, as in --keep_fields=year:int"
         )
 
@@ -82,7 +82,7 @@ def check_identifier(name: str, output: str) -> str:
       ConfigError: if it cannot.
     """
     if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name):
-        raise ConfigError(f"--output={output}: {name!r} is no name of a table; use letters, digits and _")
+        raise ConfigError(f"--output={output}: {name!r} is not a table name; use letters, digits and _")
     return name
 
 
@@ -98,7 +98,7 @@ def index_columns(layout: TableLayout) -> list[str]:
 
 
 def build_indexes(rows: Iterable[dict[str, Any]], layout: TableLayout, folder: str) -> Iterator[tuple[str, Index]]:
-    """Makes the index of a table from its rows, and notes their ids for the commit.
+    """Makes the index of a table from its rows, and writes their ids to a file for the commit.
 
     Args:
       rows: mappings of `index_columns`.
@@ -121,9 +121,9 @@ def build_indexes(rows: Iterable[dict[str, Any]], layout: TableLayout, folder: s
 
 
 def list_removed(completion: LocalCompletion) -> Iterator[str]:
-    """The ids of documents whose rows go, or are replaced; each once, in any order."""
+    """Yields the ids of documents whose rows are deleted or replaced; each once, in any order."""
     rows = completion.removed_rows()
-    # Of a document's rows one is enough.
+    # One row of each document is enough, because only its id is needed.
     _, first = np.unique(completion.index.entries["id"][rows], return_index=True)
     wanted = iter(np.sort(rows[first]).tolist())
     number = next(wanted, None)
@@ -137,7 +137,7 @@ def list_removed(completion: LocalCompletion) -> Iterator[str]:
 
 
 class DatabaseStore:
-    """What every database answers alike as a `Store`: its live rows stay where they are, in no file of ours."""
+    """The common part of databases as a `Store`: live rows stay in the database, not in files."""
 
     work: str
 
@@ -159,11 +159,11 @@ class DatabaseStore:
 
 @dataclass(frozen=True)
 class DatabaseReader:
-    """Reads vectors of known rows by their content.
+    """Reads the vectors of live rows by their content hash.
 
     Attributes:
       layout: of the table.
-      folder: of the index of known vectors.
+      folder: of the vector index.
     """
 
     layout: TableLayout
@@ -180,7 +180,7 @@ class DatabaseReader:
             keys = [(whole_digest(entry["content"]).hex(), int(entry["chunk"])) for entry in entries[numbers]]
             found = {(row["content_hash"], row["chunk"]): row for row in self.fetch(sorted({key[0] for key in keys}))}
             if missing := [key for key in keys if key not in found]:
-                raise damaged("the table", f"rows of content {missing[0][0]} have vanished during the run")
+                raise damaged("the table", f"rows with the content hash {missing[0][0]} were deleted during the run")
             yield Stored(numbers, [found[key] for key in keys])
 
     def select(self, stored: Stored, positions: np.ndarray) -> StoredRows:
@@ -192,15 +192,15 @@ class DatabaseReader:
 
 
 def complete_changes(plan: CommitPlan, results: Results) -> LocalCompletion:
-    """What a run adds to a database's table, after validation.
+    """Completes and validates the changes of a run on a database.
 
     Raises:
-      RunError: if it must not be published; the new rows are kept aside if they failed validation.
+      RunError: if they must not be published; new rows that failed validation are kept in a folder.
     """
     completion = complete_local(plan, results, whole=False)
     if not plan.publication.previous:
         check_any_rows(completion.shards, completion.counts)
-    validate_snapshot(completion, "the new rows failed validation and lie", "them")
+    validate_snapshot(completion, "the new rows failed validation and are kept", "them")
     return completion
 
 
@@ -213,7 +213,7 @@ def describe_run(completion: LocalCompletion) -> tuple[Manifest, list[Shard]]:
 
 
 def keep_dead_letters(work: str, manifest: Manifest, dead_letters: Sequence[Shard]) -> None:
-    """Puts the files of a run's dead letters in place of the last run's."""
+    """Replaces the last run's dead-letter files by those of this run."""
     from apache_beam.io.filesystems import FileSystems
 
     folder = join(work, DEAD_LETTERS)

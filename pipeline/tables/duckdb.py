@@ -46,7 +46,7 @@ if TYPE_CHECKING:
     from duckdb import DuckDBPyConnection
 
 SCHEME = "duckdb://"
-INDEXES = "indexes.json"  # in the work folder: vector indexes that are dropped for the length of a commit
+INDEXES = "indexes.json"  # in the work folder: vector indexes that are dropped during a commit
 _TYPES = {
     "string": "VARCHAR",
     "int": "BIGINT",
@@ -70,7 +70,7 @@ class DuckdbStore(DatabaseStore):
 
     def check(self, config: EmbedConfig) -> None:
         check_database_config(config)
-        with connect(":memory:") as connection:  # DuckDB is there, and what the index needs
+        with connect(":memory:") as connection:  # checks that DuckDB and its index extension are installed
             if config.reindex.create_vector_index:
                 load_vss(connection)
         folder = os.path.dirname(self.path)
@@ -151,7 +151,7 @@ class DuckdbCommit(Committer):
 
         Raises:
           RunError: if there is too little to publish, or validation stops it.
-          TableError: if somebody else has changed the table, or the database cannot be written to.
+          TableError: if another run has changed the table, or the database cannot be written to.
         """
         publication, work = self.plan.publication, self.plan.publication.table
         completion = complete_changes(self.plan, results)
@@ -209,9 +209,9 @@ class DuckdbCommit(Committer):
         )
 
     def _drop_indexes(self, connection: DuckDBPyConnection, work: str) -> dict[str, str]:
-        """Drops vector indexes, whose persistence survives no crash; returns their names and metrics.
+        """Drops vector indexes, because they may be corrupt after a crash; returns their names and metrics.
 
-        They are noted in a file first, so that the next run builds them again if this one dies.
+        They are written to a file first, so that the next run builds them again if this one is killed.
         """
         noted = join(work, INDEXES)
         indexes: dict[str, str] = {}
@@ -236,7 +236,7 @@ def connect(path: str, read_only: bool = False) -> Iterator[DuckDBPyConnection]:
 
     Raises:
       ConfigError: if DuckDB is not installed.
-      TableError: if the file is no database, is in use by another process, or a statement fails.
+      TableError: if the file is not a database, is in use by another process, or a statement fails.
     """
     try:
         import duckdb
@@ -258,7 +258,7 @@ def quote(name: str) -> str:
 
 
 def count_rows(connection: DuckDBPyConnection, query: str, *parameters: str) -> int:
-    """The one number that a query gives."""
+    """The single number that a query returns."""
     ((n,),) = connection.execute(query, parameters).fetchall()
     return int(n)
 
@@ -279,12 +279,12 @@ def read_last_run(connection: DuckDBPyConnection, table: str) -> Live:
 
 
 def add_columns(connection: DuckDBPyConnection, table: str, columns: dict[str, str], own: set[str]) -> None:
-    """Gives a table the columns that it lacks, and leaves all others, the user's among them.
+    """Adds missing columns to a table, and leaves all other columns, including the user's.
 
     Args:
       connection: to the database, in a transaction.
       table: the table's name.
-      columns: those that are wanted, by name, with their types.
+      columns: the needed columns, by name, with their types.
       own: those that the last run has written, whose types may change: values that do not fit become NULL.
 
     Raises:
@@ -328,7 +328,7 @@ def load_vss(connection: DuckDBPyConnection) -> None:
         try:
             connection.execute("LOAD vss")
         except duckdb.Error:
-            from duckdb_extensions import import_extension  # a package that carries it
+            from duckdb_extensions import import_extension  # a package with the extension
 
             import_extension("vss")
             connection.execute("LOAD vss")

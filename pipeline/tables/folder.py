@@ -1,4 +1,4 @@
-"""A table in a folder of snapshots, on any file system of Beam, as a run uses it."""
+"""A table in a folder of snapshots, on any file system of Beam, for runs."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ from pipeline.tables.publish import build_manifest, check_folder, check_writable
 from pipeline.tables.retention import expire_snapshots
 from pipeline.tables.store import CommitPlan, Committer, Results
 
-# In the attempt's folder: the files of the new snapshot, so that a repeated commit takes the same.
+# In the attempt's folder: the list of the new snapshot's files, so that a repeated commit uses the same.
 AGREED = "commit.json"
 _LOGGER = logging.getLogger(__name__)
 
 
 class FolderStore(FolderTable):
-    """A folder of snapshots, with what a run does in it."""
+    """A folder of snapshots, for runs."""
 
     def check(self, config: EmbedConfig) -> None:
         check_folder(self.work)
@@ -45,7 +45,7 @@ class FolderStore(FolderTable):
             for part in (file, index_file):
                 path = join(root, part.name)
                 if there.get(part.name) != part.n_bytes or (by_checksum and not has_checksum(path, part.sha256)):
-                    _LOGGER.warning("%s is damaged; its rows are made anew", path)
+                    _LOGGER.warning("%s is damaged; its rows are made again", path)
                     damaged.add(join(root, file.name))
         return damaged
 
@@ -58,7 +58,7 @@ class FolderStore(FolderTable):
             index_path = join(root, index_file.name)
             try:
                 index = read_index(index_path)
-            except Exception as error:  # every file system has exceptions of its own
+            except Exception as error:  # each file system raises its own exceptions
                 raise damaged(index_path, str(error)) from error
             if len(index.entries) != file.rows:
                 raise damaged(index_path, f"it has {len(index.entries)} entries instead of {file.rows}")
@@ -92,10 +92,10 @@ class FolderStore(FolderTable):
 
 
 def has_checksum(path: str, sha256: str) -> bool:
-    """Whether a file can be read and is what it was."""
+    """Whether a file can be read and has the size or checksum in the manifest."""
     try:
         return read_checksum(path)[0] == sha256
-    except Exception:  # every file system has exceptions of its own
+    except Exception:  # each file system raises its own exceptions
         return False
 
 
@@ -114,7 +114,7 @@ class FolderCommit(Committer):
         """
         plan = self.plan.publication
         folder = snapshot_folder(plan.table, plan.name)
-        if not exists(join(folder, MANIFEST)):  # else a repeated attempt at the same commit
+        if not exists(join(folder, MANIFEST)):  # else the commit is repeated
             shards, counts = self._agree(results)
             manifest = build_manifest(plan, shards, counts)
             with PUBLISHING:
@@ -136,6 +136,6 @@ class FolderCommit(Committer):
         completion = complete(self.plan, results, whole=True)
         shards, counts = completion.shards, completion.counts
         check_any_rows(shards, counts)
-        validate_snapshot(completion, "the new snapshot failed validation and lies", "it")
+        validate_snapshot(completion, "the new snapshot failed validation and is kept", "it")
         create_file(path, json.dumps({"shards": shards, "counts": counts}).encode())
         return shards, counts

@@ -1,4 +1,4 @@
-"""A table in a folder of snapshots as its readers see it, without what only a run needs."""
+"""A table in a folder of snapshots, for readers, without the imports that only a run needs."""
 
 from __future__ import annotations
 

@@ -1,10 +1,10 @@
-"""A table belongs to one run at a time: two would encode the same documents, and one of them for nothing.
+"""The lock of a table: one run at a time, because two runs would encode the same documents and one result is lost.
 
-TABLE/lock holds who has it, as JSON. On a local disk the kernel keeps the lock, and frees it with the process however
-that ends. On gs:// the object is the lock: its owner renews it every few seconds, and one that was not renewed for
-longer may be taken over. A job on a distributed engine may outlive the process that started it: its lock lasts longer,
-and its workers renew it too (`Lease`). Other file systems of Beam have no means to lock. What makes a table right is
-the pointer, which is compared and replaced; a lock only saves work.
+TABLE/lock names the owner, as JSON. On a local disk the kernel holds the lock and releases it when the process ends in
+any way. On gs:// the object is the lock: its owner renews it every few seconds, and an expired one may be taken. A job
+on a distributed engine may outlive the process that started it: its lock lasts longer, and its workers renew it too
+(`Lease`). Beam's other file systems have no locks. A table stays consistent because its pointer is compared and
+replaced; a lock only saves work.
 """
 
 from __future__ import annotations
@@ -29,28 +29,28 @@ from pipeline.tables.pointer import GcsObject, StoredObject, is_gcs
 LOCK = "lock"
 HEARTBEAT_SECONDS = 20.0
 EXPIRY_SECONDS = 90.0
-LEASE_SECONDS = 7200.0  # of a job: it may wait so long for workers
-_REQUEST_SECONDS = 10.0  # a heartbeat that is not answered by then is given up for the next
+LEASE_SECONDS = 7200.0  # of a job, which may wait this long for workers
+_REQUEST_SECONDS = 10.0  # a renewal that takes longer is abandoned; the next one follows
 _TRIES = 5
-_RENEWAL_SECONDS = 300.0  # a lease younger than that needs nothing
-_LOOK_SECONDS = 60.0  # between two looks of one worker: an object takes one write a second from all of them
+_RENEWAL_SECONDS = 300.0  # a lease younger than this is not renewed
+_LOOK_SECONDS = 60.0  # between two checks of one worker: an object allows one write per second from all workers
 
 _LOGGER = logging.getLogger(__name__)
 
 
 def can_lock(table: str) -> bool:
-    """Whether the table's file system has the means to lock it."""
+    """Whether the table's file system supports locks."""
     return is_local(table) or is_gcs(table)
 
 
 class TableLock:
-    """Holds a table for one run, against other processes and other runs in this one; once only.
+    """Locks a table for one run, against other processes and other runs in this process; can be used once.
 
-    On file systems that are neither local nor gs:// it holds nothing and says nothing.
+    On file systems that are neither local nor gs:// it does nothing.
 
     Args:
       table: the table's folder.
-      run: a name for the run, told to whoever is refused.
+      run: a name for the run, which the error message of other runs shows.
       heartbeat_seconds: between two renewals on gs://.
       expiry_seconds: after which a lock on gs:// that is not renewed may be taken.
     """
@@ -70,7 +70,7 @@ class TableLock:
             self._lock = _LocalLock(table, run)
 
     def acquire(self) -> None:
-        """Takes the lock at once.
+        """Takes the lock without waiting.
 
         Raises:
           TableError: if another run has it, or the folder cannot be locked.
@@ -79,11 +79,11 @@ class TableLock:
             self._lock.acquire()
 
     def release(self) -> None:
-        """Gives the lock back; from any thread, and as often as one likes."""
+        """Releases the lock; may be called from any thread and more than once."""
         if self._lock is not None:
             self._lock.release()
 
-    def hand_over(self) -> None:
+    def leave_to_job(self) -> None:
         """Leaves the lock to the run's job, whose workers renew it and whose last step releases it."""
         if isinstance(self._lock, _GcsLock):
             self._lock.leave()
@@ -99,7 +99,7 @@ class TableLock:
 
 
 class _LocalLock:
-    """The kernel's lock of a file, which stays: once removed it could be held twice, in its old and its new shape."""
+    """The kernel's lock of a file. The file is never removed: a new file of this name could be locked a second time."""
 
     def __init__(self, table: str, run: str) -> None:
         self._table = table
@@ -125,7 +125,7 @@ class _LocalLock:
             raise TableError(
                 f"--output={self._table} cannot be locked: {error}; give a folder on a file system that has locks"
             ) from error
-        with suppress(OSError):  # on a full disk it is held all the same
+        with suppress(OSError):  # on a full disk the lock is held without the owner's name
             os.ftruncate(file, 0)
             os.pwrite(file, json.dumps(_describe(self._run)).encode(), 0)
         self._file = file
@@ -136,12 +136,12 @@ class _LocalLock:
         if file is not None:
             with suppress(OSError):
                 os.ftruncate(file, 0)
-            fcntl.flock(file, fcntl.LOCK_UN)  # closing does not, while a forked child has it open too
+            fcntl.flock(file, fcntl.LOCK_UN)  # closing does not unlock while a forked child has the file open
             os.close(file)
 
 
 class _GcsLock:
-    """An object that is its owner's for as long as it is renewed, by the store's clock alone."""
+    """An object that locks the table while its owner renews it; only the store's clock counts."""
 
     def __init__(self, table: str, run: str, heartbeat_seconds: float, expiry_seconds: float) -> None:
         self._table = table
@@ -167,7 +167,7 @@ class _GcsLock:
         threading.Thread(target=self._renew, name="embeam-table-lock", daemon=True).start()
 
     def leave(self) -> int:
-        """Ends the renewals; returns the generation that the object was left with, 0 for none."""
+        """Ends the renewals; returns the object's last generation, 0 for none."""
         self._stop.set()
         with self._mutex:
             generation, self._generation = self._generation, 0
@@ -178,9 +178,9 @@ class _GcsLock:
             try:
                 if not GcsObject(self._path, _REQUEST_SECONDS, persistent=False).delete_if(generation):
                     Lease(self._table, self._run).release()  # a worker may have renewed it
-            except Exception as error:  # the work is done, whatever becomes of the lock
+            except Exception as error:  # the run has succeeded even if its lock stays
                 _LOGGER.warning(
-                    "%s could not be removed (%s); it ends by itself within %d seconds",
+                    "%s could not be removed (%s); it expires within %d seconds",
                     self._path,
                     error,
                     self._expiry_seconds,
@@ -189,7 +189,7 @@ class _GcsLock:
     def _take(self, lock: GcsObject) -> int:
         owner: dict[str, Any] = {}
         left = self._expiry_seconds
-        for _ in range(_TRIES):  # again when somebody else takes or frees it between two requests
+        for _ in range(_TRIES):  # repeated if another run takes or releases it between two requests
             generation = lock.write_if(self._text, 0, self._writer)
             if generation:
                 return generation
@@ -206,7 +206,7 @@ class _GcsLock:
                 return generation
         raise TableError(
             f"{_in_use(self._table, owner)}; wait for it, or stop it. "
-            f"If it was killed, its lock ends in {max(1, round(left))} seconds: run again then"
+            f"If it was killed, its lock expires in {max(1, round(left))} seconds: run again then"
         )
 
     def _renew(self) -> None:
@@ -219,29 +219,29 @@ class _GcsLock:
                     self._generation = lock.write_if(self._text, self._generation, self._writer)
                     if not self._generation:
                         self._generation = self._find_own(lock)
-                except Exception as error:  # the next one may come through
+                except Exception as error:  # the next renewal may succeed
                     _LOGGER.debug("%s could not be renewed: %s", self._path, error)
                     continue
                 if not self._generation:
                     return
 
     def _find_own(self, lock: GcsObject) -> int:
-        """The generation of the run's lock after a worker renewed it; 0 if it is gone or another's."""
+        """The generation of the run's lock after a worker renewed it; 0 if it is released or another run's."""
         stored = lock.read()
         if stored is None:  # the job's last step has released it
             return 0
         if _read_owner(stored.data).get("run") == self._run:
             return stored.generation
         _LOGGER.warning(
-            "another run has taken %s from this one, which was out of touch with it for too long; "
-            "only one of them can publish",
+            "another run has taken the lock of %s, because this run did not renew it in time; "
+            "only one of the two can publish",
             self._table,
         )
         return 0
 
 
 class Lease(NamedTuple):
-    """A job's hold on its table on gs://, in the hands of its workers.
+    """The lock of a job's table on gs://, which the job's workers renew.
 
     Attributes:
       table: the table's folder.
@@ -252,7 +252,7 @@ class Lease(NamedTuple):
     run: str
 
     def renew(self) -> None:
-        """Keeps the lock from ending; called as often as one likes, by as many workers as there are."""
+        """Renews the lock; all workers may call it at any time."""
         now = time.monotonic()
         if now - _looked.get(self.run, -_LOOK_SECONDS) < _LOOK_SECONDS:
             return
@@ -262,17 +262,17 @@ class Lease(NamedTuple):
             age = datetime.datetime.now(datetime.UTC) - stored.updated if stored else datetime.timedelta()
             if stored and age.total_seconds() >= _RENEWAL_SECONDS:
                 lock.write_if(stored.data.decode(), stored.generation, uuid.uuid4().hex)
-        except Exception as error:  # the next one may come through
+        except Exception as error:  # the next renewal may succeed
             _LOGGER.debug("the lock of %s could not be renewed: %s", self.table, error)
 
     def release(self) -> None:
-        """Gives the table back, if it still is the run's."""
+        """Releases the table's lock, if the run still holds it."""
         try:
             lock, stored = self._find()
             if stored:
                 lock.delete_if(stored.generation)
-        except Exception as error:  # the work is done, whatever becomes of the lock
-            _LOGGER.warning("the lock of %s could not be removed (%s); it ends by itself", self.table, error)
+        except Exception as error:  # the run has succeeded even if its lock stays
+            _LOGGER.warning("the lock of %s could not be removed (%s); it expires", self.table, error)
 
     def _find(self) -> tuple[GcsObject, Optional[StoredObject]]:
         lock = GcsObject(join(self.table, LOCK), _REQUEST_SECONDS, persistent=False)
@@ -280,7 +280,7 @@ class Lease(NamedTuple):
         return lock, stored if stored and _read_owner(stored.data).get("run") == self.run else None
 
 
-_looked: dict[str, float] = {}  # run -> when this process last looked after its lease
+_looked: dict[str, float] = {}  # run -> when this process last checked its lease
 
 
 def _describe(run: str) -> dict[str, Any]:
@@ -289,7 +289,7 @@ def _describe(run: str) -> dict[str, Any]:
 
 
 def _read_owner(data: bytes) -> dict[str, Any]:
-    """Who holds the lock; nothing if that is just being written, or by another program."""
+    """The owner of the lock; empty if it is being written, or was written by another program."""
     try:
         owner = json.loads(data)
     except ValueError:
@@ -302,5 +302,5 @@ def _in_use(table: str, owner: dict[str, Any]) -> str:
         return f"--output={table} is in use by another run"
     return (
         f"--output={table} is in use: run {owner['run']} on {owner['host']}, process {owner['pid']}, "
-        f"has it since {owner['since']}"
+        f"has held it since {owner['since']}"
     )

@@ -1,12 +1,12 @@
 """A table on disk: a folder with snapshots, the manifest of each, and the pointer to the live one.
 
 DIR/CURRENT                          name of the live snapshot; replaced atomically
-DIR/snapshots/NAME/manifest.json     written last: without it the folder is no snapshot
+DIR/snapshots/NAME/manifest.json     written last: without it the folder is not a snapshot
 DIR/snapshots/NAME/embeddings-*      the rows
-DIR/snapshots/NAME/index-*           who the rows of each file belong to, and what they were made from
+DIR/snapshots/NAME/index-*           digests of the ids and texts of each file's rows
 DIR/snapshots/NAME/dead_letters-*    what could not be embedded
 DIR/rejected/NAME/                   the last snapshot that failed validation
-DIR/attempts/NAME/                   what a running (or dead) run has written so far
+DIR/attempts/NAME/                   files of a running (or killed) run
 DIR/journal/                         vectors that are finished but not published
 DIR/lock                             held by the one run that may write
 """
@@ -30,7 +30,7 @@ MANIFEST = "manifest.json"
 SNAPSHOTS = "snapshots"
 ATTEMPTS = "attempts"
 REJECTED = "rejected"
-DATABASES = ("duckdb://", "bq://")  # schemes of tables that are no folders
+DATABASES = ("duckdb://", "bq://")  # schemes of tables that are not folders
 _SNAPSHOT_NAME = re.compile(r"[\w.-]+")
 _FIX = f"put the name of another folder of {SNAPSHOTS}/ into {POINTER}, or delete {POINTER} and run embeam embed again"
 
@@ -67,7 +67,7 @@ class Manifest:
       dead_letters: count by reason.
       previous: the snapshot that was live before, or "".
       seconds: wall-clock time of the run, from its start to its publication.
-      parity: how near the fast graph came to the published one on this machine before the run (`precision`, `max_abs`,
+      parity: how close the fast graph is to the published one on this machine before the run (`precision`, `max_abs`,
         `min_cosine` over a few rows); empty where the published graph ran.
     """
 
@@ -102,7 +102,7 @@ class Manifest:
         if values["format_version"] < FORMAT_VERSION:
             raise TableError(
                 f"its format version {values['format_version']} is older than any that this embeam reads; "
-                "make the table anew in another folder"
+                "make the table again in another folder"
             )
         if values["format_version"] > FORMAT_VERSION:
             raise TableError(
@@ -134,7 +134,7 @@ def open_table(table: str) -> tuple[Manifest, str]:
     table = os.path.expanduser(table) if "://" not in table else table
     name = read_pointer(table)
     if not name:
-        raise TableError(f"{table} is no table: it has no file {POINTER}; embeam embed --output={table} makes one")
+        raise TableError(f"{table} is not a table: it has no file {POINTER}; embeam embed --output={table} makes one")
     return read_manifest(table, name), snapshot_folder(table, name)
 
 

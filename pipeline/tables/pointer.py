@@ -1,8 +1,8 @@
-"""The one file of a table that changes: replaced only if it still is what was read, however many runs try at once.
+"""Compare-and-replace of a small file: the pointer is replaced only if it has not changed since it was read.
 
-On gs:// the store itself compares, by the object's generation; on a local disk a lock of the folder keeps others out
-between the comparison and the write. Other file systems of Beam have neither: there two runs that replace the file
-within the same moment may both believe that they did, and the last one's text stays.
+On gs:// the store compares the object's generation; on a local disk a lock of the folder protects the comparison and
+the write. Beam's other file systems have neither: there, two runs that replace the file at the same moment may both
+succeed, and the last text stays.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ def is_gcs(path: str) -> bool:
 
 
 def read_versioned(path: str) -> tuple[str, str]:
-    """Reads a small file together with a token that changes whenever its content does.
+    """Reads a small file, and a version that changes whenever its content does.
 
     Returns:
-      The text and the version; "" and "" where there is no file. What is no UTF-8 in the text becomes U+FFFD.
+      The text and the version; "" and "" where there is no file. Bytes that are not UTF-8 become U+FFFD.
     """
     if is_gcs(path):
         stored = GcsObject(path).read()
@@ -41,7 +41,7 @@ def read_versioned(path: str) -> tuple[str, str]:
 
 
 def replace_if(path: str, text: str, version: str) -> bool:
-    """Writes a small file if it still has the version that `read_versioned` told.
+    """Writes a small file if it still has the version that `read_versioned` returned.
 
     Args:
       path: of the file, in a folder that exists.
@@ -49,7 +49,7 @@ def replace_if(path: str, text: str, version: str) -> bool:
       version: the expected one; "" if there must be no file.
 
     Returns:
-      Whether it was written; False if somebody else was faster.
+      Whether it was written; False if another run has changed it.
     """
     if is_gcs(path):
         return bool(GcsObject(path).write_if(text, int(version or 0), uuid.uuid4().hex))
@@ -101,7 +101,7 @@ class StoredObject(NamedTuple):
 
 
 class GcsObject:
-    """A small object of Cloud Storage that is written and deleted under conditions, which Beam's file system has not.
+    """A small object of Cloud Storage with conditional writes and deletes, which Beam's file system lacks.
 
     Args:
       path: gs://BUCKET/NAME.
@@ -110,7 +110,7 @@ class GcsObject:
     """
 
     def __init__(self, path: str, timeout_seconds: float = _TIMEOUT_SECONDS, persistent: bool = True) -> None:
-        # Here, because `import pipeline` must do without Beam's GCP parts.
+        # Imported here, because `import pipeline` must not import Beam's GCP parts.
         from apache_beam.io.gcp import gcsio
         from google.cloud.storage.retry import DEFAULT_RETRY
 
@@ -138,8 +138,8 @@ class GcsObject:
         Args:
           text: the content.
           generation: the expected one; 0 if there must be no object.
-          writer: kept with the object. A request may be carried out and its answer lost; the client then repeats it and
-            is told that the generation is another. So what is there is told to be one's own by this.
+          writer: stored with the object. If a request succeeds and its response is lost, the client repeats it and gets
+            a conflict. The stored writer then shows that the object is its own.
 
         Returns:
           The new generation; 0 if the object's was another.
@@ -148,7 +148,7 @@ class GcsObject:
 
         blob = self._bucket.blob(self._name)
         blob.metadata = {_WRITER: writer}
-        blob.cache_control = "no-store"  # what anybody may read, the store would else serve from a cache for an hour
+        blob.cache_control = "no-store"  # else the store would serve public objects from a cache for an hour
         try:
             blob.upload_from_string(text.encode(), "text/plain", if_generation_match=generation, **self._request)
             return int(blob.generation)
@@ -174,12 +174,12 @@ class GcsObject:
         return True
 
     def read_clock(self) -> datetime.datetime:
-        """The store's own time, by an object beside this one that is made and deleted."""
+        """The store's time, from an object that is created and deleted beside this one."""
         from google.api_core.exceptions import NotFound
 
         blob = self._bucket.blob(self._name + ".clock")
         blob.upload_from_string(b"", **self._request)
         now: datetime.datetime = blob.updated
-        with suppress(NotFound):  # others ask for the time too
+        with suppress(NotFound):  # other processes do the same
             blob.delete(**self._request)
         return now

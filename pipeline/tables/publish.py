@@ -1,4 +1,4 @@
-"""The end of a run on a folder: from finished files to the live snapshot; and the checks of the output before it."""
+"""Publishes a snapshot in a folder from finished files; also checks the output before a run."""
 
 from __future__ import annotations
 
@@ -47,13 +47,13 @@ from pipeline.tables.manifest import (
 )
 from pipeline.tables.pointer import replace_if
 
-_NAMES = (SNAPSHOTS, ATTEMPTS, REJECTED, JOURNAL, LOCK, POINTER)  # all that a table's folder holds
-RESERVE_BYTES = 64 << 20  # left free on the output's disk
+_NAMES = (SNAPSHOTS, ATTEMPTS, REJECTED, JOURNAL, LOCK, POINTER)  # the names in a table's folder
+RESERVE_BYTES = 64 << 20  # to be left free on the output's disk
 
 
 @dataclass(frozen=True)
 class Publication:
-    """All that a snapshot's manifest says and that is known before the run.
+    """The contents of a snapshot's manifest that are fixed before the run.
 
     Attributes:
       table: the table's folder; for a database, the folder beside it in which its runs work.
@@ -63,7 +63,7 @@ class Publication:
       started: seconds since the epoch.
       facts: fields of the manifest that the run does not change.
       max_dead_fraction: the share of dead letters that is tolerated.
-      reindex: what becomes of the live rows, and of old snapshots.
+      reindex: what happens to live rows and old snapshots.
     """
 
     table: str
@@ -91,11 +91,11 @@ def check_folder(table: str) -> None:
     if is_local(table) and os.path.exists(table):
         if not os.path.isdir(table):
             raise TableError(f"--output={table} is a file; give a folder")
-        names = (name for name in os.listdir(table) if not name.startswith("."))  # which file managers leave behind
+        names = (name for name in os.listdir(table) if not name.startswith("."))  # files of file managers
         foreign = sorted(name for name in names if strip_partial(name) not in _NAMES)
         if foreign:
             raise TableError(
-                f"--output={table} holds {foreign[0]!r} and is no table; give an empty or new folder, or a table's"
+                f"--output={table} holds {foreign[0]!r} and is not a table; give an empty or new folder, or a table's"
             )
     if not is_local(table) and (set(table) & set("*?[") or "/" not in table.partition("://")[2].rstrip("/")):
         raise TableError(f"--output={table}: give a folder below the bucket, without any of * ? [ in its name")
@@ -141,7 +141,7 @@ def check_free_space(table: str, n_rows: int, row_bytes: int) -> None:
 
 
 def build_manifest(plan: Publication, shards: Sequence[Shard], counts: dict[str, dict[str, float]]) -> Manifest:
-    """The manifest of a snapshot made of finished files, under the names that they get."""
+    """The manifest of a snapshot of finished files, under their final names."""
     by_kind = defaultdict(list)
     for shard in sorted(shards, key=lambda shard: (shard.first, shard.path)):
         by_kind[shard.kind].append(shard)
@@ -170,7 +170,7 @@ def count_dead(counts: dict[str, dict[str, float]]) -> dict[str, int]:
 
 
 def place_files(manifest: Manifest, shards: Sequence[Shard], folder: str) -> None:
-    """Moves finished files into a snapshot's folder and links those that stay where they are. May be repeated."""
+    """Moves finished files into a snapshot's folder and links unchanged files. May be repeated."""
     make_folder(folder)
     ordered = sorted(shards, key=lambda shard: (shard.first, shard.path))
     rows = [shard for shard in ordered if shard.kind == "embeddings"]
@@ -187,10 +187,12 @@ def place_files(manifest: Manifest, shards: Sequence[Shard], folder: str) -> Non
         copy_file(source, target)
     waiting = []
     for source, target in moves:
-        if FileSystems.exists(source):  # else an interrupted attempt at the same commit has moved it
+        if FileSystems.exists(source):  # else an interrupted attempt of this commit has moved it
             waiting.append((source, target))
         elif not FileSystems.exists(target):
-            raise TableError(f"{source} has vanished; does another program clean the output? run again")
+            raise TableError(
+                f"{source} is missing; check that no other program deletes files in the output, and run again"
+            )
     if waiting:
         FileSystems.rename(*map(list, zip(*waiting, strict=True)))
     listed = {file.name for file in (*manifest.files, *manifest.index_files, *manifest.dead_letter_files)}
@@ -203,7 +205,7 @@ def place_files(manifest: Manifest, shards: Sequence[Shard], folder: str) -> Non
 
 
 def reject_snapshot(plan: Publication, manifest: Manifest, shards: Sequence[Shard]) -> str:
-    """Keeps a snapshot aside that failed validation, in place of the last one; returns its folder."""
+    """Moves a snapshot that failed validation to the folder of rejected ones, and deletes the last one there."""
     delete_folder(FileSystems.join(plan.table, REJECTED))
     folder = FileSystems.join(plan.table, REJECTED, plan.name)
     place_files(manifest, shards, folder)
@@ -219,7 +221,7 @@ def sum_counts(bundle_counts: Iterable[BundleCounts]) -> dict[str, dict[str, flo
 
 
 def make_live(plan: Publication) -> None:
-    """Points to the new snapshot, if the pointer is what the run started from. May be repeated.
+    """Points to the new snapshot, if the pointer has not changed since the run started. May be repeated.
 
     Raises:
       TableError: if another run has published meanwhile.
@@ -230,7 +232,7 @@ def make_live(plan: Publication) -> None:
     if read_pointer(plan.table) != plan.name:
         raise TableError(
             f"another run has published {read_pointer(plan.table)} in {plan.table} since this one started from "
-            f"{plan.previous or 'nothing'}; the other's table stays live and this one's lies in {SNAPSHOTS}/{plan.name}"
+            f"{plan.previous or 'nothing'}; that snapshot stays live and this run's is kept in {SNAPSHOTS}/{plan.name}"
         )
 
 

@@ -1,4 +1,4 @@
-"""Reading a table back: whole, or row by row."""
+"""Reads a table: as a whole, or row by row."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from pipeline.tables.stores import find_table
 
 
 def open_live(table: str) -> tuple[Manifest, Table]:
-    """The manifest of what readers see of a table, and where the table is kept.
+    """The manifest of a table's live state, and the table.
 
     Args:
       table: a folder, or what `--output` names a database's table by.
@@ -26,7 +26,9 @@ def open_live(table: str) -> tuple[Manifest, Table]:
     found = find_table(table)
     manifest = found.read_live().manifest
     if manifest is None:
-        raise TableError(f"{table} is no table: nothing was published there; embeam embed --output={table} makes one")
+        raise TableError(
+            f"{table} is not a table: nothing was published there; embeam embed --output={table} makes one"
+        )
     return manifest, found
 
 
@@ -38,7 +40,7 @@ def read_table(table: str) -> tuple[list[str], np.ndarray]:
 
     Returns:
       The ids, and the vectors as float32 `[rows, D]`, in no particular order. With `--on_long=chunk` an id occurs
-      once for each of its chunks. int8 and binary vectors are restored as far as they can be.
+      once for each of its chunks. int8 and binary vectors are restored approximately.
 
     Raises:
       TableError: if there is no such table, it is damaged, or its rows are token matrices (use `iter_table`).

@@ -1,4 +1,4 @@
-"""Old snapshots: how long they stay, and how one of them becomes live again."""
+"""Old snapshots: deletes expired ones, and makes one of them live again."""
 
 from __future__ import annotations
 
@@ -34,21 +34,21 @@ def expire_snapshots(table: str, keep: int, grace_seconds: float) -> list[str]:
 
     Args:
       table: the table's folder.
-      keep: how many are kept, the live one and those before it.
-      grace_seconds: how long ago the next one must have been published, for readers of the old one to be done.
+      keep: how many are kept, including the live one.
+      grace_seconds: how long ago the next one must have been published, so that readers of the old one are done.
 
     Returns:
       The names of the removed ones.
     """
     live = read_manifest(table, read_pointer(table))
-    # The one that was live until now comes first, whatever its age: after a rollback it is not the youngest.
+    # The snapshot that was live until now is kept first: after a rollback it is not the newest one.
     older = sorted((n for n in list_snapshots(table) if n != live.snapshot), reverse=True)
     older.sort(key=lambda name: name != live.previous)
     expired = []
     manifests = [read_manifest(table, name) for name in list_snapshots(table)]
     for name in older[keep - 1 :]:
         retired = max((_published_at(m) for m in manifests if m.previous == name), default=0.0)
-        # One that was rolled back from has no successor: it went when the next run after it published.
+        # A snapshot that was rolled back from has no successor: it retired when the next run published.
         retired = retired or min((_published_at(m) for m in manifests if m.snapshot > name), default=time.time())
         if time.time() - retired >= grace_seconds:
             delete_folder(snapshot_folder(table, name))
@@ -79,7 +79,7 @@ def roll_back(table: str, to: str = "") -> Manifest:
             wanted = f"no other snapshot {name}" if name else "no snapshot before the live one"
             raise TableError(f"{table} has {wanted}; there are: {others}; name one with --to=NAME")
         older = read_manifest(table, name)
-        # A run that died once it was live: the next one would take its snapshot for one that never was.
+        # If the run was killed after it published, the next run would delete its snapshot as one that was never live.
         delete_folder(attempts_folder(table, manifest.snapshot))
         if not replace_if(join(table, POINTER), name + "\n", version):
             raise TableError(f"{table} was changed at the same time; run embeam rollback again")

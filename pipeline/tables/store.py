@@ -11,7 +11,7 @@ from pipeline.records import BundleCounts, Row
 from pipeline.sinks.layout import Columns, TableLayout
 from pipeline.tables.manifest import Manifest
 
-if TYPE_CHECKING:  # what only a run needs
+if TYPE_CHECKING:  # only needed by runs
     import apache_beam as beam
 
     from pipeline.reuse.live_table import DistributedReuse
@@ -27,7 +27,7 @@ class ReusePlan:
     """What a run may reuse of the live table and the journal.
 
     Attributes:
-      back_end: where known vectors are looked up, by the kind of engine; its `policy` says which may be reused.
+      back_end: where vectors are looked up, by the kind of engine; its `policy` says which may be reused.
       reader: how the live table's vectors are read; None if there is no live table.
       live: size and checksum of the live table's files, by path; empty for databases.
     """
@@ -39,13 +39,13 @@ class ReusePlan:
 
 @dataclass(frozen=True)
 class CommitPlan:
-    """All that is resolved about the end of a run before it begins.
+    """What a commit needs and is resolved before the run.
 
     Attributes:
       publication: the new state of the table.
       reuse: what may be reused.
       form: how rows are written to files.
-      shard_bytes: size at which a new file is begun.
+      shard_bytes: size at which a new file is started.
       dead_letter_format: how dead letters are written.
     """
 
@@ -57,13 +57,13 @@ class CommitPlan:
 
 
 class Results(NamedTuple):
-    """All that a run has produced when its commit begins.
+    """The results of a run when its commit begins.
 
     Attributes:
       shards: files of rows and dead letters.
-      bundle_counts: what its stages have counted.
+      bundle_counts: the counts of its stages.
       spot_checks: rows that were encoded once more.
-      notes: paths of what the local back end has noted about documents that are not encoded.
+      notes: paths of the local back end's notes on documents that are not encoded.
       samples: rows to compare spot checks with, from the distributed back end.
     """
 
@@ -81,15 +81,15 @@ class Committer(Protocol):
         """Checks, completes and publishes what a run has produced; may be repeated.
 
         Returns:
-          The name of what was published, or whatever `finish` makes it from.
+          The name of the published state, or the input of `finish`.
 
         Raises:
           RunError: if there is too little to publish, or validation stops it.
-          TableError: if somebody else has changed the table, or it cannot be written to.
+          TableError: if another run has changed the table, or it cannot be written to.
         """
 
     def finish(self, pipeline: beam.Pipeline, committed: beam.PCollection) -> beam.PCollection:
-        """Adds the steps of a commit that has more to do than one worker can, such as loading rows.
+        """Adds the steps of a commit that need more than one worker, such as loading rows.
 
         Args:
           pipeline: of the run.
@@ -160,11 +160,11 @@ class Store(Table, Protocol):
         """
 
     def find_damaged(self, live: Manifest, by_checksum: bool) -> set[str]:
-        """Paths of the live table's files whose rows must not be taken over.
+        """Paths of damaged files of the live table, whose rows must not be reused.
 
         Args:
           live: from `read_live`.
-          by_checksum: read everything, instead of looking at sizes alone.
+          by_checksum: compare checksums, which reads all files, instead of sizes.
         """
 
     def read_indexes(self, live: Manifest, scratch: str, lost: set[str]) -> Iterator[tuple[str, Index]]:
@@ -172,8 +172,8 @@ class Store(Table, Protocol):
 
         Args:
           live: from `read_live`.
-          scratch: local folder for what the commit will need to know of these rows.
-          lost: paths of files to leave out, as if their rows had never been.
+          scratch: local folder for data about these rows that the commit needs.
+          lost: paths of files to leave out; their rows count as missing.
 
         Raises:
           TableError: if the table cannot be read.

@@ -1,4 +1,4 @@
-"""What a finished snapshot must pass before it may become the live one."""
+"""Validates a finished snapshot before it may become the live one."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ from pipeline.sinks.readers import VectorFile, VectorReader
 from pipeline.sinks.writing import Shard
 
 SAMPLED_FILES, SAMPLED_ROWS = 8, 1000
-MAX_FLAT_FRACTION = 0.01  # of rows that are zero or one number throughout
-MIN_TEXTS = 20  # that must not all have the same vector
+MAX_FLAT_FRACTION = 0.01  # of vectors with equal numbers throughout, such as zeros
+MIN_TEXTS = 20  # of this many texts, not all may have the same vector
 MIN_COSINE = 0.999
 MAX_OTHER_BITS, MAX_OTHER_SHARE = 2, 0.02  # numbers near zero may round to the other sign
 _KEY = np.dtype([("high", "<u8"), ("low", "<u8"), ("chunk", "<u4")])  # a digest of an id, and a chunk
 
 
 class Expected(NamedTuple):
-    """How many documents a snapshot should have rows of: exactly where a document is one row, else at least and most.
+    """How many documents a snapshot should have: exactly, if each has one row, else at least and at most.
 
     Attributes:
-      least: documents that were encoded, taken over or kept, less dead letters.
-      most: the same with those that have dead letters for some of their chunks.
+      least: documents that were encoded, reused or kept, without dead letters.
+      most: the same, with documents that have dead letters for some of their chunks.
     """
 
     least: int
@@ -43,7 +43,7 @@ def check_rows(
     expected: Expected,
     scratch: str | None = None,
 ) -> None:
-    """Checks that no document is missing, none surplus, and none there twice.
+    """Checks that no document is missing, surplus or duplicate.
 
     Takes the same memory for any number of rows up to a few hundred million, and 20 bytes of disk for each.
 
@@ -92,7 +92,7 @@ def check_count(n: int, expected: Expected) -> None:
 
 
 def check_vectors(files: Iterable[VectorFile], reader: VectorReader) -> None:
-    """Looks at the first rows of some files: right sizes, finite, not flat, not all the same.
+    """Checks the first rows of some files: right sizes, finite, not constant, not all the same.
 
     Raises:
       ValidationError: naming what is wrong.
@@ -133,7 +133,7 @@ def restore_row(columns: Columns, i: int, layout: TableLayout) -> np.ndarray:
 
 def compare_spot_checks(
     spot_checks: Sequence[Row],
-    known: VectorIndex,
+    index: VectorIndex,
     fresh: Sequence[tuple[VectorFile, Shard]],
     readers: dict[str, VectorReader],
     layout: TableLayout,
@@ -146,7 +146,7 @@ def compare_spot_checks(
     Raises:
       ValidationError: if one differs by more than the encoder's rounding.
     """
-    found = known.find_contents(np.array([bytes.fromhex(row.content_hash) for row in spot_checks], "S16"))
+    found = index.find_contents(np.array([bytes.fromhex(row.content_hash) for row in spot_checks], "S16"))
     by_file: dict[VectorFile, list[tuple[int, Row]]] = {}
     fresh_rows = _find_fresh([row for row, rows in zip(spot_checks, found, strict=True) if not len(rows)], fresh)
     for spot_check, rows in zip(spot_checks, found, strict=True):
@@ -157,7 +157,7 @@ def compare_spot_checks(
         )
         if place is None:  # its document became a dead letter
             continue
-        file = next(f for f in [*known.files, *(f for f, _ in fresh)] if f.first <= place < f.first + f.rows)
+        file = next(f for f in [*index.files, *(f for f, _ in fresh)] if f.first <= place < f.first + f.rows)
         by_file.setdefault(file, []).append((int(place), spot_check))
     n = 0
     for file, pairs in by_file.items():
@@ -174,7 +174,7 @@ def compare_spot_checks(
 
 
 def compare_samples(spot_checks: Sequence[Row], samples: Sequence[Row], layout: TableLayout) -> int:
-    """As `compare_spot_checks`, for rows that were taken over and are at hand."""
+    """As `compare_spot_checks`, for reused rows that are in memory."""
     again = {(row.content_hash, row.chunk): row for row in spot_checks}
     pairs = [(again[key], row) for row in samples if (key := (row.content_hash, row.chunk)) in again]
     for spot_check, row in pairs:

@@ -16,7 +16,7 @@ from pipeline.config import VectorConfig
 from pipeline.records import BundleCounts, Chunk, DeadLetter, Encoded, Encoding, Origin, Row
 from pipeline.vectors.storing import quantize_vectors, shape_vectors
 
-BATCHES_AHEAD = 2  # in the encoder, or waiting for it: batches come in bursts, as documents are tokenised many at once
+BATCHES_AHEAD = 2  # in the encoder or waiting for it: batches come in bursts, as many documents are tokenised at once
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class VectorRule:
       chunked: a document may have several rows.
       tokens: every chunk has a matrix `[n_tokens, D]`.
       counts_tokens: False for text encoders, whose rows have null token counts.
-      keep_text: rows carry their document's text.
+      keep_text: rows have their document's text.
     """
 
     vectors: VectorConfig = VectorConfig()
@@ -73,7 +73,7 @@ class ChunkAverager:
 
 
 def average_chunks(parts: list[Result]) -> Result:
-    """Averages all chunks of one document, in their order, so that sums do not depend on that of batches."""
+    """Averages all chunks of one document in their own order, so that sums do not depend on the order of batches."""
     first = parts[0][0]
     whole = first._replace(n_content=sum(chunk.n_content for chunk, _, _ in parts))
     errors = [f"chunk {chunk.number}: {error}" for chunk, _, error in parts if error]
@@ -103,7 +103,7 @@ def finish_chunks(results: list[Result], rule: VectorRule) -> Iterator[Row | Dea
             yield _reject(chunk, "not_finite", f"the vector holds {'NaN' if np.isnan(vector).any() else 'infinity'}")
     if not good:
         return
-    if rule.tokens:  # one row holds a matrix, and one scale serves all of it
+    if rule.tokens:  # a row holds a matrix with one scale
         matrices = [shape_vectors(vector, rule.vectors).reshape(1, -1) for _, vector in good]
     else:
         matrices = [shape_vectors(_stack([vector for _, vector in good]), rule.vectors)]
@@ -113,7 +113,7 @@ def finish_chunks(results: list[Result], rule: VectorRule) -> Iterator[Row | Dea
             yield _reject(chunk, "not_finite", "a number exceeds float16's 65504; use --dtype=float32 or --normalize")
             continue
         document = chunk.document
-        yield Row(  # names would cost as much again
+        yield Row(  # keyword arguments would double the cost
             document.id,
             chunk.number,
             data,
@@ -139,7 +139,7 @@ def _store_vectors(vectors: np.ndarray, dtype: str) -> Iterator[tuple[bytes, flo
 
 
 def _stack(vectors: list[np.ndarray]) -> np.ndarray:
-    """As np.stack, which looks at each one several times."""
+    """As np.stack, which is slower because it inspects each array several times."""
     return np.concatenate(vectors).reshape(len(vectors), -1)
 
 
@@ -161,7 +161,7 @@ def _reject(chunk: Chunk, reason: str, message: str) -> DeadLetter:
 
 
 class FinishVectors(beam.DoFn):
-    """Makes rows of a batch while the next ones are in the encoder."""
+    """Makes rows of a batch while the next batches are in the encoder."""
 
     def __init__(self, rule: VectorRule) -> None:
         self.rule = rule
@@ -180,7 +180,7 @@ class FinishVectors(beam.DoFn):
         for encoding in self._encodings:
             yield from end_bundle(self._finish(encoding.future.result()))
         if lost := self._averager.unfinished():
-            raise RuntimeError(f"the chunks of {lost[0].document.id!r} were torn apart between two bundles")
+            raise RuntimeError(f"the chunks of {lost[0].document.id!r} were split between two bundles")
         counted = BundleCounts.of("encode", dict(self._counts))
         yield from end_bundle([beam.pvalue.TaggedOutput("bundle_counts", counted)])
 
@@ -204,7 +204,7 @@ class FinishVectors(beam.DoFn):
                 n_rows += 1
                 yield output
         self._counts["rows"] += n_rows
-        metrics.ROWS.inc(n_rows)  # once a batch: it costs as much as a row
+        metrics.ROWS.inc(n_rows)  # once per batch, because it costs as much as a row
         for output in finish_chunks(spot_checks, self.rule):
             if isinstance(output, Row):
                 self._counts["spot_checks"] += 1

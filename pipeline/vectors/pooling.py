@@ -1,4 +1,4 @@
-"""From an encoder's outputs to vectors, inside the encoder's graph: only what is asked for is computed and copied."""
+"""From an encoder's outputs to vectors, inside its graph: only the requested output is computed and copied."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def pool_outputs(outputs: Mapping[str, Any], mask: Any, choice: VectorChoice) ->
 
 
 def pool_tokens(tokens: Any, mask: Any, pooling: str) -> Any:
-    """Pools float32 `[B, L, D]` to `[B, D]`; without a pooling, or for `tokens`, it stays what it is."""
+    """Pools float32 `[B, L, D]` to `[B, D]`; without a pooling, or for `tokens`, returns it unchanged."""
     import tensorflow as tf
 
     if pooling == "cls":

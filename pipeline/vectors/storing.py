@@ -25,7 +25,7 @@ def shape_vectors(vectors: np.ndarray, config: VectorConfig) -> np.ndarray:
       vectors: float32 `[B, D]`.
 
     Returns:
-      float32 `[B, dimensions]`. A vector of zeros stays one.
+      float32 `[B, dimensions]`. A vector of zeros stays a vector of zeros.
     """
     if config.dimensions:
         vectors = vectors[:, : config.dimensions]

@@ -92,7 +92,7 @@ def _pattern(kind: type, f: dataclasses.Field[Any]) -> str:
 
 
 def _takes(kind: type, f: dataclasses.Field[Any], value: float) -> bool:
-    """Whether the configuration itself takes the value, with all others as they are by default."""
+    """Whether the configuration accepts the value, with all other settings at their defaults."""
     try:
         kind(**{f.name: value})
     except ConfigError:

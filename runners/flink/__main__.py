@@ -26,12 +26,14 @@ from runners.services import ended_by_signals, find_free_port, run_or_serve, wor
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m runners.flink", description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--task_managers", type=int, default=2, help="how many (default: 2)")
-    parser.add_argument("--slots", type=int, default=1, help="of each TaskManager (default: 1)")
+    parser.add_argument("--task_managers", type=int, default=2, help="number of TaskManagers (default: 2)")
+    parser.add_argument("--slots", type=int, default=1, help="slots of each TaskManager (default: 1)")
     parser.add_argument("--parallelism", type=int, default=0, help="slots that a job takes (default: all)")
     parser.add_argument("--workers", type=int, default=1, help="processes that each TaskManager starts (default: 1)")
-    parser.add_argument("--worker_threads", type=int, default=0, help="of TensorFlow in each (default: every core)")
-    parser.add_argument("--restarts", type=int, default=3, help="of a job before it fails (default: 3)")
+    parser.add_argument(
+        "--worker_threads", type=int, default=0, help="TensorFlow threads in each worker (default: all cores)"
+    )
+    parser.add_argument("--restarts", type=int, default=3, help="restarts of a job before it fails (default: 3)")
     parser.add_argument("--job_server_jar", help="Beam's job server for Flink (default: the one in Beam's cache)")
     parser.add_argument("--log_dir", help="folder for the logs of all processes (default: a temporary one)")
     parser.add_argument("command", nargs=argparse.REMAINDER, help="what to run, such as: embeam embed --input=...")
@@ -49,7 +51,7 @@ def main() -> None:
 
 @contextmanager
 def serve(options: argparse.Namespace, job_server: Path) -> Iterator[list[str]]:
-    """Starts all services; on the way out, however that comes, they and their workers are killed.
+    """Starts all services; kills them and their workers when the block ends in any way.
 
     Yields:
       The flags with which a pipeline runs there.

@@ -57,7 +57,7 @@ class Cluster:
             return json.load(response)
 
     def registered(self) -> set[str]:
-        """The ids of the TaskManagers whose slots the JobManager counts on; none while it is still starting."""
+        """The ids of the TaskManagers with registered slots; none while the JobManager is starting."""
         try:
             managers = self.ask("taskmanagers")["taskmanagers"]
             return {manager["id"] for manager in managers if manager["slotsNumber"]}  # known a moment before its slots
@@ -69,7 +69,7 @@ class Cluster:
 def run_cluster(
     folder: Path, task_managers: int, slots: int, restarts: int, log_dir: Path, others: Sequence[Service] = ()
 ) -> Iterator[Cluster]:
-    """Runs a cluster, and other services beside it, for as long as the context lasts.
+    """Runs a cluster, and other services beside it, until the context ends.
 
     Args:
       folder: an empty one, for what the cluster writes.
@@ -101,7 +101,7 @@ _TASK_MANAGER = "org.apache.flink.runtime.taskexecutor.TaskManagerRunner"
 
 
 def _command(folder: Path, main: str, own: Sequence[str] = ()) -> list[str]:
-    """What Flink's start scripts, which its Python package leaves out, would run."""
+    """The commands of Flink's start scripts, which its Python package lacks."""
     opens = [f"--add-opens=java.base/java.{package}=ALL-UNNAMED" for package in _OPEN]
     system = [f"-Djava.io.tmpdir={folder}", f"-Dlog4j.configurationFile={folder / 'log4j.properties'}"]
     java = [find_java(), f"-Xmx{HEAP_MIB + 64}m", "-XX:+UseSerialGC", *opens, *system]
@@ -109,7 +109,7 @@ def _command(folder: Path, main: str, own: Sequence[str] = ()) -> list[str]:
 
 
 def write_settings(folder: Path, rest: int, slots: int, restarts: int) -> None:
-    """Writes Flink's configuration, with all that its start scripts would work out."""
+    """Writes Flink's configuration, with the values that its start scripts would compute."""
     settings = {
         "jobmanager.rpc.address": "localhost",
         "jobmanager.bind-host": "localhost",
@@ -147,7 +147,7 @@ def write_settings(folder: Path, rest: int, slots: int, restarts: int) -> None:
 
 
 def wait_for_task_managers(cluster: Cluster, log_dir: Path) -> None:
-    """Returns once the JobManager knows the slots of all.
+    """Returns once all slots are registered with the JobManager.
 
     Raises:
       RuntimeError: if one ends, or it takes too long.

@@ -1,4 +1,4 @@
-"""Where Flink, Beam's job server for it and a Java are; `make setup-flink` brings what is missing."""
+"""Finds Flink, Beam's job server for it and a Java; `make setup-flink` installs what is missing."""
 
 from __future__ import annotations
 

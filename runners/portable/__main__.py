@@ -43,7 +43,7 @@ def main() -> None:
 def serve(
     job_port: int = 0, worker_port: int = 0, log_dir: str | None = None, prism: str | None = None
 ) -> Iterator[list[str]]:
-    """Starts both services; on the way out, however that comes, they and their workers are killed.
+    """Starts both services; kills them and their workers when the block ends in any way.
 
     Yields:
       The flags with which a pipeline runs there.

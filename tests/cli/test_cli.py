@@ -85,7 +85,7 @@ def table(tmp_path_factory):
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else None,
 )
-def test_wrong_usage_is_one_line_that_names_the_cure(call, arguments, says, table):
+def test_wrong_usage_is_one_line_that_names_the_fix(call, arguments, says, table):
     arguments = [str(table) if argument == "DIR" else argument for argument in arguments]
     if arguments[0] == "embed":  # complete but for what is wrong
         arguments += [f"--encoder={ENCODER}", "--output=/dev/null/table"]
@@ -200,7 +200,7 @@ def test_a_file_of_settings_may_hold_every_flag_of_embed(call, tmp_path):
         ("summary_json = 3", "--summary_json=3 is not true or false"),
         ("log_format = 'xml'", "--log_format=xml is not one of text, json"),
         ("runner = 3", "--runner=3 is not text"),
-        ("help = true", "'help' is no setting"),
+        ("help = true", "'help' is not a setting"),
     ],
 )
 def test_what_no_verb_knows_in_a_file_of_settings_is_refused(call, tmp_path, verb, text, says):
@@ -370,7 +370,7 @@ def test_results_that_cannot_be_written_are_one_line_and_exit_1():
 def test_a_table_that_is_none_is_one_line_and_exit_1(call, tmp_path, table):
     for arguments in (["show", tmp_path], ["query", tmp_path, "text"], ["show", tmp_path / "none"]):
         code, out, err = call(*arguments)
-        assert (code, out) == (1, "") and "is no table" in assert_one_line(err)
+        assert (code, out) == (1, "") and "is not a table" in assert_one_line(err)
 
 
 def closed_pipe():

@@ -241,13 +241,13 @@ FROM = ("export-encoder", f"--from_encoder={ENCODER}", "--output=new")
         ((*NEW, "--heads=-3"), "--heads: -3 is not"),
         ((*NEW, "--hidden_size=24.0"), "--hidden_size: 24.0 is not"),
         ((*NEW, "--seed=-1"), "--seed: -1 is not a whole number from 0"),
-        ((*NEW, "--heads=5"), "--hidden_size=24 cannot be shared among --heads=5; use a multiple of 5"),
+        ((*NEW, "--heads=5"), "--hidden_size=24 is not a multiple of --heads=5; use a multiple of 5"),
         ((*NEW, "--positions=2"), "--positions=2 leaves no room"),
         ((*NEW, "--hidden_size=30000000"), "GB of memory"),
         ((*NEW, "--layers=1000000000000"), "GB of memory"),
         ((*NEW, "--vocab_file="), "needs --vocab_file too"),
-        ((*NEW, "--output="), "--output= is no local folder"),
-        ((*NEW, "--output=gs://bucket/new"), "--output=gs://bucket/new is no local folder"),
+        ((*NEW, "--output="), "--output= is not a local folder"),
+        ((*NEW, "--output=gs://bucket/new"), "--output=gs://bucket/new is not a local folder"),
         ((*NEW, "--output=half\udcff"), "is not UTF-8"),
         ((*NEW, "--output=/dev/null/new"), "--output=/dev/null/new cannot be written"),
         ((*NEW, f"--output={'x' * 300}"), "cannot be written"),
@@ -309,8 +309,8 @@ def test_encoders_whose_weights_cannot_be_taken(refused, tmp_path):
         return refused("export-encoder", f"--from_encoder={folder}", "--output=new", code=1)
 
     assert "there is no such folder" in line(tmp_path / "none")
-    assert "--from_encoder= is no SavedModel" in line("")  # an unset variable of a shell
-    assert "is no talking-heads gated-GELU BERT: " in line(PREPROCESSOR)
+    assert "--from_encoder= is not a SavedModel" in line("")  # an unset variable of a shell
+    assert "is not a talking-heads gated-GELU BERT: " in line(PREPROCESSOR)
     encoder = shutil.copytree(ENCODER, tmp_path / "encoder")
     (encoder / "saved_model.pb").write_bytes(b"damaged")
     assert "is damaged" in line(encoder)
@@ -322,7 +322,7 @@ def test_an_encoder_that_computes_something_else_is_not_written_as_ours(refused,
     with monkeypatch.context() as patched:
         patched.setattr(export, "LAYER_NORM_EPSILON", 0.1)
         export.export_encoder(weights, VOCABULARY.read_text().splitlines(), str(tmp_path / "e"))
-    assert "does not compute what its variables suggest" in refused(
+    assert "does not give the same vectors as our graph" in refused(
         "export-encoder", "--from_encoder=e", "--output=new", code=1
     )
 
@@ -334,7 +334,7 @@ def test_an_encoder_without_its_vocabulary_needs_one(given, refused, tmp_path):
     bare = saveable(__call__=called, variables=list(model.trainable_variables))
     tf.saved_model.save(bare, str(tmp_path / "bare"))
     arguments = ("export-encoder", "--from_encoder=bare", "--output=new")
-    assert "carries no vocabulary; name its file with --vocab_file" in refused(*arguments)
+    assert "has no vocabulary; name its file with --vocab_file" in refused(*arguments)
     assert_weights(given(*arguments, f"--vocab_file={VOCABULARY}"), read_weights(ENCODER))
 
 

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM: a command ends soon, says so, leaves no process, and the table is what it was."""
+"""Ctrl-C and SIGTERM: a command ends soon, says so, leaves no process, and the table is unchanged."""
 
 import glob
 import os
@@ -62,7 +62,7 @@ def test_a_signal_ends_a_run_soon_and_cleanly(corpus, table, number, flags, to_g
         os.killpg(process.pid, number) if to_group else process.send_signal(number)
         out, err = process.communicate()
         assert (process.returncode, out) == (128 + number, "")
-        assert "what it was last published as" in assert_one_line(err)
+        assert "the last published table is unchanged" in assert_one_line(err)
         while list_group(process):  # a worker that is left would stay
             time.sleep(0.05)
     finally:

@@ -102,7 +102,7 @@ class TestCache:
         assert other != folder and Path(other, "variables", "data").read_bytes() == b"1234"
         assert cache.cached_folder("model", self.make) == other
 
-    def test_the_loser_uses_the_winners_folder(self):
+    def test_the_second_process_uses_the_first_ones_folder(self):
         def make_slowly(folder):
             self.make(folder)
             winner.append(cache.cached_folder("model", self.make))
@@ -120,7 +120,7 @@ class TestCache:
             cache.cached_folder("model", fail)
         assert os.listdir(cache.cache_dir()) == []
 
-    def test_says_how_to_mend_an_unusable_place(self, tmp_path, monkeypatch):
+    def test_says_how_to_fix_an_unusable_place(self, tmp_path, monkeypatch):
         (tmp_path / "file").touch()
         monkeypatch.setenv("EMBEAM_CACHE_DIR", str(tmp_path / "file"))
         with pytest.raises(EncoderError, match="set EMBEAM_CACHE_DIR"):

@@ -225,8 +225,8 @@ def test_attention_is_rounded_where_that_is_near_enough(cosines, attention, monk
     found = dict(zip(modes, cosines, strict=True))
     monkeypatch.setattr(parity, "choose_modes", lambda precision: modes)
     monkeypatch.setattr(parity, "remembered", lambda name, *_: [0.1, found[modes["-float32-" in name]]])
-    probe = ParityCheck(ENCODER, read_architecture(Path(ENCODER)), "weights")
-    assert probe.prove("bfloat16").attention == attention
+    check = ParityCheck(ENCODER, read_architecture(Path(ENCODER)), "weights")
+    assert check.prove("bfloat16").attention == attention
 
 
 def test_lengths_from_1_to_512_and_what_stands_under_the_padding_change_nothing():
@@ -385,8 +385,8 @@ def test_a_graph_that_computes_something_else_runs_as_published_and_says_so(name
         found = describe(tmp_path / "model")
     assert (found.graph, found.architecture, found.parity) == ("published", None, None)
     assert set(found.identity) == {"files", "weights"}, "sizes do not tell what this graph computes"
-    assert "does not compute what its variables suggest (max abs" in caplog.text
-    with pytest.raises(EncoderError, match="does not compute"):
+    assert "the fast graph does not give the same vectors (max abs" in caplog.text
+    with pytest.raises(EncoderError, match="does not give the same vectors"):
         describe(tmp_path / "model", encoder_graph="fast")
 
 
@@ -445,9 +445,9 @@ def test_reduced_precision_of_the_published_graph_is_refused():
         EncoderConfig(encoder_graph="published", precision="bfloat16")
 
 
-def test_a_precision_that_spoils_the_vectors_is_refused_or_left_by_auto(monkeypatch, caplog):
+def test_a_precision_that_is_too_inaccurate_is_refused_or_not_chosen_by_auto(monkeypatch, caplog):
     monkeypatch.setattr(parity, "LOWEST_COSINE", 1.1)
-    with pytest.raises(EncoderError, match="--precision=bfloat16 would spoil this encoder's vectors"):
+    with pytest.raises(EncoderError, match="--precision=bfloat16 is too inaccurate for this encoder"):
         describe(ENCODER, precision="bfloat16")
     monkeypatch.setattr(runtime, "native_half_precision", lambda: "bfloat16")
     with caplog.at_level(logging.WARNING):
@@ -462,7 +462,7 @@ def test_a_worker_without_the_precision_that_was_planned_fails_the_run(monkeypat
         load_encoder(planned)
 
 
-def test_a_proof_is_remembered_but_not_for_other_arithmetic(own_cache, monkeypatch):
+def test_a_parity_check_is_cached_but_not_for_other_arithmetic(own_cache, monkeypatch):
     calls = []
     monkeypatch.setattr(ParityCheck, "_measure", lambda *arguments: calls.append(arguments) or [0.0, 1.0])
     for n_calls in (1, 1):
@@ -472,21 +472,21 @@ def test_a_proof_is_remembered_but_not_for_other_arithmetic(own_cache, monkeypat
 
 
 @pytest.mark.parametrize("figures", ["[0.0]", "[0.0, 1.0, 2.0]", "[0.0, null]", "true"])
-def test_a_damaged_proof_is_made_again(figures, own_cache, tmp_path):
+def test_a_damaged_parity_check_is_repeated(figures, own_cache, tmp_path):
     proven = describe(ENCODER).parity
     (path,) = (tmp_path / "cache" / "remembered").iterdir()
     path.write_text(figures)
     assert describe(ENCODER).parity == proven
 
 
-def test_a_probe_that_cannot_run_is_no_proof_and_is_not_remembered(own_cache, monkeypatch, caplog):
+def test_a_parity_check_that_cannot_run_fails_and_is_not_cached(own_cache, monkeypatch, caplog):
     def fail(*arguments: Any) -> list[float]:
         raise MemoryError("no room")
 
     monkeypatch.setattr(ParityCheck, "_measure", fail)
     with caplog.at_level(logging.WARNING):
         assert describe(ENCODER).graph == "published"
-    assert "the probe failed: no room" in caplog.text
+    assert "the parity check failed: no room" in caplog.text
     monkeypatch.setattr(ParityCheck, "_measure", lambda *arguments: [0.0, 1.0])
     assert describe(ENCODER).graph == "fast"
 

@@ -70,7 +70,7 @@ def test_a_remote_folder_is_copied_whole_and_once(attached):
     assert os.stat(folder).st_mtime_ns == made
 
 
-def test_a_remote_folder_that_changed_is_copied_anew(attached):
+def test_a_remote_folder_that_changed_is_copied_again(attached):
     before = resolve_handle("attached://models/tiny")
     (attached / "assets" / "vocab.txt").write_text("another\n")
     after = resolve_handle("attached://models/tiny")

@@ -183,7 +183,7 @@ def test_the_encoder_alone_gets_a_gpu(staged: StagedJob):
 
 def test_nothing_that_takes_long_can_be_fused_with_the_encoder(staged: StagedJob):
     fused = staged.fused_with(staged.names("Embed/Workers/"))
-    for step in ("Read/", "Preprocess/", "Recall/", "WriteRows/", "Carry/ReadCarried"):
+    for step in ("Read/", "Preprocess/", "LookUp/", "WriteRows/", "Reuse/CopyLiveRows"):
         assert staged.names(step) and not staged.names(step) & fused, step
     assert any("WriteEncodeDeadLetters" in name for name in fused)
 
@@ -194,7 +194,7 @@ def test_the_search_for_what_is_fused_finds_neighbours(staged: StagedJob):
     assert not any("RunInference" in name for name in fused)
 
 
-def test_packs_cross_to_the_encoder_and_back(staged: StagedJob):
+def test_chunk_groups_cross_to_the_encoder_and_back(staged: StagedJob):
     shuffles = staged.shuffles()
     own = {name for name in shuffles if name.startswith("Embed/")}
     assert {name.split("/")[1] for name in own} == {"ToDedicatedWorkers", "FromDedicatedWorkers"}
@@ -240,7 +240,7 @@ def test_machines_with_and_without_a_gpu_make_the_local_table_once(gcs: Gcs, sta
     assert list_generations(gcs, "staged") == before
 
 
-def test_a_reindex_takes_over_what_the_local_one_does(gcs: Gcs, local_tables):
+def test_a_reindex_reuses_what_the_local_one_does(gcs: Gcs, local_tables):
     for corpus in ("first", "second"):
         job = stage(gcs, "reindexed", corpus)
         assert run_apart(job.path, gcs.environment) == Ending()

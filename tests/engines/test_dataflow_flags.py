@@ -63,10 +63,10 @@ def test_flags_that_can_work_are_accepted(refused):
         ({"output": "table"}, "--output=table is on this machine"),
         ({"encoder": ENCODER}, f"--encoder={ENCODER} is on this machine"),
         ({"sdk_container_image": None}, "Dataflow's workers need embeam: give --sdk_container_image"),
-        ({"runner": "DataflowRuner"}, "--runner=DataflowRuner is no Beam runner"),
+        ({"runner": "DataflowRuner"}, "--runner=DataflowRuner is not a Beam runner"),
         ({"runner": "DataflowRuner"}, "did you mean DataflowRunner"),
         ({"dry_run": "true"}, "--dry_run"),
-        ({"streaming": ""}, "--streaming is for input without an end; leave it out"),
+        ({"streaming": ""}, "--streaming is for unbounded input; leave it out"),
         ({"update": ""}, "--update is for streaming jobs; leave it out"),
         ({"accelerator": "nvidia-l4", "flexrs_goal": "COST_OPTIMIZED"}, "--flexrs_goal=COST_OPTIMIZED has no GPUs"),
         (

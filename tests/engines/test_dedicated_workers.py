@@ -34,31 +34,31 @@ def make_chunks(document: Document, n: int) -> list[Chunk]:
     return [Chunk(document, "00" * 16, i, n, b"\1\0\0\0" * 4, 4, 2, 0) for i in range(n)]
 
 
-def pack_all(chunks: list[Chunk]) -> list[ElementGroup]:
-    packer = GroupElements(size_chunk, ends_document)
-    packer.start_bundle()
-    packs = [pack for chunk in chunks for pack in packer.process(chunk)]
-    return [*packs, *(windowed.value for windowed in packer.finish_bundle())]
+def group_all(chunks: list[Chunk]) -> list[ElementGroup]:
+    grouper = GroupElements(size_chunk, ends_document)
+    grouper.start_bundle()
+    groups = [group for chunk in chunks for group in grouper.process(chunk)]
+    return [*groups, *(windowed.value for windowed in grouper.finish_bundle())]
 
 
-def test_packs_are_of_a_few_hundred_and_lose_nothing():
+def test_groups_have_a_few_hundred_chunks_and_lose_nothing():
     chunks = [chunk for i in range(1300) for chunk in make_chunks(Document(f"d{i}", "text"), 1)]
-    packs = pack_all(chunks)
-    assert [len(pack) for pack in packs] == [GROUP_ELEMENTS, GROUP_ELEMENTS, 1300 - 2 * GROUP_ELEMENTS]
-    assert [chunk for pack in packs for chunk in pack] == chunks
+    groups = group_all(chunks)
+    assert [len(group) for group in groups] == [GROUP_ELEMENTS, GROUP_ELEMENTS, 1300 - 2 * GROUP_ELEMENTS]
+    assert [chunk for group in groups for chunk in group] == chunks
 
 
-def test_a_pack_ends_with_a_document():
+def test_a_group_ends_with_a_document():
     chunks = [chunk for i in range(200) for chunk in make_chunks(Document(f"d{i}", "text"), 7)]
-    packs = pack_all(chunks)
-    assert len(packs) > 2
-    assert all(pack[0].number == 0 and ends_document(pack[-1]) for pack in packs)
+    groups = group_all(chunks)
+    assert len(groups) > 2
+    assert all(group[0].number == 0 and ends_document(group[-1]) for group in groups)
 
 
-def test_large_texts_make_small_packs():
-    packs = pack_all([chunk for i in range(40) for chunk in make_chunks(Document(f"d{i}", "x" * 1_000_000), 2)])
-    assert len(packs) > 5
-    assert all(sum(len(chunk.document.text) for chunk in pack[::2]) <= GROUP_BYTES + 1_000_000 for pack in packs)
+def test_large_texts_make_small_groups():
+    groups = group_all([chunk for i in range(40) for chunk in make_chunks(Document(f"d{i}", "x" * 1_000_000), 2)])
+    assert len(groups) > 5
+    assert all(sum(len(chunk.document.text) for chunk in group[::2]) <= GROUP_BYTES + 1_000_000 for group in groups)
 
 
 def test_a_text_crosses_once_however_many_chunks_it_has():
@@ -69,10 +69,10 @@ def test_a_text_crosses_once_however_many_chunks_it_has():
     assert ElementGroupCoder().decode(many) == ElementGroup(make_chunks(Document("d", "x" * 100_000), 40))
 
 
-def test_packs_cross_a_pipeline():
-    pack = ElementGroup(make_chunks(Document("d", "text"), 3))
+def test_groups_cross_a_pipeline():
+    group = ElementGroup(make_chunks(Document("d", "text"), 3))
     with beam.Pipeline(runner="FnApiRunner") as p:
-        crossed = p | beam.Create([0]) | beam.Map(lambda _: pack).with_output_types(ElementGroup) | beam.Reshuffle()
+        crossed = p | beam.Create([0]) | beam.Map(lambda _: group).with_output_types(ElementGroup) | beam.Reshuffle()
         assert_that(
             crossed | beam.Map(lambda found: (type(found).__name__, len(found))), equal_to([("ElementGroup", 3)])
         )

@@ -58,7 +58,7 @@ def local(corpus, tmp_path_factory) -> Rows:
 
 
 def check_counts(manifest: Manifest, table: str) -> None:
-    """What was counted does not depend on the engine either, and the later of two equal ids loses everywhere."""
+    """What was counted does not depend on the engine either, and the later of two equal ids is dropped everywhere."""
     assert manifest.rows == N_TEXTS
     assert manifest.dead_letters == {"duplicate_id": 9}
     assert sum(file.rows for file in manifest.files) == N_TEXTS

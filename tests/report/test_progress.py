@@ -14,7 +14,7 @@ from pipeline.progress import Progress, read_progress
 from pipeline.records import DeadLetter, Origin
 from pipeline.report.progress_bar import ProgressReporter, format_progress, format_seconds
 
-LETTER = DeadLetter("read", "malformed_json", "no object", Origin("a.jsonl", 7, "byte"))
+DEAD_LETTER = DeadLetter("read", "malformed_json", "no object", Origin("a.jsonl", 7, "byte"))
 
 
 class Terminal(io.StringIO):
@@ -74,15 +74,15 @@ def test_too_large_a_share_of_dead_letters_stops_the_run_from_a_thousand_documen
     progress = Progress("", "stopped", 0.1)
     progress.add(documents=800)
     for _ in range(199):
-        progress.add_dead_letter(LETTER)  # 20%, but of too few to judge
+        progress.add_dead_letter(DEAD_LETTER)  # 20%, but of too few to judge
     with pytest.raises(
         RunError, match=r"200 of 1,000 documents .* --max_dead_fraction=0.1 allows \(200 malformed_json"
     ):
-        progress.add_dead_letter(LETTER)
+        progress.add_dead_letter(DEAD_LETTER)
 
 
 def test_the_message_names_the_last_dead_letter():
     progress = Progress("", "named", 0.0)
     progress.add(documents=1000)
     with pytest.raises(RunError, match=r"the last: a.jsonl byte 7: no object"):
-        progress.add_dead_letter(LETTER)
+        progress.add_dead_letter(DEAD_LETTER)

@@ -115,7 +115,7 @@ def test_a_document_is_encoded_only_if_nothing_else_gives_it_rows(documents):
 
 
 class Facts(NamedTuple):
-    """What is known of the document of some live rows."""
+    """Facts about the documents of some live rows."""
 
     n_rows: int
     unchanged: bool = False

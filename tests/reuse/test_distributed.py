@@ -1,4 +1,4 @@
-"""The back end of distributed engines: by joins, and yet the same tables as by the local index.
+"""The back end of distributed engines: by joins, with the same tables as by the local index.
 
 These runs are whole, through Beam's joins; what either back end decides is tested case by case in `test_reruns.py`.
 """
@@ -56,7 +56,7 @@ def write_corpus(folder: Path, records: list[dict[str, Any]]) -> None:
     ids=lambda settings: "-".join(map(str, settings.values())),
 )
 def test_a_history_gives_the_table_of_the_local_back_end(tmp_path, settings):
-    """With all that joins bring together: new, changed, equal, moved, deleted, dead and unreadable documents."""
+    """All kinds of documents: new, changed, equal, moved, deleted, dead and unreadable documents."""
     local_table = str(tmp_path / "local")
     later = [*second_records(), {"id": "long twin", "text": "dog " * 600, "year": 3}]
     for records in (first_records(), later):
@@ -82,7 +82,7 @@ def test_a_history_gives_the_table_of_the_local_back_end(tmp_path, settings):
 
 
 def test_a_job_that_is_started_again_finds_what_it_had_made(tmp_path, monkeypatch):
-    """As Flink starts one again from its beginning: the same graph, built before anything was encoded."""
+    """As Flink restarts a job: the same graph, built before anything was encoded."""
     write_corpus(tmp_path, first_records())
     config, options = make_config(tmp_path, **SETTINGS), PipelineOptions([])
     resolved = resolve(config)
@@ -103,7 +103,7 @@ def test_a_job_that_is_started_again_finds_what_it_had_made(tmp_path, monkeypatc
     assert manifest.counts["encode"].get("rows", 0) == 0
 
 
-def test_the_gate_compares_what_is_taken_over(tmp_path, monkeypatch):
+def test_validation_compares_what_is_reused(tmp_path, monkeypatch):
     write_corpus(tmp_path, first_records())
     run_pipeline(tmp_path, **SETTINGS)
     encode = LoadedEncoder.encode

@@ -1,4 +1,4 @@
-"""Random histories of a corpus and its table, against a model of a few lines: whatever happens, the table is right.
+"""Random histories of a corpus and its table, against a model of a few lines: the table stays consistent.
 
 Documents come, change, move, double, grow too long and go; files are cut off; the model changes; runs fail and die at
 chosen points; old snapshots come back. After every step the table holds what the rules say: with the official encoder's
@@ -38,7 +38,7 @@ from pipeline.tables.retention import roll_back
 from tests.support.histories import run_joined
 from tests.support.official import official_tokens, official_vector
 from tests.support.runs import run_pipeline, watch_encoder
-from tests.support.steps import LAYOUT, SteppedTable, draw_vector, make_document, make_letter
+from tests.support.steps import LAYOUT, SteppedTable, draw_vector, make_dead_letter, make_document
 from tests.support.tables import assert_close, read_rows
 
 FILES = ("a.jsonl", "b.jsonl", "c.jsonl.gz")
@@ -107,11 +107,11 @@ def expect(state: State | None, found: Input, model: int) -> tuple[State, int]:
     for name, doc in found.readable.items():
         if not is_too_long(doc.text, model):
             rows[name] = doc
-        elif name in old:  # an old vector is better than none
+        elif name in old:  # its old vector stays
             rows[name] = old[name]._replace(file=doc.file)
             n_stale += 1
     for name, doc in old.items():
-        if name not in found.readable and found.is_cut and doc.file == FILES[2]:  # nobody can say that it is gone
+        if name not in found.readable and found.is_cut and doc.file == FILES[2]:  # it may not be gone
             rows[name] = doc
             n_stale += 1
     return State(rows, model), n_stale
@@ -233,7 +233,7 @@ class Histories(RuleBasedStateMachine):
 
     @rule(where=st.sampled_from(CRASHES), n=st.integers(0, 3), is_hard=st.booleans())
     def crash(self, where: str, n: int, is_hard: bool) -> None:
-        """A run that fails, or one that dies: then nothing is cleaned up and the journal's last rows are lost."""
+        """A run that fails, or is killed: then nothing is cleaned up and the journal's last rows are lost."""
         found = self._look()
         expected, _ = expect(self.state, found, self.model)
         run = self.embed_and_crash(found, where, n, is_hard)
@@ -344,7 +344,7 @@ class SteppedRuns(Histories):
             for name, doc in found.readable.items()
             if doc.file == file
         ]
-        dead_letters = [make_letter(FILES[2], None, "truncated_file")] if found.is_cut else []
+        dead_letters = [make_dead_letter(FILES[2], None, "truncated_file")] if found.is_cut else []
         too_long = {text for text in TEXTS if is_too_long(text, self.model)}
         outcome = self.steps.run(documents, dead_letters, too_long, dies=self.dies, keep_snapshots=99)
         encoded = [text for text in outcome.encoded if text not in too_long]
@@ -422,7 +422,7 @@ def try_histories(machine: type[Histories], n: int, n_steps: int, is_random: boo
             derandomize=not is_random,
             suppress_health_check=list(HealthCheck),
             database=None,
-            phases=[Phase.generate],  # a failure is told as it was found: to shrink it takes hours of runs
+            phases=[Phase.generate],  # failures are not shrunk, which would take hours of runs
             report_multiple_bugs=False,
         ),
     )

@@ -1,4 +1,4 @@
-"""A text that very many documents share, and an id that very many have: no step of either back end holds them all.
+"""A text and an id that very many documents have: no step of either back end holds them all.
 
 On a distributed engine a group is an iterable that may be read again, and never is in memory as a whole. So are these.
 """

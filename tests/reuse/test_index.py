@@ -1,4 +1,4 @@
-"""What is known is found again: digests, the rows of an id or a text, and the segments of the journal."""
+"""The vector index and what it reads: digests, the rows of an id or a text, and the segments of the journal."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def test_equal_texts_are_found_however_far_apart(tmp_path, monkeypatch):
     assert again.encoded == ["text 3"] and len(again.rows) == 11
 
 
-def test_probes_become_ever_fewer():
+def test_spot_checks_become_ever_fewer():
     picker = SpotCheckPicker()
     assert [i for i in range(1, 300) if picker.picks("known")] == [1, 4, 16, 64, 256]
     assert picker.picks("encoded"), "every kind is counted by itself"
@@ -77,8 +77,8 @@ def test_a_request_is_one_line(text, pair):
 
 
 @pytest.fixture
-def known(tmp_path) -> VectorIndex:
-    """Rows of two files, segments that hold more, and a torn one."""
+def index(tmp_path) -> VectorIndex:
+    """Rows of two files, segments with more rows, and an incomplete one."""
     files = {
         "first": [make_row("a", 1), make_row("b", 2, 0, 2, "b"), make_row("b", 2, 1, 2, "b")],
         "second": [make_row("c", 1, source="b"), make_row("d", 3, 1, 3)],
@@ -99,44 +99,44 @@ def known(tmp_path) -> VectorIndex:
     return VectorIndex(str(tmp_path / "index"))
 
 
-def find(known: VectorIndex, *texts: int) -> list[list[int]]:
+def find(index: VectorIndex, *texts: int) -> list[list[int]]:
     return [
-        rows.tolist() for rows in known.find_contents(np.array([text.to_bytes(16, "big") for text in texts], "S16"))
+        rows.tolist() for rows in index.find_contents(np.array([text.to_bytes(16, "big") for text in texts], "S16"))
     ]
 
 
-def test_rows_are_found_by_id_and_by_text(known):
+def test_rows_are_found_by_id_and_by_text(index):
     ids = np.array([digest_id(name) for name in ("b", "x", "a", "d")], "S16")
-    assert [rows.tolist() for rows in known.find_ids(ids)] == [[1, 2], [], [0], [4]]
-    assert find(known, 1, 9) == [[0], []], "one row where a text has several"
-    assert find(known, 2) == [[1, 2]]
-    assert find(known, 4) == [[6]], "the journal's rows come after the table's"
-    assert find(known, 3) == [[5, 4, 7]], "chunk by chunk, wherever they lie"
-    assert find(known, 5) == [[]], "a chunk is missing"
-    assert (known.n_live, known.count_live_ids(), len(known.entries)) == (5, 4, 9)
+    assert [rows.tolist() for rows in index.find_ids(ids)] == [[1, 2], [], [0], [4]]
+    assert find(index, 1, 9) == [[0], []], "one row where a text has several"
+    assert find(index, 2) == [[1, 2]]
+    assert find(index, 4) == [[6]], "the journal's rows come after the table's"
+    assert find(index, 3) == [[5, 4, 7]], "chunk by chunk, wherever they lie"
+    assert find(index, 5) == [[]], "a chunk is missing"
+    assert (index.n_live, index.count_live_ids(), len(index.entries)) == (5, 4, 9)
 
 
-def test_the_index_says_which_file_a_row_lies_in(known):
-    assert [(file.kind, file.first, file.rows) for file in known.files] == [
+def test_the_index_says_which_file_a_row_lies_in(index):
+    assert [(file.kind, file.first, file.rows) for file in index.files] == [
         (ROWS, 0, 3),
         (ROWS, 3, 2),
         (SEGMENT, 5, 2),
         (SEGMENT, 7, 2),
     ]
-    assert [known.sources[number] for number in known.entries["source"][:5]] == ["a", "b", "b", "b", "a"]
+    assert [index.sources[number] for number in index.entries["source"][:5]] == ["a", "b", "b", "b", "a"]
 
 
 def test_vectors_of_another_fingerprint_are_found_by_id_alone(tmp_path):
     entries = index_rows([make_row("a", 1)], SourceNumbers())
     build_index(str(tmp_path), [("first", Index(entries, ["a"]))], [], False)
-    known = VectorIndex(str(tmp_path))
-    assert find(known, 1) == [[]] and len(known.find_ids(np.array([digest_id("a")], "S16"))[0]) == 1
+    index = VectorIndex(str(tmp_path))
+    assert find(index, 1) == [[]] and len(index.find_ids(np.array([digest_id("a")], "S16"))[0]) == 1
 
 
 def test_nothing_is_known_of_a_new_table(tmp_path):
     build_index(str(tmp_path), [], [], False)
-    known = VectorIndex(str(tmp_path))
-    assert find(known, 1) == [[]] and known.count_live_ids() == 0
+    index = VectorIndex(str(tmp_path))
+    assert find(index, 1) == [[]] and index.count_live_ids() == 0
 
 
 # The journal
@@ -163,7 +163,7 @@ def test_a_segment_gives_back_its_rows(tmp_path):
     assert [unpack_known(place)[1:] for _, place in list_segment(path)] == [(0, 0, 1), (1, 1, 3)]
 
 
-def test_a_segment_that_is_torn_or_damaged_is_none(tmp_path):
+def test_a_segment_that_is_incomplete_or_damaged_is_none(tmp_path):
     path = Path(write_segment(str(tmp_path), [make_row("", 1), make_row("", 2)]))
     data = path.read_bytes()
     for size in range(len(data)):

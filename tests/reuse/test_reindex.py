@@ -52,7 +52,7 @@ def embed(folder: Path, beam_flags: Sequence[str] = (), **settings: Any) -> tupl
     return read_rows(settings.get("output", str(folder / "table"))), manifest, sorted(run.texts)
 
 
-def letters_of(table: Path) -> list[tuple[str | None, str]]:
+def dead_letters_of(table: Path) -> list[tuple[str | None, str]]:
     return sorted((dead_letter["id"], dead_letter["reason"]) for dead_letter in read_dead_letters(str(table)))
 
 
@@ -176,7 +176,7 @@ def test_other_columns_and_files_are_no_new_encoding(folder):
     ids=["chunks", "average", "int8", "float16", "binary", "tokens", "int8 tokens"],
 )
 def test_every_kind_of_row_equals_a_run_from_scratch(tmp_path, settings):
-    """Copied, recalled under another id, updated and new rows in one rerun."""
+    """Copied, reused under another id, updated and new rows in one rerun."""
     records = [{**record, "year": i} for i, record in enumerate(RECORDS)]
     settings = {"keep_fields": "year", **settings}
     write_jsonl(tmp_path / "corpus.jsonl", records)
@@ -209,7 +209,7 @@ def test_pairs_and_prefixes_are_part_of_the_text(tmp_path):
 # Equal texts
 
 
-def test_equal_texts_that_cannot_be_encoded_leave_every_old_vector_and_a_letter_each(tmp_path):
+def test_equal_texts_that_cannot_be_encoded_leave_every_old_vector_and_a_dead_letter_each(tmp_path):
     """In two bundles, each of which encodes its own first one."""
     settings = {"on_long": "reject", "max_tokens": 40, "max_dead_fraction": 1.0, "split_bytes": 300}
     write_jsonl(tmp_path / "corpus.jsonl", RECORDS)
@@ -217,7 +217,7 @@ def test_equal_texts_that_cannot_be_encoded_leave_every_old_vector_and_a_letter_
     long_text = " ".join(["dog"] * 40)
     write_jsonl(tmp_path / "corpus.jsonl", change(RECORDS, n3=long_text, n4=long_text, n30=long_text, n90=long_text))
     rows, manifest, _ = embed(tmp_path, THREADS, **settings)
-    assert letters_of(tmp_path / "table") == [(str(i), "too_long") for i in (3, 30, 4, 90)]
+    assert dead_letters_of(tmp_path / "table") == [(str(i), "too_long") for i in (3, 30, 4, 90)]
     assert manifest.dead_letters == {"too_long": 4} and manifest.counts["merge"]["stale"] == 3
     assert_official(rows, RECORDS)
     for dead_letter in read_dead_letters(str(tmp_path / "table")):
@@ -273,7 +273,7 @@ def test_rows_of_a_file_that_is_cut_off_stay(tmp_path):
     rows, manifest, encoded = embed(tmp_path, **settings)
     n_read = manifest.counts["read"]["documents"] - 7
     assert 20 < n_read < 110, "the file should be cut in the middle"
-    assert letters_of(tmp_path / "table") == [(None, "truncated_file")]
+    assert dead_letters_of(tmp_path / "table") == [(None, "truncated_file")]
     assert encoded == ["changed at the begin"]
     assert (manifest.counts["merge"]["stale"], manifest.counts["merge"]["deleted"]) == (120 - n_read, 3)
     assert_official(rows, [*change(zipped, n0="changed at the begin"), *plain[3:]], max_tokens=16)
@@ -287,7 +287,7 @@ def test_rows_of_a_file_that_is_cut_off_stay(tmp_path):
 def test_a_text_with_half_of_a_surrogate_pair_is_one_dead_letter(folder):
     write_jsonl(folder / "corpus.jsonl", change(RECORDS, n3="broken \ud83d text", n50="broken \ud83d text"))
     rows, manifest, _ = embed(folder)
-    assert letters_of(folder / "table") == [("3", "invalid_utf8"), ("50", "invalid_utf8")]
+    assert dead_letters_of(folder / "table") == [("3", "invalid_utf8"), ("50", "invalid_utf8")]
     assert manifest.counts["merge"]["stale"] == 1
     assert_official(rows, RECORDS)
 
@@ -324,7 +324,7 @@ def test_rows_cannot_be_kept_beside_those_of_another_model(folder):
 )
 def test_what_differs_from_the_table_is_told(folder, settings, told):
     """Whatever it is, it is found before anything runs."""
-    with pytest.raises(TableError, match=re.escape(f"was made otherwise ({told})")):
+    with pytest.raises(TableError, match=re.escape(f"was made with other settings ({told})")):
         run_pipeline(folder, on_model_change="stop", **settings)
 
 
@@ -341,7 +341,7 @@ def test_a_run_whose_encoder_gives_other_vectors_by_now_is_stopped(folder):
 
     write_jsonl(folder / "corpus.jsonl", change(RECORDS[1:], n50="a new document"))
     with mock.patch.object(LoadedEncoder, "encode", turn):
-        with pytest.raises(ValidationError, match=r"lies in .*rejected/.*encoded again"):
+        with pytest.raises(ValidationError, match=r"is kept in .*rejected/.*encoded again"):
             run_pipeline(folder)
         assert_unchanged(folder / "table", before)
         assert run_pipeline(folder, validate="off").snapshot == open_table(str(folder / "table"))[0].snapshot

@@ -18,7 +18,7 @@ from pipeline.errors import RunError, TableError
 from pipeline.records import Document
 from pipeline.tables.manifest import open_table
 from tests.support.reruns import CASES, A, B, assert_rows, dated, documents, list_dead
-from tests.support.steps import LAYOUT, Outcome, SteppedTable, draw_vector, make_document, make_letter
+from tests.support.steps import LAYOUT, Outcome, SteppedTable, draw_vector, make_dead_letter, make_document
 from tests.support.tables import hash_folder, list_snapshots, read_dead_letters, read_rows
 
 YEAR = replace(LAYOUT, kept=(KeptField("year", "int"),))
@@ -31,7 +31,7 @@ def table(request, tmp_path) -> SteppedTable:
 
 @pytest.fixture
 def local(tmp_path) -> SteppedTable:
-    """By the local back end: what only it can, or counts."""
+    """Only on the local back end."""
     return SteppedTable(str(tmp_path / "table"))
 
 
@@ -125,7 +125,7 @@ def test_another_file_format_needs_no_encoder(table):
 @pytest.mark.parametrize("output_format", ["tfrecord", "parquet"])
 @pytest.mark.parametrize("kind", ["float16", "int8", "binary", "tokens", "int8 tokens", "chunks", "int8 chunks"])
 def test_rows_of_every_kind(table, tmp_path, kind, output_format):
-    """Copied, recalled, updated and new rows in one rerun, against a table made from scratch, bit for bit."""
+    """Copied, reused, updated and new rows in one rerun, against a table made from scratch, bit for bit."""
     dtype = kind.split()[0] if kind.split()[0] in ("float16", "int8", "binary") else "float32"
     table.layout = replace(YEAR, dtype=dtype, tokens="tokens" in kind, chunked="chunks" in kind)
     table.output_format = output_format
@@ -157,7 +157,7 @@ def test_a_text_that_shrinks_leaves_no_chunk_behind(table):
 
 
 def test_a_document_that_lacks_a_chunk_is_encoded_again(table):
-    """Its other rows are published with its dead letter; they are no reason to take it for unchanged."""
+    """Its other rows are published with its dead letter, but the document does not count as unchanged."""
     table.layout = replace(LAYOUT, chunked=True)
     long, other = "one two three four five six seven", "one two three BAD"
 
@@ -248,7 +248,7 @@ def flip(data: bytearray) -> None:
     data[len(data) // 2] ^= 1
 
 
-def test_a_damaged_file_stops_the_run_and_is_made_anew_on_demand(table):
+def test_a_damaged_file_stops_the_run_and_is_made_again_on_demand(table):
     table.shard_bytes = 1  # files of four rows
     first = table.run(documents(*"abcdefgh")).manifest
     spoil(Path(open_table(table.output)[1], first.files[1].name), flip)
@@ -262,7 +262,7 @@ def test_a_damaged_file_stops_the_run_and_is_made_anew_on_demand(table):
 
 
 @pytest.mark.parametrize("part", ["rows", "index"])
-def test_a_file_that_was_cut_short_is_made_anew_and_told(table, caplog, part):
+def test_a_file_that_was_cut_short_is_made_again_and_reported(table, caplog, part):
     table.shard_bytes = 1
     first = table.run(documents(*"abcdefgh")).manifest
     name = (first.files if part == "rows" else first.index_files)[1].name
@@ -279,9 +279,9 @@ def test_a_file_that_was_cut_short_is_made_anew_and_told(table, caplog, part):
 def test_the_index_says_where_a_document_was_last_seen(table):
     table.run(documents(*"abc"))
     table.run([*documents("a"), *documents("b", "c", file=B)])
-    outcome = table.run(documents("a"), [make_letter(B)])
+    outcome = table.run(documents("a"), [make_dead_letter(B)])
     assert outcome.count("stale", "deleted") == {"stale": 2, "deleted": 0}
-    outcome = table.run(documents("a"), [make_letter(A)])
+    outcome = table.run(documents("a"), [make_dead_letter(A)])
     assert outcome.count("stale", "deleted") == {"stale": 0, "deleted": 2}
     assert_rows(outcome.rows, documents("a"))
 
@@ -311,7 +311,7 @@ def test_no_vector_of_another_model_survives(table):
     """A document that cannot be embedded loses its old vector: a table has one model's vectors only."""
     table.run(documents(*"abc"))
     table.model = "two"
-    outcome = table.run(documents("a", "b=x"), [make_letter(A, "c", "wrong_type")], fails=["text x"])
+    outcome = table.run(documents("a", "b=x"), [make_dead_letter(A, "c", "wrong_type")], fails=["text x"])
     assert outcome.count("lost", "stale", "kept") == {"lost": 2, "stale": 0, "kept": 0}
     assert_rows(outcome.rows, documents("a"), "two")
 

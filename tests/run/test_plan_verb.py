@@ -1,4 +1,4 @@
-"""`embeam plan`: what it says is what the run that follows does, and nothing is touched."""
+"""`embeam plan`: it prints what the following run does, and changes nothing."""
 
 import dataclasses
 import json
@@ -18,8 +18,8 @@ from tests.support.processes import assert_one_line
 from tests.support.runs import embed_records, make_config
 from tests.support.tables import hash_folder
 
-RECALLED = ("documents", "new", "changed", "updated", "unchanged", "reused", "same_text")
-CARRIED = ("deleted", "stale", "kept", "lost")
+REUSED = ("documents", "new", "changed", "updated", "unchanged", "reused", "same_text")
+MERGED = ("deleted", "stale", "kept", "lost")
 
 
 def make_records(n=60, start=0):
@@ -31,13 +31,13 @@ def plan(folder, **settings):
     return make_dry_run(make_config(folder, **settings))
 
 
-def assert_came_true(dry_run, manifest):
+def assert_run_matches(dry_run, manifest):
     """Every count of a dry run against those of the run."""
     counts = manifest.counts
-    recall, carry, batch = (counts.get(stage, {}) for stage in ("reuse", "merge", "batch"))
-    assert {name: getattr(dry_run, name) for name in RECALLED} == {name: recall.get(name, 0) for name in RECALLED}
-    assert {name: getattr(dry_run, name) for name in CARRIED} == {name: carry.get(name, 0) for name in CARRIED}
-    assert dry_run.to_encode == recall.get("encoded", 0)
+    reuse, merge, batch = (counts.get(stage, {}) for stage in ("reuse", "merge", "batch"))
+    assert {name: getattr(dry_run, name) for name in REUSED} == {name: reuse.get(name, 0) for name in REUSED}
+    assert {name: getattr(dry_run, name) for name in MERGED} == {name: merge.get(name, 0) for name in MERGED}
+    assert dry_run.to_encode == reuse.get("encoded", 0)
     assert dry_run.dead_letters == {reason: n for reason, n in manifest.dead_letters.items() if n}
     assert dry_run.skipped_empty == counts["read"]["skipped_empty"]
     assert dry_run.tokens == counts["preprocess"].get("tokens", 0)
@@ -51,7 +51,7 @@ def assert_came_true(dry_run, manifest):
     assert not dry_run.is_sampled and not dry_run.stops
 
 
-def test_a_first_run_comes_true(tmp_path):
+def test_a_first_run_does_what_was_planned(tmp_path):
     records = make_records()
     records += [
         {"id": "equal", "text": records[0]["text"]},
@@ -66,7 +66,7 @@ def test_a_first_run_comes_true(tmp_path):
     _, manifest = embed_records(tmp_path, records, **settings)
     assert dry_run.same_text == 1 and dry_run.dead_letters == {"duplicate_id": 1, "missing_field": 1}
     assert dry_run.skipped_empty == 1 and dry_run.cut_tokens and dry_run.speed == "rough" and dry_run.seconds
-    assert_came_true(dry_run, manifest)
+    assert_run_matches(dry_run, manifest)
 
 
 @pytest.mark.parametrize(
@@ -82,7 +82,7 @@ def test_a_first_run_comes_true(tmp_path):
     ],
     ids=lambda settings: "-".join(map(str, settings.values())),
 )
-def test_a_later_run_comes_true(tmp_path, settings):
+def test_a_later_run_does_what_was_planned(tmp_path, settings):
     settings = settings | {"max_delete_fraction": 0.5, "max_dead_fraction": 1, "on_empty": "reject"}
     records = make_records()
     records[:6] = [record | {"text": record["text"][:6]} for record in records[:6]]  # short enough for any rule
@@ -90,7 +90,7 @@ def test_a_later_run_comes_true(tmp_path, settings):
     records[0]["text"] = "another text"
     records[1]["text"] = "another text"  # encoded once
     records[2]["year"] = -1  # another kept field
-    records[3]["text"] = records[4]["text"]  # a vector that is known
+    records[3]["text"] = records[4]["text"]  # a vector that can be reused
     records[5]["text"] = ""  # its row stays as it was
     records = [*records[:-9], *make_records(7, start=100), {"id": "d59", "text": 5}]
     write_jsonl(tmp_path / "corpus.jsonl", records)
@@ -105,7 +105,7 @@ def test_a_later_run_comes_true(tmp_path, settings):
     assert dry_run.changed >= 3 and dry_run.updated == 1 and dry_run.reused >= 2 and dry_run.same_text >= 1
     assert dry_run.deleted and dry_run.stale
     _, manifest = embed_records(tmp_path, records, **settings)
-    assert_came_true(dry_run, manifest)
+    assert_run_matches(dry_run, manifest)
 
 
 def test_another_model_means_everything(tmp_path):
@@ -120,7 +120,7 @@ def test_another_model_means_everything(tmp_path):
     assert "--on_model_change=stop" in stopped.stops[0]
     assert "--deletes=keep" in plan(tmp_path, **changed, deletes="keep").stops[0]
     _, manifest = embed_records(tmp_path, records, **changed)
-    assert_came_true(dry_run, manifest)
+    assert_run_matches(dry_run, manifest)
 
 
 def test_what_would_stop_the_run_is_said(tmp_path):
@@ -139,7 +139,7 @@ def test_what_would_stop_the_run_is_said(tmp_path):
     assert any("--max_dead_fraction" in message for message in plan(tmp_path, deletes="keep").stops)
 
 
-def test_vectors_of_a_run_that_failed_are_counted_as_known(tmp_path):
+def test_vectors_of_a_run_that_failed_are_counted_as_reused(tmp_path):
     records = make_records()
     embed_records(tmp_path, records)
     replaced = [record | {"id": f"new{i}"} for i, record in enumerate(make_records(60, start=500))]
@@ -148,7 +148,7 @@ def test_vectors_of_a_run_that_failed_are_counted_as_known(tmp_path):
     dry_run = plan(tmp_path, max_delete_fraction=1)
     assert dry_run.reused == dry_run.new == 60 and dry_run.to_encode == 0
     _, manifest = embed_records(tmp_path, replaced, max_delete_fraction=1)
-    assert_came_true(dry_run, manifest)
+    assert_run_matches(dry_run, manifest)
 
 
 def test_dead_letters_that_are_tried_again(tmp_path):
@@ -159,7 +159,7 @@ def test_dead_letters_that_are_tried_again(tmp_path):
     dry_run = plan(tmp_path, **settings)
     assert dry_run.documents and dry_run.kept and dry_run.dead_letters == {"too_long": dry_run.documents}
     _, manifest = embed_records(tmp_path, records, **settings)
-    assert_came_true(dry_run, manifest)
+    assert_run_matches(dry_run, manifest)
 
 
 # The parts.
@@ -193,7 +193,7 @@ def test_a_sample_is_scaled_up(tmp_path, monkeypatch):
     assert dry_run.rows == manifest.rows == 1000
 
 
-def test_time_is_measured_or_guessed_or_unknown(tmp_path, monkeypatch):
+def test_time_is_measured_or_estimated_or_unknown(tmp_path, monkeypatch):
     records = make_records(30)
     _, manifest = embed_records(tmp_path, records)
     resolved = resolve(make_config(tmp_path))

@@ -1,4 +1,4 @@
-"""What cannot work is said before a run begins, in one sentence, and before anything is written."""
+"""Settings that cannot work are refused in one sentence, before a run begins and before anything is written."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ REFUSED = [
     ({"dimensions": -1}, "--dimensions=-1 is negative"),
     ({"vector": "pooled"}, "--vector=pooled: .* has no output 'pooled'; it gives"),
     ({"vector": "encoder_outputs/99:mean"}, "--vector=encoder_outputs/99:mean: .* layers"),
-    ({"vector": "encoder_outputs/x:mean"}, "'x' is no layer number"),
+    ({"vector": "encoder_outputs/x:mean"}, "'x' is not a layer number"),
     ({"vector": "encoder_outputs:mean"}, "names no layer"),
     ({"vector": "sequence_output"}, "say how to pool it"),
-    ({"vector": "sequence_output:sum"}, "'sum' is no pooling"),
+    ({"vector": "sequence_output:sum"}, "'sum' is not a pooling"),
     ({"vector": "pooled_output:mean"}, "drop ':mean'"),
     ({"vector": "sequence_output:tokens", "on_long": "average"}, "--on_long=average cannot average"),
     ({"pair_field": "b", "on_long": "chunk"}, "--on_long=chunk cannot split pairs"),
@@ -41,8 +41,8 @@ REFUSED = [
     ({"shard_bytes": -1}, "--shard_bytes=-1 must be at least 1"),
     ({"max_document_bytes": 0}, "--max_document_bytes=0 must be at least 1"),
     ({"limit": -1}, "--limit=-1 is negative"),
-    ({"max_dead_fraction": 1.5}, "--max_dead_fraction=1.5 is no share"),
-    ({"max_dead_fraction": "nan"}, "--max_dead_fraction=nan is no share"),
+    ({"max_dead_fraction": 1.5}, "--max_dead_fraction=1.5 is not a share"),
+    ({"max_dead_fraction": "nan"}, "--max_dead_fraction=nan is not a share"),
     ({"text_field": ""}, "--text_field is empty"),
     ({"keep_fields": "a,a"}, "names 'a' twice"),
     ({"keep_fields": "id"}, "--keep_fields=id would collide"),

@@ -1,4 +1,4 @@
-"""`--retry_dead_letters`: the table stays what it is, whatever flags the command repeats, leaves out or contradicts."""
+"""`--retry_dead_letters`: the table keeps its settings, whatever flags the command repeats, omits or contradicts."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def retry(output: object, **settings: Any) -> Manifest:
 
 
 def assert_completed(folder: Path, before: Manifest, after: Manifest, output: str) -> None:
-    """The table is what it was and has one document more."""
+    """The table is unchanged except for one more document."""
     for name in ("file_format", "compression", "layout", "fingerprint", "identity", "settings"):
         assert getattr(after, name) == getattr(before, name), name
     rows = read_rows(output)
@@ -105,7 +105,7 @@ def test_the_same_command_with_the_flag_retries_too(tmp_path):
     assert_completed(tmp_path, before, after, str(tmp_path / "table"))
 
 
-@pytest.mark.parametrize("name", sorted(set(OTHER) - {"preprocessor"}))  # of which the fingerprint tells what it is
+@pytest.mark.parametrize("name", sorted(set(OTHER) - {"preprocessor"}))  # the fingerprint identifies it
 def test_a_flag_that_the_table_contradicts_is_refused(tmp_path, name):
     make_table(tmp_path, max_tokens=50, on_long="chunk", chunk_overlap=1, **STORED)
     given = {name: OTHER[name]}
@@ -127,7 +127,7 @@ def test_a_form_that_the_table_does_not_have_is_refused(tmp_path, given):
 
 def test_another_encoder_is_refused_and_the_same_one_elsewhere_is_not(tmp_path, monkeypatch):
     before = make_table(tmp_path)
-    with pytest.raises(ConfigError, match="was made otherwise"):
+    with pytest.raises(ConfigError, match="was made with other settings"):
         retry(tmp_path / "table", encoder=str(Path(ENCODER).parent / "bert_v1000"))
     (tmp_path / "moved").symlink_to(ENCODER)
     assert_completed(

@@ -1,4 +1,4 @@
-"""What stops a run before it begins: `plan` says it as `embed` does, and writes nothing."""
+"""What stops a run before it begins: `plan` prints the same message as `embed`, and writes nothing."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ OUTPUTS = [
     ("--dtype=int8", lambda folder: f"duckdb://{folder}/v.duckdb/notes", {"dtype": "int8"}),
     ("--work_dir=gs://", lambda _: "bq://my-project.data.notes", {}),
     ("no file system for nowhere://", lambda _: "nowhere://bucket/table", {}),
-    ("holds 'photo.jpg' and is no table", somebody_elses_folder, {}),
+    ("holds 'photo.jpg' and is not a table", somebody_elses_folder, {}),
     ("that embeam did not make", somebody_elses_database, {}),
     ("there is no folder", lambda folder: f"duckdb://{folder}/none/v.duckdb/notes", {}),
     ("is a file; give a folder", name_file, {}),
@@ -202,7 +202,7 @@ def test_what_is_live_is_looked_at_again_under_the_lock(tmp_path):
 
 
 def test_a_folder_that_turns_out_not_to_be_writable(tmp_path, monkeypatch):
-    """Such as on a file system that says so only when one writes."""
+    """Such as on a file system that reports this only on a write."""
 
     def refuse(*_: Any) -> None:
         raise PermissionError(13, "Permission denied")

@@ -1,4 +1,4 @@
-"""`embeam verify` and `embeam rollback`: whatever is wrong with a table is found, and nothing else."""
+"""`embeam verify` and `embeam rollback`: every inconsistency of a table is found, and nothing else."""
 
 import hashlib
 import json
@@ -41,7 +41,7 @@ def original(request, tmp_path_factory):
 
 @pytest.fixture
 def folder(original, tmp_path):
-    """A copy that may be spoilt: `corpus.jsonl` and `table`."""
+    """A copy that tests may damage: `corpus.jsonl` and `table`."""
     shutil.copytree(original, tmp_path, dirs_exist_ok=True)
     return tmp_path
 
@@ -79,7 +79,7 @@ def edit_manifest(folder, change):
 
 
 def edit_rows(folder, change, *, index=False):
-    """Rewrites the first file with rows, or its index, and makes the manifest agree: only the rows tell."""
+    """Rewrites the first file with rows, or its index, and updates the manifest: only the rows show the change."""
     manifest, root = open_table(str(folder / "table"))
     name = (manifest.index_files if index else manifest.files)[0].name
     edit_file(Path(root, name), lambda data: change(bytes(data), manifest))
@@ -143,7 +143,7 @@ def set_row(i, **values):
     return edit_columns(change)
 
 
-def test_a_true_table_is_true(folder):
+def test_a_consistent_table_is_consistent(folder):
     assert verify(folder) == []
     assert verify(folder, "corpus.jsonl", sample=20) == []
     assert verify(folder, sample=20) == [], "texts come from the table itself"
@@ -255,10 +255,10 @@ def test_the_first_of_two_documents_with_one_id_counts(folder):
     assert verify(folder, "corpus.jsonl") == []
 
 
-# What dead letters account for.
+# Documents and rows that dead letters explain.
 
 
-def test_dead_letters_account_for_documents_and_rows(tmp_path):
+def test_dead_letters_explain_missing_documents_and_stale_rows(tmp_path):
     texts = ["a dog", "a cat", "a horse and a dog and a cat and a cow", "a bird", ""]
     records = [{"id": str(i), "text": text} for i, text in enumerate(texts)]
     settings = {"on_long": "reject", "max_tokens": 8, "on_empty": "reject", "max_dead_fraction": 1, "keep_fields": ()}
@@ -271,13 +271,13 @@ def test_dead_letters_account_for_documents_and_rows(tmp_path):
         "too_long",
     ]
     assert verify(tmp_path, "corpus.jsonl") == []
-    records[1] = {"id": "1", "text": 3}  # now unreadable: its row is not known to be surplus
+    records[1] = {"id": "1", "text": 3}  # now unreadable: its row may not be surplus
     write_jsonl(tmp_path / "corpus.jsonl", records)
     assert verify(tmp_path, "corpus.jsonl") == []
     write_jsonl(tmp_path / "corpus.jsonl", [records[0], *records[2:]])
     assert [finding[:2] for finding in verify(tmp_path, "corpus.jsonl")] == [("surplus_row", "1")]
     with (tmp_path / "corpus.jsonl").open("a") as file:
-        file.write("{no json\n")  # whose it was cannot be told: perhaps that of 1
+        file.write("{no json\n")  # its id cannot be read: it may be document 1
     assert verify(tmp_path, "corpus.jsonl") == []
 
 
@@ -311,7 +311,7 @@ def test_chunks_that_are_missing_are_found(tmp_path):
 
 @pytest.mark.parametrize("output_format", ["tfrecord", "parquet"])
 @pytest.mark.parametrize("kind", ["float32", "float16", "int8", "binary", "tokens", "int8 tokens", "chunks"])
-def test_rows_of_every_kind_are_true(tmp_path, kind, output_format):
+def test_rows_of_every_kind_are_consistent(tmp_path, kind, output_format):
     dtype = kind.split()[0] if kind.split()[0] in ("float16", "int8", "binary") else "float32"
     layout = replace(LAYOUT, dtype=dtype, tokens="tokens" in kind, chunked=kind == "chunks")
     table = SteppedTable(str(tmp_path / "table"), layout=layout, output_format=output_format)
@@ -332,7 +332,7 @@ def test_rows_of_every_kind_are_true(tmp_path, kind, output_format):
     ],
     ids=str,
 )
-def test_tables_of_all_kinds_are_true(tmp_path, settings):
+def test_tables_of_all_kinds_are_consistent(tmp_path, settings):
     records = [record | {"year": i / 3} for i, record in enumerate(make_records(12))]
     if "keep_fields" in settings:
         settings = settings | {"keep_fields": "year:float"}
@@ -349,7 +349,7 @@ def test_tables_of_all_kinds_are_true(tmp_path, settings):
 
 
 def test_wrong_usage_is_said(tmp_path):
-    with pytest.raises(TableError, match="is no table"):
+    with pytest.raises(TableError, match="is not a table"):
         verify(tmp_path)
     embed_records(tmp_path, make_records(3))
     with pytest.raises(ConfigError, match="matches no file"):

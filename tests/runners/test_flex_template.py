@@ -309,7 +309,7 @@ def test_a_repository_that_is_there_is_not_made_again(launch):
     assert result.returncode == 0 and [call[1] for call in calls] == ["repositories", "submit"]
 
 
-def test_run_hands_over_every_parameter_whole(launch):
+def test_run_passes_every_parameter_whole(launch):
     wanted = {
         "input": "gs://a-bucket/{news,mail}/*.jsonl",
         "output": "gs://a-bucket/table",

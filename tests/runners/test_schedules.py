@@ -165,7 +165,7 @@ def test_the_timer_starts_one_run_at_a_time_and_makes_up_for_nights_that_it_miss
     assert service["SuccessExitStatus"] == str(128 + signal.SIGTERM)
 
 
-def test_the_service_s_command_makes_the_table_and_keeps_it_true(names, call):
+def test_the_service_s_command_makes_the_table_and_keeps_it_consistent(names, call):
     _, *arguments = split_command(fill((UNITS / "embeam.service").read_text(), names))
     summaries, pointers = [], []
     for _ in range(2):
@@ -208,7 +208,7 @@ def test_of_two_runs_at_once_the_second_is_refused_and_the_first_is_right(names,
     assert second.returncode == EXIT_FAILED
     told = json.loads(second.stdout.splitlines()[-1])
     assert (told["status"], told["exit_code"]) == ("failed", EXIT_FAILED)
-    owner = rf"run \S+ on \S+, process {first.pid}, has it since .* UTC"
+    owner = rf"run \S+ on \S+, process {first.pid}, has held it since .* UTC"
     assert re.fullmatch(rf"--output={table} is in use: {owner}; wait for it, or stop it", told["error"])
     assert [json.loads(line)["message"] for line in second.stderr.splitlines()] == [told["error"]]
 
@@ -345,7 +345,7 @@ def flag(call: list[str], name: str) -> str:
 
 
 def read_grants(calls: list[list[str]]) -> set[tuple[str, str, str]]:
-    """Who is granted what on what by a script, the last as the group of gcloud's commands."""
+    """The roles that a script gives: who, which role, and on which resource, by gcloud's command group."""
     verb = "add-iam-policy-binding"
     bindings = [call for call in calls if verb in call]
     return {

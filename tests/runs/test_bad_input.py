@@ -202,7 +202,7 @@ def test_outputs_that_cannot_hold_a_table(tmp_path, never_begins):
     source = write_lines(tmp_path / "a.txt", "a dog")
     (tmp_path / "full").mkdir()
     write_lines(tmp_path / "full" / "thesis.doc", "precious")
-    with pytest.raises(TableError, match=r"holds 'thesis.doc' and is no table; give"):
+    with pytest.raises(TableError, match=r"holds 'thesis.doc' and is not a table; give"):
         run_embed(source, tmp_path / "full")
     with pytest.raises(TableError, match="is a file; give a folder"):
         run_embed(source, source)

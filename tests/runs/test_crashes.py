@@ -1,4 +1,4 @@
-"""Runs that die: kill -9 at any moment costs moments of work and nothing else, and readers never notice.
+"""Killed runs: kill -9 at any moment loses seconds of work and nothing else, and readers do not notice.
 
 The full form, some ten minutes on two cores:
 
@@ -37,7 +37,7 @@ from tests.support.tables import TOLERANCE, assert_unchanged, list_snapshots, re
 
 N_KILLS = int(os.environ.get("EMBEAM_KILLS", "6"))
 N_DOCUMENTS = int(os.environ.get("EMBEAM_KILL_DOCUMENTS", "3000"))
-SLOW = "--batch_tokens=64"  # hundreds of documents a second, so that there is time to die in
+SLOW = "--batch_tokens=64"  # hundreds of documents per second, so that there is time for a kill
 WORDS = [
     "dog",
     "cat",
@@ -224,7 +224,7 @@ def test_a_run_that_is_killed_has_had_its_table_alone_and_loses_nothing(tmp_path
     process = start_python("-c", STANDS_STILL, tmp_path / "told", *embed_flags(corpus, table, SLOW))
     try:
         wait_for((tmp_path / "told").exists, process)
-        with pytest.raises(TableError, match=f"is in use: run .* process {process.pid}, has it since"):
+        with pytest.raises(TableError, match=f"is in use: run .* process {process.pid}, has held it since"):
             encode(corpus, table)
     finally:
         kill_group(process)
@@ -238,7 +238,7 @@ def test_a_run_that_is_killed_has_had_its_table_alone_and_loses_nothing(tmp_path
     assert not list_names(table / "attempts") and not (table / "journal").exists()
 
 
-# Moments to die at: what to wait for, flags, and the seconds to wait on from there.
+# Moments of the kill: what to wait for, flags, and the seconds to wait after that.
 MOMENTS: dict[str, tuple[Callable[[Path, set[str], set[str]], Callable[[], bool]], list[str], float]] = {
     "encoding": (lambda t, a, s: has_file(t / "attempts", a, "embeddings-*"), [SLOW], 4.0),
     "the last rows": (lambda t, a, s: has_file(t / "attempts", a, "index-*"), [], 0.05),
@@ -293,7 +293,7 @@ def test_kills_at_any_moment_lose_nothing_and_readers_see_whole_tables(tmp_path)
             ends.append((moment, found, ended))
             assert ended in (None, 0), f"a run after kills failed: {ends}"
             if (live := read_live(table)) and is_same(live, states[order[goal]]):
-                goal = (goal + 1) % len(order)  # the run had published before it died
+                goal = (goal + 1) % len(order)  # the run had published before it was killed
         assert sum(ended is None for _, _, ended in ends) >= max(1, N_KILLS * 2 // 3), f"too few died: {ends}"
         corpus, settings = targets[order[goal]]
         process = start_cli(*embed_flags(corpus, table, *(f"--{name}={value}" for name, value in settings.items())))
@@ -423,7 +423,7 @@ def check_rerun(stopped_run) -> Callable[[Path, int], None]:
     return check
 
 
-def test_torn_segments_cost_their_rows_and_nothing_else(stopped, check_rerun):
+def test_incomplete_segments_cost_their_rows_and_nothing_else(stopped, check_rerun):
     segments = list_segments(stopped)
     sizes = [0, 7, 12, 16, 40, segments[5].stat().st_size - 1]
     for path, size in zip(segments, sizes, strict=False):
@@ -454,7 +454,7 @@ def test_a_segment_that_is_there_twice_is_harmless(stopped, check_rerun):
     check_rerun(stopped, 0)
 
 
-def test_what_a_dead_run_left_is_swept_away(stopped, check_rerun):
+def test_what_a_killed_run_left_is_removed(stopped, check_rerun):
     table = stopped
     name = "29990101T000000Z-abcdef"  # younger than the live one, complete, and never live
     live = Path(open_table(str(table))[1])

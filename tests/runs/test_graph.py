@@ -1,4 +1,4 @@
-"""What may wait or be held: on the local engine nothing that grows with the corpus crosses between stages."""
+"""Crossings between stages: on the local engine nothing that grows with the corpus crosses."""
 
 from __future__ import annotations
 
@@ -239,7 +239,7 @@ WRONG = [
     (["plan", "--inptu=a.txt"], "unknown flag --inptu; did you mean --input?"),
     (["show", "t", "--rosw=3"], "unknown flag --rosw; did you mean --rows?"),
     (["rollback", "t", "--lsit"], "unknown flag --lsit; did you mean --list?"),
-    (["show", "there/is/no/table"], "there/is/no/table is no table"),
+    (["show", "there/is/no/table"], "there/is/no/table is not a table"),
 ]
 
 

@@ -39,7 +39,7 @@ from pipeline.vectors.storing import quantize_vectors
 from tests.support.corpora import as_records, some_texts
 from tests.support.official import expected_vector, official_pack, official_tokens
 from tests.support.runs import embed_records
-from tests.support.steps import Outputs, make_letter, publish_rows
+from tests.support.steps import Outputs, make_dead_letter, publish_rows
 from tests.support.tables import Rows, hash_folder
 
 FORMATS = [("tfrecord", "none"), ("tfrecord", "gzip"), ("parquet", "none")]
@@ -309,7 +309,7 @@ def check_manifest(table: str) -> dict[str, Any]:
 def test_the_manifest_says_what_the_files_are(output_format, compression, tmp_path):
     form = RowFormat(output_format, LAYOUT, compression)
     dead_letters = [
-        make_letter("a", str(i), reason) for i, reason in enumerate(["wrong_type", "too_large", "too_large"])
+        make_dead_letter("a", str(i), reason) for i, reason in enumerate(["wrong_type", "too_large", "too_large"])
     ]
     published = publish_rows(str(tmp_path), make_rows(), form, dead_letters, shard_bytes=1)
     manifest = check_manifest(str(tmp_path))

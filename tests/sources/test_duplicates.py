@@ -21,11 +21,11 @@ from pipeline.reuse.decide import ReusePolicy
 from pipeline.reuse.live_table import DistributedReuse
 from pipeline.sinks.layout import TableLayout
 from pipeline.sinks.writing import RowFormat
-from pipeline.sources.duplicates import ENTRY, LoserCursor, find_losers
+from pipeline.sources.duplicates import ENTRY, DuplicateCursor, find_duplicates
 from pipeline.sources.planning import plan_input
 from pipeline.sources.read import ReadDocuments, ReadSplit
 
-# Each file's rows, and whether they win. The first row with id "b" is bad and never takes part.
+# Each file's rows, and whether they are kept. The first row with id "b" is bad and is not considered.
 FILES = {
     "a.jsonl": [("a", "first a", True), ("b", 5, None), ("a", "second a", False), ("c", "only c", True)],
     "b.jsonl": [("b", "first good b", True), ("a", "third a", False), ("d", "only d", True)],
@@ -68,12 +68,12 @@ def run(corpus, distributed, options=None, **settings):
             dead_letters = (dead_letters, compared.dead_letters) | "Dead" >> beam.Flatten()
             bundle_counts = (bundle_counts, compared.bundle_counts) | "AllCounts" >> beam.Flatten()
         winners = [row[:3] for row in rows if row[3]]
-        losers = [row[:3] for row in rows if row[3] is False]
+        dropped = [row[:3] for row in rows if row[3] is False]
         assert_that(documents | "Places" >> beam.Map(get_place), equal_to(winners), "Winners")
         duplicates = (
             dead_letters | beam.Filter(lambda dead_letter: dead_letter.reason == "duplicate_id") | beam.Map(get_place)
         )
-        assert_that(duplicates, equal_to(losers), "Losers")
+        assert_that(duplicates, equal_to(dropped), "Duplicates")
         others = dead_letters | beam.Filter(lambda x: x.reason != "duplicate_id") | "R" >> beam.Map(lambda x: x.reason)
         assert_that(others, equal_to(["wrong_type"]), "Others")
         assert_that(
@@ -130,7 +130,7 @@ PLACES = st.lists(
 
 @pytest.mark.parametrize("part_bytes", [partitions.PART_BYTES, 40])
 @given(places=PLACES, cut=st.integers(0, 50))
-def test_losers_are_all_but_the_lowest(part_bytes, places, cut):
+def test_duplicates_are_all_but_the_lowest(part_bytes, places, cut):
     table = np.array(places, dtype=ENTRY) if places else np.empty(0, ENTRY)
     by_id = {}
     for high, low, file, position in places:
@@ -138,7 +138,7 @@ def test_losers_are_all_but_the_lowest(part_bytes, places, cut):
     expected = sorted(place for group in by_id.values() for place in sorted(group)[1:])
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(partitions, "PART_BYTES", part_bytes)
-        assert find_losers([table[:cut], table[cut:]], len(table)).tolist() == expected
+        assert find_duplicates([table[:cut], table[cut:]], len(table)).tolist() == expected
 
 
 def test_memory_does_not_grow_with_the_ids(tmp_path, monkeypatch):
@@ -154,7 +154,7 @@ def test_memory_does_not_grow_with_the_ids(tmp_path, monkeypatch):
                 yield block
 
         tracemalloc.start()
-        assert not len(find_losers(read(), n, str(tmp_path)))
+        assert not len(find_duplicates(read(), n, str(tmp_path)))
         measured = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
         return measured
@@ -164,6 +164,6 @@ def test_memory_does_not_grow_with_the_ids(tmp_path, monkeypatch):
 
 
 @given(positions=st.sets(st.integers(0, 60)), start=st.integers(0, 60))
-def test_a_cursor_says_who_loses(positions, start):
-    cursor = LoserCursor(np.array(sorted(positions), "<u8"))
+def test_a_cursor_finds_the_duplicates(positions, start):
+    cursor = DuplicateCursor(np.array(sorted(positions), "<u8"))
     assert [p for p in range(start, 61) if cursor.drops(p)] == sorted(p for p in positions if p >= start)

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from pipeline.records import DeadLetter, Document, pack_kept
-from tests.support.steps import draw_vector, make_document, make_letter
+from tests.support.steps import draw_vector, make_dead_letter, make_document
 from tests.support.tables import Rows, read_dead_letters
 
 A, B = "a.jsonl", "b.jsonl"
@@ -116,7 +116,7 @@ CASES = {
         [],
         {"stale": 1, "deleted": 1},
         stay=documents("b"),
-        dead_letters=[make_letter(A, "b", "wrong_type")],
+        dead_letters=[make_dead_letter(A, "b", "wrong_type")],
     ),
     "a record without an id may be any of its file": Case(
         [*documents(*"abc"), *documents(*"xyz", file=B)],
@@ -124,7 +124,7 @@ CASES = {
         [],
         {"unchanged": 2, "stale": 2, "deleted": 2},
         stay=documents("b", "c"),
-        dead_letters=[make_letter(A)],
+        dead_letters=[make_dead_letter(A)],
     ),
     "a document that left a file before it broke": Case(
         documents(*"abc"),
@@ -132,49 +132,49 @@ CASES = {
         [],
         {"unchanged": 2, "stale": 1, "deleted": 0},
         stay=documents("c"),
-        dead_letters=[make_letter(A)],
+        dead_letters=[make_dead_letter(A)],
     ),
     "a second document with an id": Case(
         documents(*"abc"),
         documents("a", "b=c", "c"),
         [],
         {"reused": 1, "unchanged": 2, "stale": 0},
-        dead_letters=[make_letter(A, "b", "duplicate_id")],
+        dead_letters=[make_dead_letter(A, "b", "duplicate_id")],
     ),
     "a second document with the id of one that was left out": Case(
         documents(*"abc"),
         documents("a", "c"),
         [],
         {"unchanged": 2, "stale": 0, "deleted": 1},
-        dead_letters=[make_letter(A, "b", "duplicate_id")],
+        dead_letters=[make_dead_letter(A, "b", "duplicate_id")],
     ),
     "a broken second record of an unchanged document": Case(
         documents(*"abc"),
         documents(*"abc"),
         [],
         {"unchanged": 3, "stale": 0},
-        dead_letters=[make_letter(A, "b", "wrong_type")],
+        dead_letters=[make_dead_letter(A, "b", "wrong_type")],
     ),
     "a broken second record of a document with a new text": Case(
         documents(*"abc"),
         documents("a", "b=x", "c"),
         texts("x"),
         {"unchanged": 2, "stale": 0},
-        dead_letters=[make_letter(A, "b", "wrong_type")],
+        dead_letters=[make_dead_letter(A, "b", "wrong_type")],
     ),
     "a broken second record of a document with a known text": Case(
         documents(*"abc"),
         documents("a", "b=c", "c"),
         [],
         {"unchanged": 2, "reused": 1, "stale": 0},
-        dead_letters=[make_letter(A, "b", "wrong_type")],
+        dead_letters=[make_dead_letter(A, "b", "wrong_type")],
     ),
     "a broken second record of a document with an equal text": Case(
         documents(*"abc"),
         documents("a", "b=x", "c=x"),
         texts("x"),
         {"unchanged": 1, "same_text": 1, "stale": 0},
-        dead_letters=[make_letter(A, "b", "wrong_type"), make_letter(A, "c", "wrong_type")],
+        dead_letters=[make_dead_letter(A, "b", "wrong_type"), make_dead_letter(A, "c", "wrong_type")],
     ),
     "kept deletions": Case(
         documents(*"abc"),
@@ -190,7 +190,7 @@ CASES = {
         [],
         {"kept": 1, "stale": 1, "deleted": 0},
         stay=documents("b", "c"),
-        dead_letters=[make_letter(A, "b", "wrong_type")],
+        dead_letters=[make_dead_letter(A, "b", "wrong_type")],
         settings={"deletes": "keep"},
     ),
 }

@@ -62,8 +62,8 @@ def make_document(name: str, text: str, file: str = "a.jsonl", kept: bytes = b""
     return Document(name, text, kept=kept, origin=Origin(file, 0, "byte"))
 
 
-def make_letter(file: str, name: str | None = None, reason: str = "malformed_json") -> DeadLetter:
-    """The dead letter of a record that could not be read; without a name nobody can say whose it is."""
+def make_dead_letter(file: str, name: str | None = None, reason: str = "malformed_json") -> DeadLetter:
+    """The dead letter of a record that could not be read; without a name its document is unknown."""
     return DeadLetter("read", reason, "it is broken", Origin(file, 0, "byte"), name)
 
 
@@ -91,7 +91,7 @@ class SteppedTable:
       layout: of the rows.
       output_format: of the files.
       compression: of the files.
-      shard_bytes: size at which a new file is begun.
+      shard_bytes: size at which a new file is started.
       work_dir: as `--work_dir`, for a table of BigQuery.
       model: whose vectors are wanted; another name is another fingerprint.
       prefix: put before every text.
@@ -138,7 +138,7 @@ class SteppedTable:
             reindex=ReindexConfig(**{"max_delete_fraction": 1.0, **reindex}),
             write=WriteConfig(shard_bytes=self.shard_bytes),
         )
-        # The disk needs no time to make sure of what a test throws away.
+        # No fsync: tests throw their files away.
         with tempfile.TemporaryDirectory() as scratch, mock.patch("os.fsync"):
             make_folder(store.work)
             sweep_dead_attempts(store.work)
@@ -212,7 +212,7 @@ class Attempt:
             make_folder(folder)
 
     def run_local(self, documents: list[Document], dead_letters: Sequence[DeadLetter], n_bundles: int) -> Results:
-        """The local back end: documents that are not encoded leave the stream as notes."""
+        """The local back end: documents that are not encoded become notes."""
         found = Outputs()
         for numbers in np.array_split(np.arange(len(documents)), n_bundles):
             found.add_bundle(LookUpDocuments(self._plan.reuse.back_end), [documents[i] for i in numbers])
@@ -222,7 +222,7 @@ class Attempt:
         return Results(self._write(rows, dead_letters), bundle_counts, spot_checks, notes=found["notes"])
 
     def run_distributed(self, documents: list[Document], dead_letters: Sequence[DeadLetter]) -> Results:
-        """The back end of distributed engines: what has one id or one text meets, in the order of the graph."""
+        """The back end of distributed engines: groups by id and by text, in the order of the graph."""
         reuse = self._plan.reuse.back_end
         numbers = range(len(reuse.files))
         packer = wire.DocumentPacker(reuse.inputs)
@@ -249,7 +249,7 @@ class Attempt:
             answer_requests.AnswerRequests(reuse.keep_text),
             group(
                 map(answer_requests.key_vector, [*reused, *(row for row in encoded if row.shared)]),
-                (answer_requests.key_letter(letter) for letter in dead if letter.shared),
+                (answer_requests.key_dead_letter(letter) for letter in dead if letter.shared),
                 compared["requests"],
                 decided["requests"],
             ),

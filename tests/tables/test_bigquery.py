@@ -97,7 +97,7 @@ def list_staging(table: str) -> list[str]:
 
 @emulator
 def test_a_run_that_dies_between_loading_and_merging(cloud, tmp_path):
-    """A real process, killed while the staging table is full and the table is what it was."""
+    """A real process, killed while the staging table is full and the table is unchanged."""
     name = f"{cloud.project}.tables.killed"
     settings = {"output": f"bq://{name}", "work_dir": cloud.gcs.path("killed")}
     before, _ = run(tmp_path, first_records(), **settings)
@@ -167,7 +167,7 @@ def test_a_run_that_fails_around_its_merge_is_completed_by_the_next(cloud, tmp_p
 
 @emulator
 def test_the_later_of_two_runs_that_began_together_changes_nothing(cloud, tmp_path, monkeypatch):
-    """This run's lock is taken away on purpose: the transaction itself notices that another run has published."""
+    """This run's lock is removed on purpose: the transaction detects that another run has published."""
     settings = {"output": f"bq://{cloud.project}.tables.raced", "work_dir": cloud.gcs.path("raced")}
     run(tmp_path, first_records(), **settings)
     (tmp_path / "other").mkdir()
@@ -220,7 +220,7 @@ def test_bigquery_tables_and_queries_are_read(cloud, tmp_path):
 
 @emulator
 def test_everything_may_lie_in_cloud_storage(cloud, tmp_path):
-    """Input, encoder, table and journal on gs://: two runs, the second of which takes over the first's rows."""
+    """Input, encoder, table and journal on gs://: two runs, the second of which reuses the first's rows."""
     gcs = cloud.gcs
     for path in Path(ENCODER).rglob("*"):
         if path.is_file():

@@ -108,7 +108,9 @@ def test_beams_name_of_a_table_is_one_that_beam_takes():
 def test_what_is_no_name(text):
     with pytest.raises(ConfigError) as error:
         BigQueryName.parse(text, flag="output")
-    assert str(error.value).startswith(f"--output={text} is no table") and "bq://my-project." in str(error.value)
+    assert str(error.value).startswith(f"--output={text} is not a table name") and "bq://my-project." in str(
+        error.value
+    )
 
 
 @emulator

@@ -1,4 +1,4 @@
-"""Tables that are damaged: every reader and the next run name the file and what helps."""
+"""Damaged tables: every reader and the next run name the file and the fix."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ DAMAGES: dict[str, Callable[[Path], object]] = {
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_a_damaged_manifest_or_pointer_is_an_error_that_names_the_table_and_the_cure(table, damage):
+def test_a_damaged_manifest_or_pointer_is_an_error_that_names_the_table_and_the_fix(table, damage):
     DAMAGES[damage](table)
     for read in (open_table, open_live):
         with pytest.raises(TableError) as caught:
@@ -67,7 +67,7 @@ def test_a_damaged_manifest_or_pointer_is_an_error_that_names_the_table_and_the_
         said = str(caught.value)
         assert str(table) in said and "\n" not in said
         assert ("newer than this embeam reads" if "later release" in damage else " is damaged") in said
-        assert ";" in said, f"no cure is named: {said}"
+        assert ";" in said, f"no fix is named: {said}"
 
 
 @pytest.mark.parametrize("damage", ["pointer to nowhere", "manifest cut off"])
@@ -131,7 +131,7 @@ def test_every_reader_names_a_damaged_file(table):
 
 
 @pytest.mark.parametrize("damaged", ["embeddings-*", "index-*"])
-def test_a_file_that_is_cut_off_is_made_anew_by_the_run_that_its_message_asks_for(tmp_path, table, damaged):
+def test_a_file_that_is_cut_off_is_made_again_by_the_run_that_its_message_asks_for(tmp_path, table, damaged):
     (path,) = table.glob(f"snapshots/*/{damaged}")
     path.write_bytes(path.read_bytes()[:-1])
     run_embed(write_lines(tmp_path / "a.txt", "a dog", "a cat"), table)

@@ -180,7 +180,7 @@ def test_a_transaction_that_fails_changes_nothing(table, monkeypatch):
 
 
 def test_the_later_of_two_runs_that_began_together_changes_nothing(table, tmp_path):
-    """They cannot while the lock holds; and if it does not, the transaction itself notices."""
+    """The lock prevents this; without it, the transaction detects it."""
     table.run(documents(*"abc"))
 
     def let_another_run_end(text: str, model: str) -> np.ndarray:

@@ -48,7 +48,7 @@ def short_lock(table, run):
 
 
 def dead_lock(table, run):
-    """One that is never renewed, and so dies within moments."""
+    """A lock that is never renewed, and so expires soon."""
     return TableLock(table, run, heartbeat_seconds=1000, expiry_seconds=0.2)
 
 
@@ -86,7 +86,7 @@ def race_for(table):
 
 @pytest.fixture
 def lost_answers():
-    """Requests that are carried out while their answers are lost: as many of the next writes as one sets."""
+    """Requests that succeed while their responses are lost; the number of such writes can be set."""
     left = [0]
     request = AuthorizedSession.request
 
@@ -151,7 +151,7 @@ def test_a_write_whose_answer_is_lost_is_known_for_ours(table, lost_answers):
     assert (impatient.read().data, impatient.read().generation) == (b"b", generation)
 
 
-def test_a_write_that_was_not_carried_out_is_an_error_and_not_a_defeat(table):
+def test_a_write_that_failed_is_an_error_and_not_a_conflict(table):
     path = f"{table}/CURRENT"
     replace_if(path, "a", "")
     version = int(read_versioned(path)[1])
@@ -172,7 +172,7 @@ def test_a_held_table_is_refused_with_the_name_of_its_owner(table):
         TableLock(table, "second").acquire()
     message = str(refusal.value)
     assert message.startswith(f"--output={table} is in use: run first on ")
-    assert f", process {os.getpid()}, has it since " in message
+    assert f", process {os.getpid()}, has held it since " in message
     assert re.search(
         r"wait for it, or stop it\. If it was killed, its lock ends in (90|89|88) seconds: run again then$", message
     )
@@ -254,8 +254,8 @@ def test_an_owner_that_was_overtaken_says_so_once_and_leaves_the_lock(table, cap
     with caplog.at_level(logging.WARNING, "pipeline.tables.lock"), TableLock(table, "second"):
         time.sleep(2.5)
         assert [record.getMessage() for record in caplog.records] == [
-            f"another run has taken {table} from this one, which was out of touch with it for too long; "
-            "only one of them can publish"
+            f"another run has taken the lock of {table}, because this run did not renew it in time; "
+            "only one of the two can publish"
         ]
         sleeper.release()
         with pytest.raises(TableError, match="run second on"):
@@ -300,10 +300,10 @@ def age(monkeypatch, seconds):
     monkeypatch.setattr("pipeline.tables.lock._LOOK_SECONDS", 0)
 
 
-def test_a_lock_that_is_handed_over_stays(table):
+def test_a_lock_that_is_left_to_a_job_stays(table):
     lock = dead_lock(table, "job")
     lock.acquire()
-    lock.hand_over()
+    lock.leave_to_job()
     lock.release()
     assert GcsObject(f"{table}/{LOCK}").read() is not None
 
@@ -312,7 +312,7 @@ def test_workers_keep_a_lock_that_nobody_else_renews(table, monkeypatch):
     age(monkeypatch, 0)
     lock = TableLock(table, "job", heartbeat_seconds=1000, expiry_seconds=2.0)
     lock.acquire()
-    lock.hand_over()
+    lock.leave_to_job()
     for _ in range(8):
         Lease(table, "job").renew()
         with pytest.raises(TableError, match="is in use: run job"):

@@ -138,7 +138,7 @@ def test_a_held_table_is_refused_with_the_name_of_its_owner_and_free_once_that_i
             TableLock(table, "third").acquire()
     message = str(refusal.value)
     assert message.startswith(f"--output={table} is in use: run first on ")
-    assert re.search(rf", process {owner}, has it since \d{{4}}-\d\d-\d\d \d\d:\d\d:\d\d UTC; ", message)
+    assert re.search(rf", process {owner}, has held it since \d{{4}}-\d\d-\d\d \d\d:\d\d:\d\d UTC; ", message)
     assert message.endswith("wait for it, or stop it")
 
 

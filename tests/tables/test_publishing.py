@@ -1,4 +1,4 @@
-"""Small promises of writing and publishing, each once broken."""
+"""Regression tests of writing and publishing."""
 
 import io
 import json
@@ -46,7 +46,7 @@ def test_a_folder_with_what_a_table_has_may_become_one(tmp_path, name):
 def test_a_folder_with_anything_else_is_no_table(tmp_path, name):
     for folder in (*OURS, name):
         (tmp_path / folder).mkdir()
-    with pytest.raises(TableError, match=f"holds '{name}' and is no table"):
+    with pytest.raises(TableError, match=f"holds '{name}' and is not a table"):
         check_folder(str(tmp_path))
     assert sorted(os.listdir(tmp_path)) == sorted([*OURS, name]), "nothing was written"
 

@@ -1,4 +1,4 @@
-"""Old snapshots: how long they stay for their readers, and how one of them becomes live again; what dead runs leave."""
+"""Old snapshots: how long they stay for readers, how one becomes live again; and what killed runs leave."""
 
 from __future__ import annotations
 
@@ -122,7 +122,7 @@ def test_readers_of_the_snapshot_that_was_live_until_now_have_their_grace(table)
     assert first in list_snapshots(table.output)
 
 
-# What dead runs leave
+# What killed runs leave
 
 
 @pytest.mark.parametrize("joins", [False, True], ids=["index", "joins"])
@@ -176,7 +176,7 @@ def test_a_snapshot_whose_run_ended_too_early_may_be_rolled_back_from(table, mon
 
 @pytest.mark.parametrize("joins", [False, True], ids=["index", "joins"])
 def test_of_two_runs_that_began_together_the_first_to_end_is_live(table, joins):
-    """They cannot while the lock holds; and if it does not, the pointer tells."""
+    """The lock prevents this; without it, the comparison of the pointer does."""
     table.joins = joins
     first, others = publish(table), []
 
@@ -206,7 +206,7 @@ def test_a_failed_run_leaves_its_dead_letters_until_the_next(table):
     assert not os.listdir(attempt.parent)
 
 
-def test_nothing_is_swept_where_nothing_tells_the_dead_from_the_living(table):
+def test_nothing_is_removed_where_there_are_no_locks(table):
     publish(table)
     attempt = Path(table.output, "attempts", "someone")
     attempt.mkdir()
@@ -217,7 +217,7 @@ def test_nothing_is_swept_where_nothing_tells_the_dead_from_the_living(table):
     assert not attempt.exists()
 
 
-def test_a_snapshot_of_a_dead_run_is_swept_and_an_older_one_is_not(table):
+def test_a_snapshot_of_a_killed_run_is_removed_and_an_older_one_is_not(table):
     first, second = publish(table), publish(table)
     for name in (first, second, "29990101T000000.000000Z-abcdef", "unfinished"):
         Path(table.output, "attempts", name).mkdir()

@@ -1,4 +1,4 @@
-"""What a snapshot must pass before it goes live: by its rows, by its numbers, and by texts that are encoded again."""
+"""Validation of a snapshot: its rows, its numbers, and texts that are encoded again."""
 
 from __future__ import annotations
 
@@ -190,7 +190,7 @@ def test_an_encoder_that_gives_other_vectors_by_now_is_found(table, changed):
     before = remember(table.output)
     table.encoder = lambda text, model: -draw_vector(text, model)
     documents = [*DOCUMENTS[1:], make_document("new", "new")] if changed else DOCUMENTS
-    with pytest.raises(ValidationError, match=r"lies in .*rejected/.*encoded again"):
+    with pytest.raises(ValidationError, match=r"is kept in .*rejected/.*encoded again"):
         table.run(documents)
     assert_unchanged(table.output, before)
     (rejected,) = Path(table.output, "rejected").iterdir()
@@ -220,7 +220,7 @@ def test_few_texts_of_each_kind_are_encoded_again(table):
     assert len(table.run(many).spot_checks) == 4
 
 
-def test_probes_of_dead_letters_are_no_reason_to_stop(table):
+def test_spot_checks_of_dead_letters_do_not_stop_a_run(table):
     table.run(DOCUMENTS)
     new = [make_document(f"new {i}", f"new {i}") for i in range(4)]
     outcome = table.run([*DOCUMENTS, *new], fails=[one.text for one in new])

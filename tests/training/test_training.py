@@ -282,7 +282,7 @@ class TestCommand:
     def test_a_file_that_is_missing_is_named(self, train, capsys):
         with pytest.raises(SystemExit):
             train("--sts=none.csv")
-        assert "--sts=none.csv is no file" in capsys.readouterr().err
+        assert "--sts=none.csv is not a file" in capsys.readouterr().err
 
 
 class TestScores:
@@ -342,7 +342,7 @@ class TestScores:
         (tmp_path / "sts.csv").write_text("a,b,1\na,b,2\n")
         (tmp_path / "passages.txt").write_text("A. B. C.\n")
         files = [f"--sts={tmp_path}/sts.csv", f"--passages={tmp_path}/passages.txt"]
-        with pytest.raises(SystemExit, match=r"training.scores: none is no SavedModel"):
+        with pytest.raises(SystemExit, match=r"training.scores: none is not a SavedModel"):
             print_scores([*files, "--encoder=none"])
         with pytest.raises(SystemExit, match=r"training.scores: .*none.csv"):
             print_scores([*files, f"--sts={tmp_path}/none.csv"])
