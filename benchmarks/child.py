@@ -15,7 +15,7 @@ from typing import Any
 
 
 class BatchClock:
-    """When the first batch left the encoder, and what has come since."""
+    """The time of the first batch, and the counts since then."""
 
     def __init__(self) -> None:
         self.first_batch_at = 0.0  # time.monotonic() is the same clock in all processes of a machine
@@ -25,7 +25,7 @@ class BatchClock:
         self.spot_checks = 0
 
     def tick(self, n_items: float, encoder_seconds: float = 0.0, spot_checks: int = 0) -> None:
-        """Notes a finished batch, how long the encoder took for it, and what it held besides items."""
+        """Records a finished batch, its time in the encoder, and its other counts."""
         self.items += n_items
         self.spot_checks += spot_checks
         if self.first_batch_at:
@@ -46,13 +46,12 @@ class BatchClock:
 
 
 def time_batches(owner: Any, method: str, is_spot_check: Callable[[Any], bool] = lambda item: False) -> BatchClock:
-    """Lets a class report every batch that one of its methods, which takes it first, has finished.
+    """Patches a method of a class, whose first argument is a batch, to report each finished batch.
 
     Args:
       owner: the class.
-      method: its name; what it returns, if it makes it bit by bit, is made at once.
-      is_spot_check: whether one of a batch is encoded only to be compared. It takes time like any other, but is none
-        of the items that the run was asked for.
+      method: its name; an iterator that it returns is read at once.
+      is_spot_check: whether an item of a batch is a spot check, which takes time but does not count as an item.
     """
     clock = BatchClock()
     encode = getattr(owner, method)
@@ -71,7 +70,7 @@ def time_batches(owner: Any, method: str, is_spot_check: Callable[[Any], bool] =
 
 
 def is_spot_check(chunk: Any) -> bool:
-    """Whether the product encodes a chunk only to compare its vector with the one that a row has."""
+    """Whether a chunk is a spot check."""
     return bool(chunk.document.is_spot_check)
 
 

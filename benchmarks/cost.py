@@ -1,4 +1,4 @@
-"""What a corpus costs: `python -m benchmarks.cost --documents=10e6 --price=PRICE`, the model of docs/scaling.md.
+"""The cost of a corpus: `python -m benchmarks.cost --documents=10e6 --price=PRICE`, the model of docs/scaling.md.
 
 Every assumption is a flag; the defaults are what was measured, or are marked as what was not.
 """
@@ -12,7 +12,7 @@ SECONDS = 3600.0
 
 
 class Corpus(NamedTuple):
-    """What is embedded, and into what.
+    """The corpus and the table.
 
     Attributes:
       documents: how many.
@@ -37,7 +37,7 @@ class Encoder(NamedTuple):
 
 
 class Rates(NamedTuple):
-    """What machines do.
+    """The speeds of the machines.
 
     Attributes:
       matmul: FLOP per second of bare matmuls on one worker.
@@ -56,7 +56,7 @@ CHUNK_BYTES, ROW_BYTES, INDEX_BYTES, ID_BYTES = 300, 110, 52, 40  # beside texts
 
 
 class Cost(NamedTuple):
-    """What comes out; bytes cross shuffles once each."""
+    """The results of the model; each byte crosses a shuffle once."""
 
     encode_hours: float
     read_hours: float

@@ -1,4 +1,4 @@
-"""Running sides in processes of their own, by turns, and what comes of their numbers."""
+"""Runs sides in their own processes, in turns, and combines their numbers."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class BenchmarkError(Exception):
 
 
 class Side(NamedTuple):
-    """What is measured.
+    """One side of a benchmark.
 
     Attributes:
       function: MODULE:FUNCTION.
@@ -59,7 +59,7 @@ class Ratio(NamedTuple):
 
 
 class Report(NamedTuple):
-    """What a benchmark found.
+    """The results of a benchmark.
 
     Attributes:
       title: one line on what was measured.
@@ -113,7 +113,7 @@ def run_side(side: Side, folder: str) -> Run:
 def alternate(
     sides: Mapping[str, Side], repetitions: int, folder: str, before: Callable[[str], None] = lambda name: None
 ) -> dict[str, list[Run]]:
-    """Runs all sides by turns, every other turn in reverse, so that a machine that slows down favours none.
+    """Runs all sides in turns, every other turn in reverse, so that a machine that slows down favours no side.
 
     Args:
       sides: name to side.

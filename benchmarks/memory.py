@@ -1,4 +1,4 @@
-"""Whether memory grows with the corpus: peak resident memory of `embeam embed` over ten times the documents.
+"""Measures whether memory grows with the corpus: peak resident memory of `embeam embed` over ten times the documents.
 
 Reference: the same command over a tenth of them. With plain text, with JSON lines and an id field, where a first pass
 looks for duplicate ids, with documents that all have one text, and with documents that all have one id.

@@ -1,4 +1,4 @@
-"""What a Beam user writes today to embed a text file: the reference of the benchmark `stock`.
+"""The code that a Beam user writes today to embed a text file: the reference of the benchmark `stock`.
 
 Beam's own model handlers for TensorFlow load SavedModels through Keras, which refuses those of TF Hub, so the handler
 is the user's own. It does what the pages of the modules show: load both, call one after the other, take a key.

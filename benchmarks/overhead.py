@@ -1,4 +1,4 @@
-"""What Beam and the product's own Python cost: the whole pipeline against a bare loop around its encoder.
+"""The cost of Beam and of the product's own Python: the whole pipeline against a bare loop around its encoder.
 
 Reference: a Python loop that calls the same encoder object with the very same batches, which were packed beforehand by
 the pipeline's own tokeniser, batcher and packer, and does nothing with the vectors. The pipeline reads a text file and

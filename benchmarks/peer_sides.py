@@ -220,7 +220,7 @@ def describe_versions() -> dict[str, dict[str, str]]:
 
 
 def choose_setting(peer: str, models: str, precision: str, source: str) -> dict[str, Any]:
-    """The setting with the best rate on the first texts, after one run of each to warm up. Runs in a child."""
+    """The setting with the best rate on the first texts, after one warm-up run of each. Runs in a child."""
     texts = read_texts(source)[:WARM_UP]
     rates: dict[Setting, float] = {}
     for setting in PEERS[peer].settings:

@@ -225,7 +225,7 @@ def name_side(name: str, precision: str, kind: str) -> str:
 
 
 def check_vectors(compared: dict[str, Any]) -> None:
-    """Raises `BenchmarkError` if the sides did not do the same work; a NaN is none."""
+    """Raises `BenchmarkError` if the sides' vectors differ or hold NaN."""
     if not compared["spread"] <= TOLERANCE:
         raise BenchmarkError(f"two sides differ by {compared['spread']:.2g} in float32, more than {TOLERANCE:g}")
     for side, cosine in compared["cosines"].items():

@@ -1,4 +1,4 @@
-"""Results as a table to read and as JSON to keep, each with the machine that they were measured on."""
+"""Formats results as a table and as JSON, each with the machine that they were measured on."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _PACKAGES = ("apache-beam", "tensorflow", "tensorflow-text", "tfx-bsl", "numpy")
 
 
 def describe_hardware() -> dict[str, Any]:
-    """Processor, cores, memory, versions, and how busy the machine is."""
+    """Processor, cores, memory, versions, and load of the machine."""
     return {
         "processor": _processor_name(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),

@@ -1,4 +1,4 @@
-"""Whether more workers help: the graph for distributed engines on two worker processes against one, a core for each.
+"""Measures whether more workers help: the distributed graph on two worker processes against one, a core for each.
 
 TensorFlow is held to one thread in every worker, so a second worker is the only way to use the second core. The engine
 is Beam's local one with worker processes: every shuffle goes through the process that started them, and all work is

@@ -1,4 +1,4 @@
-"""The product against what a Beam user writes today: the same English sentences to a TFRecord table of vectors.
+"""The product against code that a Beam user writes today: the same English sentences to a TFRecord table of vectors.
 
 Reference: `ordinary.py`, with ReadFromText, RunInference over a handler of the user's own, batches of 32 padded to the
 preprocessor's 128 tokens, the encoder called as published, WriteToTFRecord, on the same local engine. The product:

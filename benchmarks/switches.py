@@ -1,4 +1,4 @@
-"""What each switch of the fast graph is worth on this machine: `python -m benchmarks.switches --encoder=DIR`.
+"""Measures each switch of the fast graph on this machine: `python -m benchmarks.switches --encoder=DIR`.
 
 The mode that the product would choose, and every mode that differs from it in one switch, encode the same batches of
 made-up ids by turns. Printed are the best time of a batch and the lowest cosine to the plain float32 graph, so that a

@@ -34,7 +34,7 @@ from training.scores import BAG, VECTORS, bag_of_tokens, embed_exam, examine, ma
 from training.student import initial_student
 from training.vocabulary import choose_vocabulary, tokenizer_of
 
-LAYERS = (0, 1, 3, 4, 5)  # of the teacher's six: the one whose absence alone is felt least is left out
+LAYERS = (0, 1, 3, 4, 5)  # of the teacher's six: the one whose removal lowers the scores least is left out
 VOCABULARY_SIZE = 16_000
 LEVELS = 63  # 7 bits a weight: a file below 15 MB
 
@@ -71,7 +71,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def check_settings(known: argparse.Namespace) -> None:
-    """Notes the settings in the folder of work, and ends the program if it holds work of other ones."""
+    """Writes the settings to the work folder, and ends the program if the folder has other settings."""
     path = os.path.join(known.work, "settings.json")
     settings = {flag: value for flag, value in vars(known).items() if flag not in ("work", "output")}
     os.makedirs(known.work, exist_ok=True)
@@ -91,7 +91,7 @@ def make_encoder(known: argparse.Namespace) -> None:
         return os.path.join(known.work, *names)
 
     def once(name: str, make: Callable[[str], object]) -> str:
-        """Makes a folder or file of the folder of work, whole or not at all."""
+        """Makes a folder or file in the work folder atomically."""
         if not os.path.exists(at(name)):
             print(f"training: {name}", file=sys.stderr, flush=True)
             shutil.rmtree(at("unfinished"), ignore_errors=True)
@@ -150,7 +150,7 @@ def make_encoder(known: argparse.Namespace) -> None:
 
 
 def embed_corpus(corpus: str, table: str, taught: Mapping[str, str]) -> None:
-    """Lets the pipeline write the table of targets: nothing, if it is there; what is missing, if it was stopped."""
+    """Runs the pipeline to write the table of targets; does nothing if it exists, and resumes a stopped run."""
     settings = {
         **taught,
         "input": f"{corpus}/*.jsonl",

@@ -1,4 +1,4 @@
-"""The model card of the built-in encoder: what it is, what it learned from, how good it is and what it is bad at."""
+"""The model card of the built-in encoder: description, training data, scores and weaknesses."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def write_card(
 
 
 def compare_with_bag(scores: Mapping[str, Scores]) -> str:
-    """Says in which columns the bag of tokens is better than any output of the encoder in float32."""
+    """The columns in which the bag of tokens is better than all outputs of the encoder in float32."""
     own = [found for name, found in scores.items() if name.endswith("float32")]
     bag = scores[BAG]
     better = [NAMES[field] for field in Scores._fields if getattr(bag, field) > max(getattr(s, field) for s in own)]

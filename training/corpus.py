@@ -1,4 +1,4 @@
-"""The texts to learn from, and the passages held out to be judged by."""
+"""The training texts, and the passages that are held out for evaluation."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ def split_sentences(passage: str) -> list[str]:
 
 
 def normal_form(text: str) -> str:
-    """What two texts share that differ in capitals, spaces and punctuation alone."""
+    """Normalises a text: texts that differ only in case, spaces and punctuation become equal."""
     return "".join(character for character in text.lower() if character.isalnum())
 
 
 def split_passages(path: str) -> tuple[list[str], list[str]]:
-    """The passages to learn from, and those held out: the last of the file, which is in random order."""
+    """The training passages, and the held-out ones: the last of the file, which is in random order."""
     passages = list(read_lines(path))
     return passages[:-HELD_OUT], passages[-HELD_OUT:]
 

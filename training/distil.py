@@ -1,4 +1,4 @@
-"""Trains the student until its vectors lie as the teacher's do, from the embedding table that holds these.
+"""Trains the student to give the teacher's vectors, which it reads from an embedding table.
 
 The loss, the same for `pooled_output` and for the mean of all tokens: one minus the cosine to the teacher's vector,
 plus ten times the mean squared difference between the two matrices of cosines within the batch.
@@ -25,7 +25,7 @@ SORTED_BATCHES = 50  # batches whose texts are sorted by length together
 
 
 class Recipe(NamedTuple):
-    """How long and how fast to learn.
+    """Steps and learning rates of the training.
 
     Attributes:
       steps: batches.
@@ -73,7 +73,7 @@ def pad(rows: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
 def distil(
     initial: Mapping[str, np.ndarray], tokens: Sequence[np.ndarray], targets: np.ndarray, recipe: Recipe, folder: str
 ) -> dict[str, np.ndarray]:
-    """Trains a student, or goes on where an earlier call in the same folder was stopped.
+    """Trains a student, or continues where an earlier call in the same folder was stopped.
 
     Args:
       initial: the student's weights by official name.

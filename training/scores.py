@@ -1,4 +1,4 @@
-"""Judges an encoder by tables that the pipeline writes of it: similarity of sentences, and finding passages.
+"""Evaluates an encoder with tables that the pipeline writes: sentence similarity and passage retrieval.
 
     python -m training.scores --sts=stsb-dev.csv --passages=passages.txt.gz [--encoder=DIR --preprocessor=DIR]
 
@@ -41,7 +41,7 @@ NAMES = {
 
 
 class Scores(NamedTuple):
-    """How well vectors do.
+    """Scores of some vectors.
 
     Attributes:
       similarity: rank correlation over pairs of sentences.
@@ -59,7 +59,7 @@ class Scores(NamedTuple):
 
 
 class Exam(NamedTuple):
-    """The texts to embed, by id, and what is asked of their vectors.
+    """The texts to embed, by id, and the tasks for their vectors.
 
     Attributes:
       texts: by id.
@@ -111,7 +111,7 @@ def make_exam(sts: str, passages: str) -> Exam:
 
 
 def examine(exam: Exam, vectors: Mapping[str, np.ndarray]) -> Scores:
-    """Marks vectors, float [D] of any length by text id."""
+    """Scores vectors, float [D] of any length by text id."""
     unit = {key: vector / max(float(np.linalg.norm(vector)), 1e-12) for key, vector in vectors.items()}
     cosines = [float(unit[one] @ unit[other]) for one, other, _ in exam.pairs]
     passages = np.stack([unit[key] for key in exam.passages])  # [P, D]
@@ -146,7 +146,7 @@ def rank_correlation(a: np.ndarray, b: np.ndarray) -> float:
 
 
 def embed_exam(exam: Exam, folder: str, flags: Mapping[str, Any]) -> dict[str, np.ndarray]:
-    """Lets the pipeline write a table of all texts, and reads the vectors from it."""
+    """Runs the pipeline on all texts, and reads the vectors from its table."""
     os.makedirs(folder, exist_ok=True)
     texts = os.path.join(folder, "texts.jsonl")
     write_texts(texts, exam.texts.items())

@@ -1,6 +1,6 @@
 """The student: a talking-heads gated-GELU encoder that begins as the teacher without some of its layers.
 
-The gated architecture holds the plain one: heads that are mixed by the identity talk to themselves, and a gate with a
+The gated architecture contains the plain one: heads that are mixed by the identity stay separate, and a gate with a
 kernel of zeros and a bias of ones leaves everything through. So nothing is lost at the start but the layers left out
 and the pieces that the vocabulary lacks. The pooler begins as the identity.
 
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     import tensorflow as tf
 
 
-# What the teacher has not: the last two parts of the name, and the values that change nothing.
+# Weights that the teacher lacks: the last two parts of the name, and neutral initial values.
 _NEW: dict[str, Callable[[tuple[int, ...]], np.ndarray]] = {
     "self_attention/pre_softmax_weight": lambda shape: np.eye(*shape, dtype=np.float32),
     "self_attention/post_softmax_weight": lambda shape: np.eye(*shape, dtype=np.float32),

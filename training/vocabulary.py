@@ -40,7 +40,7 @@ def choose_vocabulary(texts: Iterable[str], pieces: Sequence[str], size: int) ->
 
 
 def count_words(texts: Iterable[str]) -> collections.Counter[str]:
-    """Counts the words of all texts, split and folded by the very operations of the exported preprocessor."""
+    """Counts the words of all texts, split and folded by the operations of the exported preprocessor."""
     from tensorflow_text.python.ops.bert_tokenizer import BasicTokenizer  # not exported at the top
 
     tokenizer = BasicTokenizer(lower_case=True)

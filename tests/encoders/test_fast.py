@@ -452,13 +452,13 @@ def test_a_precision_that_is_too_inaccurate_is_refused_or_not_chosen_by_auto(mon
     monkeypatch.setattr(runtime, "native_half_precision", lambda: "bfloat16")
     with caplog.at_level(logging.WARNING):
         assert describe(ENCODER, precision="auto").precision == "float32"
-    assert "float32 instead of bfloat16" in caplog.text
+    assert "float32 is used instead of bfloat16" in caplog.text
 
 
 def test_a_worker_without_the_precision_that_was_planned_fails_the_run(monkeypatch):
     planned = replace(describe(ENCODER, precision="bfloat16"), native=True)
     monkeypatch.setattr(load, "native_half_precision", lambda: "")
-    with pytest.raises(EncoderError, match="planned on a machine whose processor or GPU has it"):
+    with pytest.raises(EncoderError, match="planned on a machine that supports it natively"):
         load_encoder(planned)
 
 

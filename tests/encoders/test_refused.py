@@ -74,7 +74,7 @@ def test_a_model_that_takes_no_text(tmp_path):
     image = tf.function(lambda x: {"pooled_output": tf.reduce_mean(x, [1, 2])}, input_signature=[pixels])
     nothing = tf.function(lambda: {"pooled_output": tf.zeros([1, 3])}, input_signature=[])
     for name, call in (("image", image), ("nothing", nothing)):
-        check_refused("no text encoder", encoder=save_module(tmp_path / name, call=call))
+        check_refused("not a text encoder", encoder=save_module(tmp_path / name, call=call))
 
 
 def test_a_vocabulary_larger_than_the_encoders(encoder):

@@ -383,7 +383,7 @@ def test_a_job_that_is_lost_sight_of_runs_on(gcs: Gcs, dataflow: DataflowService
         _, err = process.communicate()
     line = read_sentence(err)
     assert process.returncode == 1
-    assert "no longer allowed to look" in line and "goes on and publishes by itself" in line
+    assert "no longer allowed to look" in line and "continues and publishes the table" in line
     assert f"gcloud dataflow jobs cancel job-0 --region={REGION} --project={PROJECT}" in line
     assert list_left(gcs, "lost") == [f"lost/{LOCK}"]
     code, _, err = call("embed", *arguments)

@@ -56,7 +56,7 @@ def test_flags_that_can_work_are_accepted(refused):
     ("flags", "told"),
     [
         ({"project": None}, "--project is missing, and Dataflow needs it: the Google Cloud project"),
-        ({"region": None}, "--region is missing, and Dataflow needs it: where the workers run"),
+        ({"region": None}, "--region is missing, and Dataflow needs it: the region of the workers"),
         ({"temp_location": None}, "--temp_location is missing, and Dataflow needs it: a gs:// folder"),
         ({"temp_location": "/tmp"}, "--temp_location=/tmp is not on Cloud Storage; give a gs:// folder"),
         ({"input": "corpus/*.jsonl"}, "--input=corpus/*.jsonl is on this machine"),

@@ -269,7 +269,7 @@ def test_a_file_that_was_cut_short_is_made_again_and_reported(table, caplog, par
     spoil(Path(open_table(table.output)[1], name), lambda data: data.pop())
     outcome = table.run(documents(*"abcdefgh"))
     assert outcome.encoded == ["text e", "text f", "text g", "text h"]
-    assert f"{name} is damaged; its rows are made anew" in caplog.text
+    assert f"{name} is damaged; its rows are made again" in caplog.text
     assert_rows(outcome.rows, documents(*"abcdefgh"))
 
 

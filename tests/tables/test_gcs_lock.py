@@ -174,7 +174,7 @@ def test_a_held_table_is_refused_with_the_name_of_its_owner(table):
     assert message.startswith(f"--output={table} is in use: run first on ")
     assert f", process {os.getpid()}, has held it since " in message
     assert re.search(
-        r"wait for it, or stop it\. If it was killed, its lock ends in (90|89|88) seconds: run again then$", message
+        r"wait for it, or stop it\. If it was killed, its lock expires in (90|89|88) seconds: run again then$", message
     )
 
 
@@ -220,7 +220,7 @@ def test_a_killed_owner_frees_its_table_when_its_lock_expires(gcs, table):
         owner.send_signal(signal.SIGKILL)
         owner.wait()
     start = time.monotonic()
-    with pytest.raises(TableError, match=f"process {owner.pid}, .* its lock ends in [1234] seconds: run again then"):
+    with pytest.raises(TableError, match=f"process {owner.pid}, .* its lock expires in [1234] seconds: run again then"):
         TableLock(table, "second").acquire()  # by the time that its owner gave it, not the second's
     while True:
         try:
