@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 LOG_FORMATS = ("text", "json")
 _PREFIX = "flag_"  # marks our flags in argparse's result, apart from verbs and Beam's
+RENAMED = {"--gate": "--validate"}  # flags of earlier versions
 _FLAG = re.compile(r"(--\w[\w-]*)(=|$)")  # what argparse reads as a flag in any place
 
 
@@ -137,6 +138,8 @@ def refuse(rest: Sequence[str], flags: Iterable[str], advice: str = "", stray: s
         if not argument.startswith("-"):
             raise ConfigError(f"unexpected argument {argument!r}; {stray.format(argument)}")
         flag = argument.split("=")[0]
+        if flag in RENAMED:
+            raise ConfigError(f"{flag} is called {RENAMED[flag]} now; use that")
         close = difflib.get_close_matches(flag.lower().replace("-", "_").replace("__", "--", 1), list(flags), 1, 0.6)
         raise ConfigError(f"unknown flag {flag}" + (f"; did you mean {close[0]}?" if close else advice))
 

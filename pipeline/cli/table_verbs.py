@@ -130,11 +130,10 @@ def format_plan(dry_run: DryRun, output: str) -> str:
     lines = [
         f"{output} would have {about}{f.rows:,} rows, about {format_bytes(f.bytes)}",
         f"  documents    {f.documents:,} read: {f.new:,} new, {f.changed:,} changed, {f.updated:,} updated (their text "
-        f"is the same), {f.unchanged:,} unchanged",
+        f"is the same), {f.unchanged:,} unchanged" + (f", {f.remade:,} remade" if f.remade else ""),
         f"  gone         {f.deleted:,} deleted"
         + "".join(f", {n:,} {what}" for n, what in ((f.kept, "kept"), (f.stale, "stale"), (f.lost, "lost")) if n),
-        f"  to encode    {f.to_encode:,} texts; {f.reused:,} have a vector already, {f.same_text:,} are equal to "
-        "another",
+        f"  to encode    {f.to_encode:,} texts; {f.reused:,} reuse a vector, {f.same_text:,} have the text of another",
     ]
     if f.to_encode:
         if f.tokens is not None and f.cut_tokens is not None:

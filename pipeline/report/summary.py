@@ -101,7 +101,7 @@ def describe_changes(manifest: Manifest) -> list[str]:
     found += [f"{int(merge[name]):,} {name}" for name in ("deleted", "kept", "stale", "lost") if merge.get(name)]
     known = [
         f"{int(reuse[name]):,} {what}"
-        for name, what in (("reused", "had a vector already"), ("same_text", "equal to another text"))
+        for name, what in (("reused", "reuse a vector"), ("same_text", "have the text of another"))
         if reuse.get(name)
     ]
     lines = [f"  changes      {', '.join(found)}"] if manifest.previous and found else []

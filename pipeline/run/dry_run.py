@@ -50,6 +50,7 @@ class DryRun:
       new: documents whose id has no row.
       changed: documents whose text has changed.
       updated: documents with the same text, but other kept fields or another file format.
+      remade: documents with the same text, whose rows are of another encoder or other settings.
       unchanged: documents whose rows stay.
       reused: documents that are not unchanged and whose vector is known already.
       same_text: documents that are not unchanged and have the text of another one that is encoded.
@@ -78,6 +79,7 @@ class DryRun:
     new: int
     changed: int
     updated: int
+    remade: int
     unchanged: int
     reused: int
     same_text: int
@@ -263,7 +265,7 @@ def combine(resolved: ResolvedRun, policy: ReusePolicy, seen: Seen, measured: Me
     rows = n_kept + seen.n_reused + round(to_encode * each + equal_rows)
     row_bytes = live_row_bytes(live, form) or measured.row_bytes or live_row_bytes(live)
     return DryRun(
-        **{name: counts[name] for name in ("documents", "new", "changed", "updated", "unchanged")},
+        **{name: counts[name] for name in ("documents", "new", "changed", "updated", "remade", "unchanged")},
         **{name: counts[name] for name in ("reused", "same_text")},
         to_encode=to_encode,
         **{name: decisions.counts[name] for name in ("deleted", "stale", "kept", "lost")},

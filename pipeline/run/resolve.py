@@ -130,7 +130,7 @@ def resolve_input(config: EmbedConfig) -> ResolvedInput:
     if not plan.files:
         raise InputError(f"--input={' '.join(config.read.input)} matches only empty files; give files with text")
     for path in plan.empty_files:
-        _LOGGER.warning("%s is empty and holds no documents", path)
+        _LOGGER.warning("%s is empty", path)
     sample = sample_input(plan, config.read)
     kept = tuple(infer_kept_fields(sample.rows, config.read))
     return ResolvedInput(config, plan, sample.n_documents, kept, sample.build_documents(config.read, kept))

@@ -75,9 +75,10 @@ def roll_back(table: str, to: str = "") -> Manifest:
         there = list_snapshots(table)
         name = to or manifest.previous
         if name not in there or name == manifest.snapshot:
-            others = ", ".join(other for other in there if other != manifest.snapshot) or "none"
             wanted = f"no other snapshot {name}" if name else "no snapshot before the live one"
-            raise TableError(f"{table} has {wanted}; there are: {others}; name one with --to=NAME")
+            others = ", ".join(other for other in there if other != manifest.snapshot)
+            fix = f"there are: {others}; name one with --to=NAME" if others else "the live one is the only one"
+            raise TableError(f"{table} has {wanted}; {fix}")
         older = read_manifest(table, name)
         # If the run was killed after it published, the next run would delete its snapshot as one that was never live.
         delete_folder(attempts_folder(table, manifest.snapshot))

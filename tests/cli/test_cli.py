@@ -196,6 +196,7 @@ def test_a_file_of_settings_may_hold_every_flag_of_embed(call, tmp_path):
     ("text", "says"),
     [
         ("max_token = 3", "did you mean --max_tokens?"),
+        ("gate = 'off'", "--gate is called --validate now"),
         ("direct_num_worker = 3", "did you mean --direct_num_workers?"),
         ("summary_json = 3", "--summary_json=3 is not true or false"),
         ("log_format = 'xml'", "--log_format=xml is not one of text, json"),

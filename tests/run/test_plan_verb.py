@@ -113,7 +113,7 @@ def test_another_model_means_everything(tmp_path):
     embed_records(tmp_path, records)
     changed = {"max_tokens": 9}
     dry_run = plan(tmp_path, **changed)
-    assert dry_run.to_encode == 60 and dry_run.unchanged == 0 and not dry_run.stops
+    assert dry_run.to_encode == dry_run.remade == 60 and dry_run.unchanged == 0 and not dry_run.stops
     (change,) = dry_run.changes
     assert change.startswith("preprocessing.max_tokens ") and change.endswith(" -> 9")
     stopped = plan(tmp_path, **changed, on_model_change="stop")
@@ -241,7 +241,8 @@ def test_the_verb_takes_the_flags_of_embed(tmp_path, call):
     values = json.loads(call("plan", *flags, "--json").out)
     assert values == dataclasses.asdict(plan(tmp_path)) | {"seconds": values["seconds"]}
     assert (values["new"], values["deleted"], values["unchanged"]) == (2, 30, 30)
-    assert "everything is embedded again" in call("plan", *flags, "--normalize").out
+    other_model = call("plan", *flags, "--normalize").out
+    assert "everything is embedded again" in other_model and "30 remade" in other_model
     code, _, err = call("plan", *flags[1:])
     assert code == 2 and "--output is missing" in assert_one_line(err)
     assert open_table(str(tmp_path / "table"))[0].rows == 60

@@ -92,7 +92,7 @@ def test_a_rollback_and_back(table):
 
 def test_the_first_snapshot_has_none_before_it(table):
     first = publish(table)
-    with pytest.raises(TableError, match="no snapshot before the live one; there are: none"):
+    with pytest.raises(TableError, match="no snapshot before the live one; the live one is the only one"):
         roll_back(table.output)
     assert live(table) == first
 
