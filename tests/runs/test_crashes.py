@@ -235,9 +235,7 @@ def test_a_run_that_is_killed_has_had_its_table_alone_and_loses_nothing(tmp_path
     assert (manifest.counts["encode"]["rows"], manifest.counts["reuse"]["reused"]) == (n - n_kept, n_kept)
     encode(corpus, tmp_path / "fresh")
     assert is_same(read_live(table), read_live(tmp_path / "fresh"))
-    live = open_table(str(table))[0]
-    assert not list_names(table / "attempts")
-    assert live.fingerprint[:32] not in list_names(table / "journal"), "only the other model may have a journal"
+    assert not list_names(table / "attempts") and not (table / "journal").exists()
 
 
 # Moments of the kill: what to wait for, flags, and the seconds to wait after that.
