@@ -42,6 +42,7 @@ from pipeline.reuse.wire import (
 )
 
 BLOCK_DOCUMENTS = 1024
+BLOCK_BYTES = 4_000_000
 
 
 class Waiting(NamedTuple):
@@ -86,6 +87,7 @@ class DecideTexts(beam.DoFn):
 
     def start_bundle(self) -> None:
         self._waiting: list[Waiting] = []
+        self._bytes = 0
         self._counts: Counter[str] = Counter()
         self._spot_checks = SpotCheckPicker()
 
@@ -114,7 +116,8 @@ class DecideTexts(beam.DoFn):
                 first = None if is_first else first  # several documents may have one place: retried dead letters
                 document = self._packer.unpack(value)
                 self._waiting.append(Waiting(document, content, is_known, is_first, n_documents > 1))
-                if len(self._waiting) >= BLOCK_DOCUMENTS:
+                self._bytes += len(value)
+                if len(self._waiting) >= BLOCK_DOCUMENTS or self._bytes >= BLOCK_BYTES:
                     yield from self._flush()
             elif value[:1] == UNSEEN and is_known:
                 yield TaggedOutput("moved", (value[1:], MOVED))
@@ -125,7 +128,7 @@ class DecideTexts(beam.DoFn):
         yield from end_bundle([TaggedOutput("bundle_counts", BundleCounts.of("reuse", counts))])
 
     def _flush(self) -> Iterator[Any]:
-        block, self._waiting = self._waiting, []
+        block, self._waiting, self._bytes = self._waiting, [], 0
         known, first = (np.array([getattr(one, name) for one in block], bool) for name in ("known", "first"))
         actions = decide_documents(np.zeros(len(block), bool), known, first)
         self._counts += count_actions(actions)
