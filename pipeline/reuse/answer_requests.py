@@ -33,7 +33,7 @@ class AnswerRequests(beam.DoFn):
     """(content hash, vectors, dead letters and requests) -> rows, and under tags samples and dead letters.
 
     Args:
-      keep_text: rows carry their document's text.
+      keep_text: rows have their document's text.
     """
 
     def __init__(self, keep_text: bool) -> None:

@@ -124,6 +124,13 @@ def test_databases_are_refused_by_name(tmp_path):
         run_joined(tmp_path, output=output)
 
 
+def embed_on_job_service(engine: list[str], folder: Path, flags: dict[str, Any]) -> subprocess.CompletedProcess[str]:
+    """Runs `embeam embed` through a job service of its own."""
+    command = [sys.executable, "-m", "runners.portable", f"--log_dir={folder}/logs", *engine]
+    command += [sys.executable, "-m", "pipeline.cli", "embed", *(f"--{name}={value}" for name, value in flags.items())]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=110, check=False)
+
+
 @pytest.mark.engine
 @pytest.mark.parametrize("engine", [[], [f"--prism={PRISM}"]], ids=["python", "prism"])
 def test_a_job_service_reindexes(engine, tmp_path):
@@ -133,15 +140,7 @@ def test_a_job_service_reindexes(engine, tmp_path):
     write_corpus(tmp_path, second_records())
     flags = {**SETTINGS, "input": f"{tmp_path}/*.jsonl", "output": f"{tmp_path}/table", "encoder": ENCODER}
     flags |= {"id_field": "id", "on_long": "reject"}
-    command = [sys.executable, "-m", "runners.portable", f"--log_dir={tmp_path}/logs", *engine]
-    command += [
-        sys.executable,
-        "-m",
-        "pipeline.cli",
-        "embed",
-        *(f"--{name}={value}" for name, value in flags.items()),
-    ]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=110, check=False)
+    done = embed_on_job_service(engine, tmp_path, flags)
     assert done.returncode == 0, done.stderr[-3000:]
     manifest, folder = open_table(str(tmp_path / "table"))
     assert manifest.counts["reuse"]["encoded"] == 3 and manifest.counts["merge"]["stale"] == 1
@@ -160,15 +159,7 @@ def test_an_error_on_an_engine_s_worker_is_told_in_one_line(engine, tmp_path):
     write_corpus(tmp_path, first_records())
     flags = {**SETTINGS, "input": f"{tmp_path}/*.jsonl", "output": f"{tmp_path}/table", "encoder": ENCODER}
     flags |= {"id_field": "id", "on_long": "reject", "max_tokens": 6, "max_dead_fraction": 0.1}
-    command = [sys.executable, "-m", "runners.portable", f"--log_dir={tmp_path}/logs", *engine]
-    command += [
-        sys.executable,
-        "-m",
-        "pipeline.cli",
-        "embed",
-        *(f"--{name}={value}" for name, value in flags.items()),
-    ]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=110, check=False)
+    done = embed_on_job_service(engine, tmp_path, flags)
     told = [line for line in done.stderr.splitlines() if "dead letters of the failed run are in" not in line]
     assert done.returncode == 1 and len(told) == 1, done.stderr[-3000:]
     assert told[0].startswith("embeam: ") and "--max_dead_fraction" in told[0]
