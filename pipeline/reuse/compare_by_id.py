@@ -62,7 +62,7 @@ class CompareDocuments(beam.DoFn):
       spot_checks: documents that are encoded once more, to compare the vector with their rows.
       open_rows: (digest, packed `OpenRow`), live rows of changed documents and of those that were not seen.
       unseen: (content hash, digest of the id) of live rows whose documents were not seen.
-      sources: (file, (row, number of the input file)) of unchanged rows whose documents have moved to another file.
+      sources: (file, (row, number of the input file)) of live rows whose documents have moved to another file.
       wanted: (file, row) of unchanged rows that a spot check is compared with.
       requests: (content hash, CHECK) for such a comparison.
       dead_letters: of documents whose id an earlier one has.
@@ -133,14 +133,13 @@ class CompareDocuments(beam.DoFn):
         changes = compare_documents(content, kept, owner, rows, self._policy)
         self._counts += count_changes(changes)
         unchanged = changes == Change.UNCHANGED
-        self._merge_counts.update(documents=int(unchanged.sum()), live=int(unchanged.sum()))
+        self._merge_counts.update(documents_with_rows=int(unchanged.sum()), live=int(unchanged.sum()))
         yield from self._open([met for met, stays in zip(seen, unchanged, strict=True) if not stays], seen=True)
         for met, document, stays in zip(seen, documents, unchanged.tolist(), strict=True):
+            yield from self._move(met.live, document)
             if not stays:
                 yield document
-                continue
-            yield from self._move(met.live, document)
-            if self._spot_checks.picks("known"):
+            elif self._spot_checks.picks("known"):
                 yield TaggedOutput("spot_checks", document._replace(is_spot_check=True))
                 yield TaggedOutput("requests", (met.live[0].content, CHECK))
                 for row in met.live:
@@ -154,10 +153,10 @@ class CompareDocuments(beam.DoFn):
                     yield TaggedOutput("unseen", (row.content, met.digest))
 
     def _move(self, live: list[LiveRow], document: Document) -> Iterator[Any]:
-        """Yields unchanged rows whose document is now in another file of the input."""
-        path = document.origin.path
-        if path in self._numbers and live[0].source != digest_source(path):
-            for row in live:
+        """Yields live rows whose document is now in another file of the input: they may stay, if only as stale ones."""
+        path, source = document.origin.path, digest_source(document.origin.path)
+        for row in live if path in self._numbers else ():
+            if row.source != source:
                 yield TaggedOutput("sources", (row.file, (row.row, self._numbers[path])))
 
 

@@ -119,8 +119,8 @@ class DecideRows(beam.DoFn):
         decisions = decide_rows(facts, self._policy)
         self._counts.update(decisions.counts)
         stays = ~np.isin(decisions.actions, (RowAction.REPLACE, RowAction.DELETE))
-        self._counts["documents"] += sum(bool(results.new) for results in block)
-        self._counts["documents"] += decisions.counts["stale"] + decisions.counts["kept"]
+        self._counts["documents_with_rows"] += sum(bool(results.new) for results in block)
+        self._counts["documents_with_rows"] += decisions.counts["stale"] + decisions.counts["kept"]
         for (_, row), kept in zip(rows, stays.tolist(), strict=True):
             if not kept:
                 yield row.file, row.row

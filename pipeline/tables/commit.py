@@ -114,7 +114,7 @@ class DistributedCompletion:
         merge = self.counts.get("merge", {})
         if twice := int(merge.get("duplicate_rows", 0)):
             raise ValidationError(f"{twice:,} rows have an id and chunk that another row has too")
-        check_count(int(merge.get("documents", 0)), self.expected)
+        check_count(int(merge.get("documents_with_rows", 0)), self.expected)
         rows = [shard for shard in self.shards if shard.kind == ROWS]
         n_rows = sum(shard.rows for shard in rows)
         if n_rows != (wanted := int(merge.get("kept_rows", 0) + merge.get("new_rows", 0))):

@@ -50,6 +50,14 @@ def test_a_rerun(table, case):
     assert set(again.encoded) == set(case.fails), "only what failed is tried again"
 
 
+def test_a_stale_row_belongs_to_the_file_that_its_document_is_in_now(table):
+    table.run(documents(*"ab"))
+    table.run([*documents("a"), *documents("b=x", file=B)], fails=["text x"])
+    outcome = table.run(documents("a"), [make_dead_letter(B)])  # which has lost the document
+    assert_rows(outcome.rows, documents(*"ab"))
+    assert outcome.count("stale", "deleted") == {"stale": 1, "deleted": 0}
+
+
 def test_what_the_index_counts(local):
     local.layout = YEAR
     local.run(dated(1, "a", "b", "c", "d"))
