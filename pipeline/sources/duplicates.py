@@ -76,12 +76,13 @@ class DuplicateCursor:
     """Tells for ascending positions in one file whether they are duplicates, in constant time each."""
 
     def __init__(self, positions: np.ndarray) -> None:
-        self._positions = np.ascontiguousarray(positions)  # [n] ascending; a field of records is copied by every search
+        # [n] ascending. A search copies what is a field of records, or of another type than what is looked for.
+        self._positions = np.ascontiguousarray(positions, np.uint64)
         self._upcoming = -1
 
     def drops(self, position: int) -> bool:
         if self._upcoming < position:
-            index = int(np.searchsorted(self._positions, position))
+            index = int(np.searchsorted(self._positions, np.uint64(position)))
             self._upcoming = int(self._positions[index]) if index < len(self._positions) else _NEVER
         return self._upcoming == position
 
