@@ -210,37 +210,37 @@ def files_of(outcome: Outcome, table: SteppedTable) -> dict[str, int]:
     return {file.name: os.stat(Path(folder, file.name)).st_ino for file in outcome.manifest.files}
 
 
-def test_a_file_is_linked_if_all_of_it_stays_and_copied_if_not(local):
-    local.shard_bytes = 1  # files of four rows
-    first = local.run(documents(*"abcdefgh"))
-    before, whole = files_of(first, local), hash_folder(open_table(local.output)[1])
+def test_a_file_is_linked_if_all_of_it_stays_and_copied_if_not(table):
+    table.shard_bytes = 1  # files of four rows
+    first = table.run(documents(*"abcdefgh"))
+    before, whole = files_of(first, table), hash_folder(open_table(table.output)[1])
     assert len(before) == 2
-    same = local.run(documents(*"abcdefgh"))
-    assert files_of(same, local) == before, "the same files under both names"
+    same = table.run(documents(*"abcdefgh"))
+    assert files_of(same, table) == before, "the same files under both names"
     assert same.count("linked_files", "linked_rows", "copied_rows") == {
         "linked_files": 2,
         "linked_rows": 8,
         "copied_rows": 0,
     }
-    less = local.run(documents(*"abcdfgh"))
+    less = table.run(documents(*"abcdfgh"))
     assert less.count("linked_files", "copied_rows") == {"linked_files": 1, "copied_rows": 3}
-    assert len(set(files_of(less, local).values()) & set(before.values())) == 1
+    assert len(set(files_of(less, table).values()) & set(before.values())) == 1
     assert_rows(less.rows, documents(*"abcdfgh"))
-    older = Path(local.output, "snapshots", first.manifest.snapshot)
+    older = Path(table.output, "snapshots", first.manifest.snapshot)
     assert hash_folder(older) == whole, "a row that goes does not go from the snapshot before"
 
 
-def test_many_small_files_become_one_and_few_stay(local):
-    local.shard_bytes = 1
+def test_many_small_files_become_one_and_few_stay(table):
+    table.shard_bytes = 1
     many = [make_document(f"d{i:02d}", f"text {i}") for i in range(4 * 17)]
-    assert len(local.run(many[: 4 * 16]).manifest.files) == 16
-    local.shard_bytes = 1 << 20
-    assert len(local.run(many[: 4 * 16]).manifest.files) == 16, "these are few"
-    local.run(many)
-    outcome = local.run(many)
+    assert len(table.run(many[: 4 * 16]).manifest.files) == 16
+    table.shard_bytes = 1 << 20
+    assert len(table.run(many[: 4 * 16]).manifest.files) == 16, "these are few"
+    table.run(many)
+    outcome = table.run(many)
     assert len(outcome.manifest.files) == 1 and outcome.count("copied_rows") == {"copied_rows": 68}
     assert_rows(outcome.rows, many)
-    outcome = local.run(many)
+    outcome = table.run(many)
     assert outcome.count("linked_files", "linked_rows") == {"linked_files": 1, "linked_rows": 68}
     assert_rows(outcome.rows, many)
 
