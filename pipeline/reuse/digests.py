@@ -22,13 +22,17 @@ class DigestSet:
         if unseen.any():
             self._levels.append(values[unseen])
         while len(self._levels) > 1 and len(self._levels[-2]) < 2 * len(self._levels[-1]):
-            last = self._levels.pop()
-            self._levels[-1] = np.sort(np.concatenate([self._levels[-1], last]))
+            merged = np.concatenate(self._levels[-2:])
+            del self._levels[-2:]
+            merged.sort(kind="stable")  # in place: of two ascending parts it needs no more memory than half of them
+            self._levels.append(merged)
         return is_new
 
     def sorted(self) -> np.ndarray:
         """All digests, ascending."""
-        return np.sort(np.concatenate([np.empty(0, "S16"), *self._levels]))
+        digests = np.concatenate([np.empty(0, "S16"), *self._levels])
+        digests.sort(kind="stable")
+        return digests
 
 
 def is_in(digests: np.ndarray, ascending: np.ndarray) -> np.ndarray:
