@@ -10,6 +10,7 @@ import apache_beam as beam
 from apache_beam import coders
 from apache_beam.pvalue import TaggedOutput
 
+import pipeline.coders  # noqa: F401  tells Beam how rows and dead letters are encoded
 from pipeline.errors import RunError
 from pipeline.records import DeadLetter, Document, Row
 from pipeline.reuse.copy import CollectRows
