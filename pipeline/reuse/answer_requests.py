@@ -14,18 +14,9 @@ import pipeline.coders  # noqa: F401  tells Beam how rows and dead letters are e
 from pipeline.errors import RunError
 from pipeline.records import DeadLetter, Document, Row
 from pipeline.reuse.copy import CollectRows
-from pipeline.reuse.live_table import (
-    KEYED,
-    DistributedReuse,
-    read_wanted,
-)
+from pipeline.reuse.live_table import KEYED, DistributedReuse, read_wanted
 from pipeline.reuse.requests import ReuseRequest
-from pipeline.reuse.wire import (
-    CHECK,
-    DEAD,
-    REQUEST,
-    VECTOR,
-)
+from pipeline.reuse.wire import CHECK, DEAD, REQUEST, VECTOR
 
 _ROWS, _DEAD_LETTERS = coders.registry.get_coder(Row), coders.registry.get_coder(DeadLetter)
 

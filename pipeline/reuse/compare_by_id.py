@@ -6,7 +6,7 @@ No step holds a group: what has one id is read once, and compared together with 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Optional
 
@@ -16,28 +16,11 @@ from apache_beam.pvalue import TaggedOutput
 
 from pipeline.bundles import end_bundle
 from pipeline.preprocess.chunking import hash_content
-from pipeline.records import BundleCounts, DeadLetter, Document
-from pipeline.reuse.decide import (
-    Change,
-    ReusePolicy,
-    compare_documents,
-    count_changes,
-)
-from pipeline.reuse.live_table import (
-    KEYED,
-    PLACED,
-    DistributedReuse,
-    list_live,
-)
+from pipeline.records import BundleCounts, DeadLetter, Document, digest_id
+from pipeline.reuse.decide import Change, ReusePolicy, compare_documents, count_changes
+from pipeline.reuse.live_table import KEYED, PLACED, DistributedReuse, list_live
 from pipeline.reuse.spot_checks import SpotCheckPicker
-from pipeline.reuse.wire import (
-    CHECK,
-    LIVE,
-    DocumentPacker,
-    LiveRow,
-    pack_open_row,
-    unpack_live_row,
-)
+from pipeline.reuse.wire import CHECK, LIVE, DocumentPacker, LiveRow, pack_open_row, unpack_live_row
 from pipeline.sinks.index import digest_kept, digest_source, parse_hashes
 from pipeline.sources.duplicates import reject_duplicate
 
@@ -81,7 +64,7 @@ class CompareDocuments(beam.DoFn):
 
     def setup(self) -> None:
         self._packer = DocumentPacker(self._inputs)
-        self._numbers = {path: i for i, path in enumerate(self._inputs)}
+        self._sources = {path: digest_source(path) for path in self._inputs}
 
     def start_bundle(self) -> None:
         self._block: list[Met] = []
@@ -154,10 +137,10 @@ class CompareDocuments(beam.DoFn):
 
     def _move(self, live: list[LiveRow], document: Document) -> Iterator[Any]:
         """Yields live rows whose document is now in another file of the input: they may stay, if only as stale ones."""
-        path, source = document.origin.path, digest_source(document.origin.path)
-        for row in live if path in self._numbers else ():
-            if row.source != source:
-                yield TaggedOutput("sources", (row.file, (row.row, self._numbers[path])))
+        path = document.origin.path
+        for row in live if path in self._sources else ():
+            if row.source != self._sources[path]:
+                yield TaggedOutput("sources", (row.file, (row.row, self._packer.numbers[path])))
 
 
 class Compared(NamedTuple):
@@ -187,7 +170,9 @@ class CompareById(beam.PTransform):
             | "LiveFiles" >> beam.Create(range(len(reuse.files)), reshuffle=True).with_output_types(int)
             | "ListLiveRows" >> beam.FlatMap(list_live, reuse).with_output_types(KEYED)
         )
-        packed = documents | "PackDocuments" >> beam.ParDo(PackDocuments(reuse.inputs)).with_output_types(KEYED)
+        packed = documents | "PackDocuments" >> beam.ParDo(PackDocuments(reuse.inputs, key_by_id)).with_output_types(
+            KEYED
+        )
         compare = beam.ParDo(CompareDocuments(reuse.policy, reuse.inputs, reuse.prefix)).with_output_types(
             Document,
             spot_checks=Document,
@@ -209,13 +194,24 @@ class CompareById(beam.PTransform):
 
 
 class PackDocuments(beam.DoFn):
-    """Document -> (digest of the id, packed document)."""
+    """Document -> (its key, packed document).
 
-    def __init__(self, inputs: Sequence[str]) -> None:
+    Args:
+      inputs: paths of the input files.
+      key: gives the digest under which a document meets others.
+    """
+
+    def __init__(self, inputs: Sequence[str], key: Callable[[Document], bytes]) -> None:
         self._inputs = inputs
+        self._key = key
 
     def setup(self) -> None:
         self._packer = DocumentPacker(self._inputs)
 
     def process(self, document: Document) -> Iterator[tuple[bytes, bytes]]:
-        yield self._packer.pack(document)
+        yield self._key(document), self._packer.pack(document)
+
+
+def key_by_id(document: Document) -> bytes:
+    """The digest of a document's id."""
+    return digest_id(document.id)

@@ -15,11 +15,11 @@ import numpy as np
 from pipeline.errors import RunError
 from pipeline.records import DeadLetter
 from pipeline.reuse.dead_letters import DeadLetterFacts
-from pipeline.reuse.decide import KEPT_ACTIONS, ROW_COUNTS, ReusePolicy, RowFacts, decide_rows
+from pipeline.reuse.decide import ROW_COUNTS, ReusePolicy, RowFacts, decide_rows, stays
 from pipeline.reuse.digests import DigestSet, is_in
 from pipeline.reuse.index import VectorIndex
 from pipeline.reuse.local import MARK, marks_file
-from pipeline.reuse.requests import REUSED, WAITING, WANTED, RequestFiles, ReuseRequest, WantedRows, read_blocks
+from pipeline.reuse.requests import REUSED, WAITING, WANTED, RequestFiles, RequestLines, WantedRows, read_blocks
 from pipeline.sinks.index import iterate_records, read_sources
 from pipeline.sinks.readers import VectorFile
 from pipeline.sinks.writing import Shard, ShardWriter
@@ -49,7 +49,7 @@ class LiveDecisions:
     @property
     def kept(self) -> np.ndarray:
         """Which rows `[n_live]` stay in the table."""
-        return np.isin(self.actions, KEPT_ACTIONS)
+        return stays(self.actions)
 
 
 @dataclass(frozen=True)
@@ -109,13 +109,14 @@ def plan_requests(
     wanted = WantedRows(index.folder, len(index.entries) + sum(file.rows for file, _ in fresh))
     moved, dead_ids, dead_counts = DigestSet(), [np.empty(0, "S16")], Counter[str]()
     n_dead = 0
-    for number, note in enumerate(notes):
-        files = RequestFiles.of(note)
-        for block in read_blocks(files.reused, REUSED):
-            wanted.add(_want(block["row"], number, block["offset"]))
-            dead.mark_embedded(block["id"])
-            moved.add(index.entries["content"][block["row"].astype(np.int64)])
-        with open(files.lines, "rb") as lines:
+    paths = [RequestFiles.of(note).lines for note in notes]
+    with RequestLines(paths) as lines:
+        for number, note in enumerate(notes):
+            files = RequestFiles.of(note)
+            for block in read_blocks(files.reused, REUSED):
+                wanted.add(_want(block["row"], number, block["offset"]))
+                dead.mark_embedded(block["id"])
+                moved.add(index.entries["content"][block["row"].astype(np.int64)])
             for block in read_blocks(files.waiting, WAITING):
                 low, high = (np.searchsorted(places["content"], block["content"], side) for side in ("left", "right"))
                 which = np.repeat(np.arange(len(block)), high - low)
@@ -126,13 +127,12 @@ def plan_requests(
                 is_dead = dead.has(block["content"])
                 n_dead += int(is_dead.sum())
                 dead_ids.append(block["id"][is_dead & (high == low)])
-                for dead_letters in _repeat_dead_letters(block["offset"][is_dead], lines, dead):
+                for dead_letters in _repeat_dead_letters(number, block["offset"][is_dead], lines, dead):
                     dead_counts.update(dead_letter.reason for dead_letter in dead_letters)
                     dead_writer.write(dead_letters)
     wanted.finish()
     ids = np.unique(np.concatenate([*dead_ids, dead.dead_ids()]))
-    lines_paths = [RequestFiles.of(note).lines for note in notes]
-    return RequestPlan(lines_paths, wanted, moved.sorted(), ids, dead_writer.finish(), dead_counts, n_dead)
+    return RequestPlan(paths, wanted, moved.sorted(), ids, dead_writer.finish(), dead_counts, n_dead)
 
 
 def _find_shared(fresh: Sequence[tuple[VectorFile, Shard]], shared: np.ndarray, dead: DeadLetterFacts) -> np.ndarray:
@@ -163,12 +163,13 @@ def _want(rows: np.ndarray, file: int, offsets: np.ndarray) -> np.ndarray:
     return wanted
 
 
-def _repeat_dead_letters(offsets: np.ndarray, lines: object, dead: DeadLetterFacts) -> Iterator[list[DeadLetter]]:
-    """Dead letters for the requests at some offsets, some hundred at a time."""
+def _repeat_dead_letters(
+    file: int, offsets: np.ndarray, lines: RequestLines, dead: DeadLetterFacts
+) -> Iterator[list[DeadLetter]]:
+    """Dead letters for the requests at some offsets of a file, some hundred at a time."""
     dead_letters: list[DeadLetter] = []
     for offset in offsets.tolist():
-        lines.seek(offset)  # type: ignore[attr-defined]
-        dead_letters += dead.repeat(*ReuseRequest.from_line(lines.readline()))  # type: ignore[attr-defined]
+        dead_letters += dead.repeat(*lines.read(file, offset))
         if len(dead_letters) >= _WRITTEN_DEAD_LETTERS:
             yield dead_letters
             dead_letters = []

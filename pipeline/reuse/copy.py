@@ -12,17 +12,11 @@ import numpy as np
 from apache_beam.pvalue import TaggedOutput
 
 from pipeline.records import BundleCounts
-from pipeline.reuse.live_table import (
-    DistributedReuse,
-    LiveFile,
-)
+from pipeline.reuse.live_table import DistributedReuse, LiveFile
 from pipeline.reuse.merge import MAX_SMALL_FILES, KeptRows
-from pipeline.reuse.wire import (
-    unpack_rows,
-)
+from pipeline.reuse.wire import unpack_rows
 from pipeline.sinks.index import Index, read_index
-from pipeline.sinks.readers import VectorReader
-from pipeline.sinks.writing import RowFormat, Shard, ShardWriter
+from pipeline.sinks.writing import Shard, ShardWriter
 
 MOVE = np.dtype([("row", "<u4"), ("source", "<u4")])
 
@@ -74,7 +68,7 @@ def group_files(files: Sequence[LiveFile], shard_bytes: int) -> list[tuple[int, 
     small = [i for i, file in enumerate(files) if file.n_bytes < shard_bytes // 4]
     if len(small) <= MAX_SMALL_FILES:
         return [(i,) for i in range(len(files))]
-    groups: list[tuple[int, ...]] = [(i,) for i in range(len(files)) if i not in set(small)]
+    groups: list[tuple[int, ...]] = [(i,) for i in sorted(set(range(len(files))) - set(small))]
     together: list[int] = []
     n_bytes = 0
     for i in small:
@@ -90,32 +84,11 @@ class CopyRows(beam.DoFn):
     """Numbers of files of the live table -> files with the rows that stay; a whole file that stays is linked.
 
     Args:
-      files: of the live table.
-      reader: of these files; None if there are none.
-      form: how rows are written.
-      folder: where files are written.
-      shard_bytes: size at which a new file is started.
-      inputs: paths of the input files.
-      copies: whether rows can be copied as they are stored.
+      reuse: what may be reused.
     """
 
-    def __init__(
-        self,
-        files: Sequence[LiveFile],
-        reader: VectorReader | None,
-        form: RowFormat,
-        folder: str,
-        shard_bytes: int,
-        inputs: Sequence[str],
-        copies: bool,
-    ) -> None:
-        self._files = files
-        self._reader = reader
-        self._form = form
-        self._folder = folder
-        self._shard_bytes = shard_bytes
-        self._inputs = inputs
-        self._copies = copies
+    def __init__(self, reuse: DistributedReuse) -> None:
+        self._reuse = reuse
 
     def process(
         self,
@@ -124,21 +97,21 @@ class CopyRows(beam.DoFn):
         moves: Mapping[int, Iterable[bytes]],
     ) -> Iterator[Any]:
         """Takes some files, for each file the bitmap of the rows that do not stay, and records of MOVE."""
-        assert self._reader is not None
+        reuse, reader, copies = self._reuse, self._reuse.reader, self._reuse.policy.rows_stay
+        assert reader is not None
         counts: Counter[str] = Counter()
-        writer = ShardWriter(self._folder, self._form, self._shard_bytes)
-        kept = KeptRows(self._reader, writer, self._form.layout, counts, self._copies)
+        writer = ShardWriter(reuse.folder, reuse.form, reuse.shard_bytes)
+        kept = KeptRows(reader, writer, reuse.form.layout, counts, copies)
         for number in numbers:
-            file = self._files[number]
+            file = reuse.files[number]
             keeps = np.ones(file.rows, bool)
             for bitmap in dropped[number]:
                 keeps[unpack_rows(bitmap)] = False
-            counts["kept_rows"] += int(keeps.sum())
             index = self._read_index(file, moves[number])
-            if self._copies and keeps.all() and len(numbers) == 1:
+            if copies and keeps.all() and len(numbers) == 1:
                 yield kept.link(file.vectors, index, file.n_bytes, file.sha256)
             elif keeps.any():
-                for stored in self._reader.read(file.vectors, np.flatnonzero(keeps)):
+                for stored in reader.read(file.vectors, np.flatnonzero(keeps)):
                     positions = np.flatnonzero(keeps[stored.numbers])
                     kept.write(stored, positions, Index(index.entries[stored.numbers[positions]], index.sources))
         yield from writer.finish()
@@ -150,7 +123,7 @@ class CopyRows(beam.DoFn):
         for data in moves:
             some = np.frombuffer(data, MOVE)
             entries["source"][some["row"]] = some["source"] + len(sources)
-        return Index(entries, [*sources, *self._inputs])
+        return Index(entries, [*sources, *self._reuse.inputs])
 
 
 class Copied(NamedTuple):
@@ -177,13 +150,11 @@ class CopyLiveRows(beam.PTransform):
         groups = group_files(reuse.files, reuse.shard_bytes) if reuse.policy.same_fingerprint else []
         bitmaps = dropped | "CollectDropped" >> beam.CombinePerKey(CollectRows())
         moves = self.sources | "CollectMoves" >> beam.CombinePerKey(CollectMoves())
-        own = (reuse.form, reuse.folder, reuse.shard_bytes)
-        copy = CopyRows(reuse.files, reuse.reader, *own, reuse.inputs, reuse.policy.rows_stay)
         outputs = (
             dropped.pipeline
             | "FilesToCopy" >> beam.Create(groups, reshuffle=True).with_output_types(Any)
             | "CopyRows"
-            >> beam.ParDo(copy, beam.pvalue.AsMultiMap(bitmaps), beam.pvalue.AsMultiMap(moves))
+            >> beam.ParDo(CopyRows(reuse), beam.pvalue.AsMultiMap(bitmaps), beam.pvalue.AsMultiMap(moves))
             .with_output_types(Shard, bundle_counts=BundleCounts)
             .with_outputs("bundle_counts", main="shards")
         )

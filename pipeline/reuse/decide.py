@@ -126,6 +126,11 @@ def count_actions(actions: np.ndarray) -> Counter[str]:
     return Counter({name: int((actions == action).sum()) for action, name in names.items()})
 
 
+def stays(actions: np.ndarray) -> np.ndarray:
+    """Which rows `[n]` stay in the table, from their `RowAction`."""
+    return np.isin(actions, KEPT_ACTIONS)
+
+
 class RowFacts(NamedTuple):
     """What a run has found out about the documents of live rows.
 
@@ -183,5 +188,5 @@ def decide_rows(facts: RowFacts, policy: ReusePolicy) -> RowDecisions:
         counts.update(stale=n_stale, kept=n_unseen)
     else:
         counts["lost"] = n_stale + n_unseen
-        actions[np.isin(actions, KEPT_ACTIONS)] = RowAction.DELETE
+        actions[stays(actions)] = RowAction.DELETE
     return RowDecisions(actions, counts)

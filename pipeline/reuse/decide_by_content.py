@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import apache_beam as beam
@@ -18,28 +19,13 @@ from apache_beam.pvalue import TaggedOutput
 from pipeline.bundles import end_bundle
 from pipeline.preprocess.chunking import hash_content
 from pipeline.records import BundleCounts, Document
+from pipeline.reuse.compare_by_id import PackDocuments
 from pipeline.reuse.decide import DocumentAction, count_actions, decide_documents
 from pipeline.reuse.journal import list_folder
-from pipeline.reuse.live_table import (
-    KEYED,
-    PLACED,
-    DistributedReuse,
-    list_known,
-    list_segment,
-)
+from pipeline.reuse.live_table import KEYED, PLACED, DistributedReuse, list_known, list_segment
 from pipeline.reuse.requests import ReuseRequest
 from pipeline.reuse.spot_checks import SpotCheckPicker
-from pipeline.reuse.wire import (
-    CHECK,
-    DOCUMENT,
-    JOURNAL,
-    LIVE,
-    MOVED,
-    REQUEST,
-    UNSEEN,
-    DocumentPacker,
-    unpack_known,
-)
+from pipeline.reuse.wire import CHECK, DOCUMENT, JOURNAL, LIVE, MOVED, REQUEST, UNSEEN, DocumentPacker, unpack_known
 
 BLOCK_DOCUMENTS = 1024
 BLOCK_BYTES = 4_000_000
@@ -191,9 +177,8 @@ class DecideByContent(beam.PTransform):
             | "ListSegmentRows" >> beam.FlatMap(list_segment).with_output_types(KEYED)
         )
         unseen = self.unseen | "MarkUnseen" >> beam.MapTuple(mark_unseen).with_output_types(KEYED)
-        packed = documents | "PackChanged" >> beam.ParDo(PackByContent(reuse.inputs, reuse.prefix)).with_output_types(
-            KEYED
-        )
+        pack = PackDocuments(reuse.inputs, partial(key_by_content, prefix=reuse.prefix))
+        packed = documents | "PackChanged" >> beam.ParDo(pack).with_output_types(KEYED)
         decide = beam.ParDo(DecideTexts(reuse.inputs, reuse.keep_text)).with_output_types(
             Document, requests=KEYED, wanted=PLACED, moved=KEYED, bundle_counts=BundleCounts
         )
@@ -206,23 +191,9 @@ class DecideByContent(beam.PTransform):
         return Decided(*(outputs[name] for name in Decided._fields))
 
 
-class PackByContent(beam.DoFn):
-    """Document -> (content hash, packed document)."""
-
-    def __init__(self, inputs: Sequence[str], prefix: str) -> None:
-        self._inputs = inputs
-        self._prefix = prefix
-
-    def setup(self) -> None:
-        self._packer = DocumentPacker(self._inputs)
-
-    def process(self, document: Document) -> Iterator[tuple[bytes, bytes]]:
-        yield key_document(document, self._prefix, self._packer)
-
-
-def key_document(document: Document, prefix: str, packer: DocumentPacker) -> tuple[bytes, bytes]:
-    """A document, as `DecideTexts` takes it."""
-    return bytes.fromhex(hash_content(prefix + document.text, document.pair)), packer.pack(document)[1]
+def key_by_content(document: Document, prefix: str) -> bytes:
+    """The content hash of a document."""
+    return bytes.fromhex(hash_content(prefix + document.text, document.pair))
 
 
 def mark_unseen(content: bytes, digest: bytes) -> tuple[bytes, bytes]:

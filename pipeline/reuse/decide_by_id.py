@@ -16,25 +16,9 @@ from apache_beam.pvalue import TaggedOutput
 
 from pipeline.bundles import end_bundle
 from pipeline.records import BundleCounts, DeadLetter, Row, digest_id
-from pipeline.reuse.decide import (
-    ReusePolicy,
-    RowAction,
-    RowFacts,
-    decide_rows,
-)
-from pipeline.reuse.live_table import (
-    KEYED,
-    DistributedReuse,
-)
-from pipeline.reuse.wire import (
-    DEAD,
-    MOVED,
-    NEW,
-    OPEN,
-    UNREAD,
-    OpenRow,
-    unpack_open_row,
-)
+from pipeline.reuse.decide import ReusePolicy, RowFacts, decide_rows, stays
+from pipeline.reuse.live_table import KEYED, DistributedReuse
+from pipeline.reuse.wire import DEAD, MOVED, NEW, OPEN, UNREAD, OpenRow, unpack_open_row
 from pipeline.sinks.index import digest_source
 
 BLOCK_IDS = 1024
@@ -118,13 +102,12 @@ class DecideRows(beam.DoFn):
         )
         decisions = decide_rows(facts, self._policy)
         self._counts.update(decisions.counts)
-        stays = ~np.isin(decisions.actions, (RowAction.REPLACE, RowAction.DELETE))
         self._counts["documents_with_rows"] += sum(bool(results.new) for results in block)
         self._counts["documents_with_rows"] += decisions.counts["stale"] + decisions.counts["kept"]
-        for (_, row), kept in zip(rows, stays.tolist(), strict=True):
-            if not kept:
-                yield row.file, row.row
-        self._counts["dropped_rows"] += int((~stays).sum())
+        dropped = np.flatnonzero(~stays(decisions.actions)).tolist()
+        self._counts["dropped_rows"] += len(dropped)
+        for i in dropped:
+            yield rows[i][1].file, rows[i][1].row
 
 
 def mark_new(row: Row) -> tuple[bytes, bytes]:

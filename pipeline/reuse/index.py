@@ -72,10 +72,6 @@ class VectorIndex:
         found = _find(self._contents, self._content_rows, hashes)
         return [rows if len(rows) == 0 else select_whole(rows, self.entries) for rows in found]
 
-    def count_live_ids(self) -> int:
-        """How many documents the live table has rows of."""
-        return int(len(self._ids) and 1 + np.count_nonzero(self._ids[1:] != self._ids[:-1]))
-
 
 def select_whole(rows: np.ndarray, entries: np.ndarray) -> np.ndarray:
     """Of rows with one content, one for each chunk, in order; none if a chunk is missing."""

@@ -6,9 +6,9 @@ copied as they are stored, and requests get their vectors during the same pass. 
 
 from __future__ import annotations
 
-from collections import Counter, OrderedDict
+from collections import Counter
 from collections.abc import Sequence
-from typing import Any, BinaryIO, Optional
+from typing import Any, Optional
 
 import numpy as np
 
@@ -17,14 +17,13 @@ from pipeline.records import Row, pack_kept
 from pipeline.reuse.complete import LiveDecisions, RequestPlan
 from pipeline.reuse.index import VectorIndex
 from pipeline.reuse.journal import Segment
-from pipeline.reuse.requests import ReuseRequest
+from pipeline.reuse.requests import RequestLines, ReuseRequest
 from pipeline.sinks.index import Index, whole_digest
 from pipeline.sinks.layout import Columns, TableLayout
 from pipeline.sinks.readers import ROWS, Stored, VectorFile, VectorReader
 from pipeline.sinks.writing import RowFormat, Shard, ShardWriter, write_index
 
 WRITTEN_ROWS = 1024
-MAX_OPEN_FILES = 64
 MAX_SMALL_FILES = 16  # unchanged files below a quarter of --shard_bytes, before they are merged
 
 
@@ -184,34 +183,6 @@ class KeptRows:
         self._counts["linked_files"] += 1
         self._counts["linked_rows"] += file.rows
         return Shard(file.path, form.kind, form.suffix, file.rows, n_bytes, sha256, first, *written, linked=True)
-
-
-class RequestLines:
-    """Reads requests by file and place; a few of their files are open at a time.
-
-    Args:
-      paths: of the files.
-    """
-
-    def __init__(self, paths: Sequence[str]) -> None:
-        self._paths = paths
-        self._open: OrderedDict[int, BinaryIO] = OrderedDict()
-
-    def __enter__(self) -> RequestLines:
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        while self._open:
-            self._open.popitem()[1].close()
-
-    def read(self, file: int, offset: int) -> ReuseRequest:
-        if file not in self._open:
-            if len(self._open) == MAX_OPEN_FILES:
-                self._open.popitem(last=False)[1].close()
-            self._open[file] = open(self._paths[file], "rb")  # noqa: SIM115  closed at the end
-        self._open.move_to_end(file)
-        self._open[file].seek(offset)
-        return ReuseRequest.from_line(self._open[file].readline())
 
 
 def build_row(columns: Columns, i: int, request: ReuseRequest, layout: TableLayout) -> Row:

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
-from typing import NamedTuple
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
 
@@ -21,6 +22,7 @@ WAITING = np.dtype([("id", "S16"), ("content", "S16"), ("offset", "<u8")])
 WANTED = np.dtype([("row", "<u8"), ("file", "<u4"), ("offset", "<u8")])  # a row, and the request that it is for
 _BLOCK = 1 << 15
 _BUCKETS = 64
+MAX_OPEN_FILES = 64
 
 
 class ReuseRequest(NamedTuple):
@@ -81,6 +83,34 @@ class RequestWriter:
     def close(self) -> None:
         for file in (self._lines, self._reused, self._waiting):
             file.close()
+
+
+class RequestLines:
+    """Reads requests by file and place; a few of their files are open at a time.
+
+    Args:
+      paths: of the files.
+    """
+
+    def __init__(self, paths: Sequence[str]) -> None:
+        self._paths = paths
+        self._open: OrderedDict[int, BinaryIO] = OrderedDict()
+
+    def __enter__(self) -> RequestLines:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        while self._open:
+            self._open.popitem()[1].close()
+
+    def read(self, file: int, offset: int) -> ReuseRequest:
+        if file not in self._open:
+            if len(self._open) == MAX_OPEN_FILES:
+                self._open.popitem(last=False)[1].close()
+            self._open[file] = open(self._paths[file], "rb")  # noqa: SIM115  closed at the end
+        self._open.move_to_end(file)
+        self._open[file].seek(offset)
+        return ReuseRequest.from_line(self._open[file].readline())
 
 
 def read_blocks(path: str, dtype: np.dtype) -> Iterator[np.ndarray]:

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from pipeline.records import Document, Origin, digest_id
+from pipeline.records import Document, Origin
 from pipeline.sinks.index import Index, digest_source, whole_digest
 
 LIVE, DOCUMENT, UNREAD, DEAD, NEW, OPEN, MOVED, CHECK = b"L", b"D", b"U", b"X", b"N", b"O", b"M", b"C"
@@ -94,23 +94,25 @@ class DocumentPacker:
 
     Args:
       inputs: paths of the input files.
+
+    Attributes:
+      numbers: of the input files, by path.
     """
 
     def __init__(self, inputs: Sequence[str]) -> None:
         self._inputs = inputs
-        self._numbers = {path: i for i, path in enumerate(inputs)}
+        self.numbers = {path: i for i, path in enumerate(inputs)}
 
-    def pack(self, document: Document) -> tuple[bytes, bytes]:
-        """(digest of the id, packed document)."""
+    def pack(self, document: Document) -> bytes:
         d = document
-        number = self._numbers.get(d.origin.path, _OUTSIDE)
+        number = self.numbers.get(d.origin.path, _OUTSIDE)
         flags = _BYTE_UNIT * (d.origin.unit == "byte") + _PAIR * (d.pair is not None)
         name, text, pair = (part.encode("utf-8", "surrogatepass") for part in (d.id, d.text, d.pair or ""))
         path = d.origin.path.encode("utf-8", "surrogatepass") if number == _OUTSIDE else b""
         position = d.origin.position & 0xFFFFFFFFFFFFFFFF
         head = _HEAD.pack(flags, number, position, len(name), len(text), len(pair))
         rest = struct.pack("<I", len(path)) + path if number == _OUTSIDE else b""
-        return digest_id(d.id), b"".join((DOCUMENT, head, name, text, pair, rest, d.kept))
+        return b"".join((DOCUMENT, head, name, text, pair, rest, d.kept))
 
     def unpack(self, data: bytes) -> Document:
         flags, number, position, *sizes = _HEAD.unpack_from(data, 1)
@@ -147,13 +149,6 @@ def unpack_place(data: bytes) -> tuple[int, int, int, int]:
     file, row = _PLACE.unpack_from(data, 1)
     chunk, n_chunks = struct.unpack_from("<II", data, 1 + _PLACE.size) if len(data) > 1 + _PLACE.size else (0, 1)
     return file, row, chunk, n_chunks
-
-
-def pack_rows(numbers: np.ndarray) -> bytes:
-    """Numbers of rows as a bitmap."""
-    bits = np.zeros(int(numbers.max()) + 1 if len(numbers) else 0, np.uint8)
-    bits[numbers] = 1
-    return np.packbits(bits, bitorder="little").tobytes()
 
 
 def unpack_rows(bitmap: bytes) -> np.ndarray:

@@ -33,7 +33,15 @@ from pipeline.run.estimate import (
     split_blocks,
 )
 from pipeline.run.read_input import Accounts, read_outcomes
-from pipeline.run.resolve import NewRows, ResolvedRun, find_changes, find_stops, prepare_local_reuse, resolve
+from pipeline.run.resolve import (
+    NewRows,
+    ResolvedRun,
+    collect_errors,
+    find_changes,
+    find_stops,
+    prepare_local_reuse,
+    resolve,
+)
 from pipeline.sinks.index import parse_hashes
 from pipeline.tables.commit import check_any_rows, check_counts, check_deletes
 from pipeline.tables.folder import FolderStore
@@ -284,15 +292,15 @@ def combine(resolved: ResolvedRun, policy: ReusePolicy, seen: Seen, measured: Me
         changes=find_changes(live, spec),
         stops=[
             *map(str, find_stops(resolved, NewRows(rows - n_kept if resolved.rows_stay else rows, row_bytes))),
-            *find_late_stops(resolved, seen, dead, decisions, rows),
+            *map(str, find_late_stops(resolved, seen, dead, decisions, rows)),
         ],
     )
 
 
 def find_late_stops(
     resolved: ResolvedRun, seen: Seen, dead: Counter[str], decisions: LiveDecisions, n_rows: int
-) -> Iterator[str]:
-    """The messages with which a run would stop after it has read its input."""
+) -> Iterator[EmbeamError]:
+    """Finds the errors that stop a run after it has read its input."""
     config = resolved.config
     may_be_empty = n_rows or (resolved.live and not isinstance(resolved.store, FolderStore))
     counts: dict[str, dict[str, float]] = {
@@ -304,8 +312,4 @@ def find_late_stops(
         lambda: check_deletes(decisions.counts, config.reindex.max_delete_fraction),
         lambda: None if may_be_empty else check_any_rows([], counts),
     )
-    for check in checks:
-        try:
-            check()
-        except EmbeamError as error:
-            yield str(error)
+    return collect_errors(checks)

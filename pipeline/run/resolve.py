@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, NamedTuple
 
@@ -68,8 +68,7 @@ class ResolvedRun:
     @property
     def rows_stay(self) -> bool:
         """Whether unchanged rows of the live table stay as they are stored."""
-        live = self.live
-        return live is not None and live.fingerprint == self.spec.fingerprint and self.store.can_copy(live, self.form)
+        return choose_policy(self.store, self.live, self.spec, self.form, self.config).rows_stay
 
 
 class ResolvedInput(NamedTuple):
@@ -213,6 +212,11 @@ def find_stops(resolved: ResolvedRun, new_rows: NewRows) -> Iterator[EmbeamError
         lambda: check_model(resolved.live, resolved.spec, resolved.config),
         lambda: check_free_space(resolved.store.work, new_rows.n_rows, round(new_rows.row_bytes)),
     )
+    return collect_errors(checks)
+
+
+def collect_errors(checks: Iterable[Callable[[], None]]) -> Iterator[EmbeamError]:
+    """Yields the errors that some checks raise."""
     for check in checks:
         try:
             check()

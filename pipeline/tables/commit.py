@@ -117,7 +117,10 @@ class DistributedCompletion:
         check_count(int(merge.get("documents_with_rows", 0)), self.expected)
         rows = [shard for shard in self.shards if shard.kind == ROWS]
         n_rows = sum(shard.rows for shard in rows)
-        if n_rows != (wanted := int(merge.get("kept_rows", 0) + merge.get("new_rows", 0))):
+        reuse = self.plan.reuse.back_end
+        assert isinstance(reuse, DistributedReuse)
+        n_live = sum(file.rows for file in reuse.files)
+        if n_rows != (wanted := int(n_live - merge.get("dropped_rows", 0) + merge.get("new_rows", 0))):
             raise ValidationError(f"{n_rows:,} rows were written instead of {wanted:,}")
         form = self.plan.form
         reader = FileReader(form.name, form.layout, form.compression)

@@ -21,7 +21,7 @@ from pipeline.reuse.answer_requests import AnswerRequests, key_vector
 from pipeline.reuse.compare_by_id import CompareDocuments
 from pipeline.reuse.copy import CollectRows
 from pipeline.reuse.decide import ReusePolicy
-from pipeline.reuse.decide_by_content import DecideTexts, key_document
+from pipeline.reuse.decide_by_content import DecideTexts
 from pipeline.reuse.requests import ReuseRequest, WantedRows
 from pipeline.reuse.wire import CHECK, REQUEST, DocumentPacker, pack_place, unpack_rows
 
@@ -64,16 +64,16 @@ def drain(step: Any, key: bytes, values: Iterable[bytes]) -> tuple[Counter[str],
 
 def compare_ids(n: int) -> tuple[Counter[str], int]:
     step = CompareDocuments(ReusePolicy(True, True), [INPUT], "")
-    return drain(step, b"i" * 16, Values(n, lambda i: PACKER.pack(make_document(n - i, "one"))[1]))
+    return drain(step, b"i" * 16, Values(n, lambda i: PACKER.pack(make_document(n - i, "one"))))
 
 
 def decide_new_texts(n: int) -> tuple[Counter[str], int]:
-    values = Values(n, lambda i: key_document(make_document(i), "", PACKER)[1])
+    values = Values(n, lambda i: PACKER.pack(make_document(i)))
     return drain(DecideTexts([INPUT], False), CONTENT, values)
 
 
 def decide_known_texts(n: int) -> tuple[Counter[str], int]:
-    values = Values(n, lambda i: key_document(make_document(i), "", PACKER)[1], pack_place(0, 7), pack_place(0, 3))
+    values = Values(n, lambda i: PACKER.pack(make_document(i)), pack_place(0, 7), pack_place(0, 3))
     return drain(DecideTexts([INPUT], False), CONTENT, values)
 
 
@@ -109,7 +109,7 @@ def test_the_first_document_of_an_id_wins_in_whatever_order_they_come():
     step = CompareDocuments(ReusePolicy(False, False), [INPUT], "")
     step.setup()
     step.start_bundle()
-    outputs = [*step.process((b"i" * 16, [PACKER.pack(document)[1] for document in documents]))]
+    outputs = [*step.process((b"i" * 16, [PACKER.pack(document) for document in documents]))]
     dead = [output.value.origin.position for output in outputs]
     (document,) = (output.value for output in step.finish_bundle() if not isinstance(output, TaggedOutput))
     assert document.origin.position == 0 and sorted(dead) == list(range(1, 50))

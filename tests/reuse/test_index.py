@@ -113,7 +113,7 @@ def test_rows_are_found_by_id_and_by_text(index):
     assert find(index, 4) == [[6]], "the journal's rows come after the table's"
     assert find(index, 3) == [[5, 4, 7]], "chunk by chunk, wherever they lie"
     assert find(index, 5) == [[]], "a chunk is missing"
-    assert (index.n_live, index.count_live_ids(), len(index.entries)) == (5, 4, 9)
+    assert (index.n_live, len(np.unique(index.live_ids())), len(index.entries)) == (5, 4, 9)
 
 
 def test_the_index_says_which_file_a_row_lies_in(index):
@@ -136,7 +136,7 @@ def test_vectors_of_another_fingerprint_are_found_by_id_alone(tmp_path):
 def test_nothing_is_known_of_a_new_table(tmp_path):
     build_index(str(tmp_path), [], [], False)
     index = VectorIndex(str(tmp_path))
-    assert find(index, 1) == [[]] and index.count_live_ids() == 0
+    assert find(index, 1) == [[]] and len(np.unique(index.live_ids())) == 0
 
 
 # The journal

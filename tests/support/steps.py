@@ -229,13 +229,13 @@ class Attempt:
         compared = Outputs()
         live = flatten(live_table.list_live(i, reuse) for i in numbers)
         step = compare_by_id.CompareDocuments(reuse.policy, reuse.inputs, reuse.prefix)
-        compared.add_bundle(step, group(map(packer.pack, documents), live))
+        compared.add_bundle(step, group(((compare_by_id.key_by_id(one), packer.pack(one)) for one in documents), live))
         decided = Outputs()
         known = flatten(live_table.list_known(i, reuse) for i in numbers if reuse.policy.same_fingerprint)
         decided.add_bundle(
             decide_by_content.DecideTexts(reuse.inputs, reuse.keep_text),
             group(
-                (decide_by_content.key_document(document, reuse.prefix, packer) for document in compared["main"]),
+                ((decide_by_content.key_by_content(one, reuse.prefix), packer.pack(one)) for one in compared["main"]),
                 known,
                 flatten(map(live_table.list_segment, list_folder(reuse.journal))),
                 (decide_by_content.mark_unseen(*one) for one in compared["unseen"]),
@@ -269,8 +269,7 @@ class Attempt:
                 combine(compared["sources"], copy.CollectMoves()),
             )
         ]
-        own = (reuse.form, reuse.folder, reuse.shard_bytes)
-        step = copy.CopyRows(reuse.files, reuse.reader, *own, reuse.inputs, reuse.policy.rows_stay)
+        step = copy.CopyRows(reuse)
         if reuse.policy.same_fingerprint:
             copied.add_bundle(step, copy.group_files(reuse.files, reuse.shard_bytes), *sides)
         counts = flatten(outputs["bundle_counts"] for outputs in (compared, decided, dropped, copied))
