@@ -23,6 +23,8 @@ class InputFile(NamedTuple):
       size: stored size in bytes, compressed if it is.
       format: a key of `SOURCES`.
       compression: a key of `compression.DECODERS`, or empty.
+      encoding: of its text, a name that Python knows; empty for UTF-8.
+      partition: fields that the names of its folders give, as pairs of name and value.
     """
 
     index: int  # type: ignore[assignment]  # hides tuple.index, which is not used
@@ -31,6 +33,8 @@ class InputFile(NamedTuple):
     size: int
     format: str
     compression: str = ""
+    encoding: str = ""
+    partition: tuple[tuple[str, str], ...] = ()
 
 
 class FileRange(NamedTuple):
