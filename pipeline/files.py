@@ -8,11 +8,18 @@ import re
 import shutil
 import uuid
 from contextlib import suppress
+from importlib.util import find_spec
 from typing import Any, BinaryIO
 
 from pipeline.errors import ConfigError
 
 _READ_BYTES = 1 << 20
+# By scheme: a module without which Beam's file system fails at first use, and what installs it.
+_NEEDED = {
+    "s3": ("boto3", "embeam[s3]"),
+    "hdfs": ("hdfs", "apache-beam[hadoop]"),
+    "azfs": ("azure", "apache-beam[azure]"),
+}
 _PARTIAL = re.compile(r"(.+)\.[0-9a-f]{8}\.new")  # the name that `create_file` gives to an incomplete file
 
 
@@ -28,13 +35,16 @@ def file_systems() -> Any:
 
 
 def check_scheme(path: str) -> None:
-    """Raises ConfigError for a path on a file system that Beam does not know."""
+    """Raises ConfigError for a path on a file system that Beam does not know, or whose packages are not installed."""
     if is_local(path):
         return
+    scheme = path.partition("://")[0]
+    module, extra = _NEEDED.get(scheme, ("", ""))
+    if module and find_spec(module) is None:
+        raise ConfigError(f"{path}: the package for {scheme}:// is not installed; pip install '{extra}'")
     try:
         file_systems().get_filesystem(path)
-    except ValueError as error:
-        scheme = path.partition("://")[0]
+    except Exception as error:  # each file system raises its own exceptions
         raise ConfigError(
             f"{path}: no file system for {scheme}:// is installed; give a path on a local disk or on gs://, or "
             "pip install 'embeam[s3]' for s3://"

@@ -11,7 +11,7 @@ import os
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 from pipeline.errors import RunError
@@ -21,6 +21,7 @@ TESTED_FROM_DOCUMENTS = 1000
 _WRITE_SECONDS = 1.0
 _counts: dict[str, Counter[str]] = {}  # run -> this process's counts
 _reasons: dict[str, Counter[str]] = {}
+_examples: dict[str, dict[str, DeadLetter]] = {}
 _written: dict[str, float] = {}
 _lock = threading.Lock()
 
@@ -69,11 +70,11 @@ class Progress:
             total = _counts[self.run]
             reasons = _reasons.setdefault(self.run, Counter())
             reasons[dead_letter.reason] += 1
+            examples = _examples.setdefault(self.run, {})
+            examples.setdefault(dead_letter.reason, dead_letter)
             seen = total["documents"] + total["dead_letters"]
         if seen >= TESTED_FROM_DOCUMENTS:
-            path, position, unit = dead_letter.origin
-            last = f"; the last: {path} {unit} {position}: {dead_letter.message}"
-            check_dead_fraction(reasons, seen, self.max_dead_fraction, last)
+            check_dead_fraction(reasons, seen, self.max_dead_fraction, examples.values)
 
     def _write(self, total: Counter[str]) -> None:
         path = Path(self.folder, f"{os.getpid()}.json")
@@ -81,22 +82,36 @@ class Progress:
         path.with_suffix(".new").replace(path)
 
 
-def check_dead_fraction(dead: Mapping[str, int], documents: int, max_fraction: float, example: str = "") -> None:
+def check_dead_fraction(
+    dead: Mapping[str, int], documents: int, max_fraction: float, find_examples: Callable[[], Iterable[DeadLetter]]
+) -> None:
     """Raises RunError if too large a share of the documents could not be embedded.
 
     Args:
       dead: dead letters by reason.
       documents: all documents, those included.
       max_fraction: the share that is tolerated.
-      example: appended to the list of reasons.
+      find_examples: finds the first dead letter of each reason, for the message.
     """
     n_dead = sum(dead.values())
     if documents and n_dead / documents > max_fraction:
-        reasons = ", ".join(f"{count:,} {reason}" for reason, count in sorted(dead.items(), key=lambda item: -item[1]))
         raise RunError(
             f"{n_dead:,} of {documents:,} documents cannot be embedded, more than --max_dead_fraction={max_fraction} "
-            f"allows ({reasons}{example}); fix the input or the flags, or raise --max_dead_fraction"
+            f"allows: {describe_dead(dead, find_examples())}; fix the input or the flags, or raise --max_dead_fraction"
         )
+
+
+def describe_dead(dead: Mapping[str, int], examples: Iterable[DeadLetter]) -> str:
+    """Dead letters by reason, the most frequent first, each reason with the place and the message of its first one."""
+    first = {example.reason: example for example in examples}
+    parts = []
+    for reason, n in sorted(dead.items(), key=lambda item: -item[1]):
+        part = f"{n:,} {reason}"
+        if example := first.get(reason):
+            path, position, unit = example.origin
+            part += f" (first: {path} {unit} {position}: {example.message})"
+        parts.append(part)
+    return ", ".join(parts)
 
 
 def read_progress(folder: str) -> Counter[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -37,13 +38,13 @@ def convert_setting(f: dataclasses.Field[Any], value: Any) -> Any:
     Raises:
       ConfigError: if it does not fit.
     """
-    default = f.default
+    default, value = f.default, _spell_path(value)
     if isinstance(value, dict) or (isinstance(value, list | tuple) and not isinstance(default, tuple)):
         raise ConfigError(f"--{f.name}={value} is not {_KINDS[type(default)]}; write one value")
     if isinstance(value, bool) and not isinstance(default, bool):
         raise ConfigError(f"--{f.name}={str(value).lower()} is not {_KINDS[type(default)]}")
     if isinstance(default, tuple):
-        items = [value] if isinstance(value, str) else list(value)
+        items = [value] if isinstance(value, str) else list(map(_spell_path, value))
         if f.name == "input":  # a glob may hold a comma inside braces
             return tuple(str(item) for item in items)
         return tuple(part.strip() for item in items for part in str(item).split(",") if part.strip())
@@ -63,3 +64,7 @@ def convert_setting(f: dataclasses.Field[Any], value: Any) -> Any:
     except ValueError:
         raise ConfigError(f"--{f.name}={value} is not {_KINDS[type(default)]}") from None
     return str(value)
+
+
+def _spell_path(value: Any) -> Any:
+    return os.fsdecode(value) if isinstance(value, os.PathLike) else value

@@ -210,9 +210,9 @@ def read_config_file(path: str) -> tuple[dict[str, Any], dict[str, Any]]:
       ConfigError: if the file cannot be read.
     """
     try:
-        with open(path, "rb") as f:
-            values = tomllib.load(f)
-    except (OSError, tomllib.TOMLDecodeError) as error:
+        with open(path, encoding="utf-8-sig") as f:
+            values = tomllib.loads(f.read())
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise ConfigError(f"--config={path} cannot be read: {error}") from error
     own = {f.name for config in STAGE_CONFIGS for f in fields(config)}
     flat: dict[str, Any] = {}

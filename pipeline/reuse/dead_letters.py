@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Iterator
+from itertools import islice
+from typing import Any
 
 import numpy as np
 
 from pipeline.files import open_file
-from pipeline.records import DeadLetter, Document, digest_id
+from pipeline.records import DeadLetter, Document, Origin, digest_id
 from pipeline.reuse.digests import is_in
 from pipeline.sinks.index import parse_hashes
 from pipeline.sinks.writing import Shard
@@ -69,18 +71,29 @@ class DeadLetterFacts:
         return self._ids[~self._embedded]
 
 
-def _read_blocks(path: str) -> Iterable[list[dict[str, str]]]:
+def find_examples(shards: Iterable[Shard]) -> Collection[DeadLetter]:
+    """The first dead letter of each reason, by file and position."""
+    found: dict[str, DeadLetter] = {}
+    for shard in shards:
+        for letter in _read_letters(shard.path):
+            unit = "byte" if "byte" in letter else "row"
+            origin = Origin(letter["file"], letter[unit], unit)
+            first = found.get(letter["reason"])
+            if first is None or origin < first.origin:
+                found[letter["reason"]] = DeadLetter(letter["stage"], letter["reason"], letter["message"], origin)
+    return found.values()
+
+
+def _read_blocks(path: str) -> Iterator[list[dict[str, Any]]]:
+    names = ("id", "file", "stage", "reason", "message", "content_hash")
+    letters = ({name: letter[name] for name in names if name in letter} for letter in _read_letters(path))
+    return iter(lambda: list(islice(letters, _BLOCK)), [])
+
+
+def _read_letters(path: str) -> Iterator[dict[str, Any]]:
     with open_file(path) as stream:
-        block = []
-        for line in stream:
-            letter = json.loads(line)
-            names = ("id", "file", "stage", "reason", "message", "content_hash")
-            block.append({name: letter[name] for name in names if name in letter})
-            if len(block) == _BLOCK:
-                yield block
-                block = []
-    yield block
+        yield from map(json.loads, stream)
 
 
-def _digest_ids(letters: list[dict[str, str]]) -> np.ndarray:
+def _digest_ids(letters: list[dict[str, Any]]) -> np.ndarray:
     return np.array([digest_id(letter["id"]) for letter in letters], "S16")

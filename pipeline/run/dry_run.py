@@ -170,6 +170,7 @@ class Seen(NamedTuple):
       read: counts of the reading, as in the manifest.
       counts: documents by change and action, as in the manifest.
       dead: dead letters of the reading, by reason.
+      examples: the first of them for each reason.
       dead_letters: the documents and files that they belong to.
       reused_ids: digests of the ids of documents that reuse vectors, ascending.
       reused_contents: content hashes of the rows whose vectors they get, ascending.
@@ -183,6 +184,7 @@ class Seen(NamedTuple):
     read: Counter[str]
     counts: Counter[str]
     dead: Counter[str]
+    examples: dict[str, DeadLetter]
     dead_letters: Accounts
     reused_ids: np.ndarray
     reused_contents: np.ndarray
@@ -200,6 +202,7 @@ def look_up_all(resolved: ResolvedRun, reuse: LocalReuse, scratch: str) -> Seen:
     sample, dead_letters = ThinnedSample(), Accounts(set(), set())
     read: Counter[str] = Counter()
     dead: Counter[str] = Counter()
+    examples: dict[str, DeadLetter] = {}
     ids, contents = DigestSet(), DigestSet()
     n_reused = 0
     same_text: list[tuple[str, str, str]] = []
@@ -210,6 +213,7 @@ def look_up_all(resolved: ResolvedRun, reuse: LocalReuse, scratch: str) -> Seen:
                 yield outcome
             elif isinstance(outcome, DeadLetter):
                 dead[outcome.reason] += 1
+                examples.setdefault(outcome.reason, outcome)
                 dead_letters.add(outcome.id, outcome.reason, outcome.origin.path)
             else:
                 read.update(json.loads(outcome.counts))
@@ -231,6 +235,7 @@ def look_up_all(resolved: ResolvedRun, reuse: LocalReuse, scratch: str) -> Seen:
         read,
         look_up.counts,
         dead,
+        examples,
         dead_letters,
         ids.sorted(),
         contents.sorted(),
@@ -255,6 +260,7 @@ def combine(resolved: ResolvedRun, policy: ReusePolicy, seen: Seen, measured: Me
         dead[reason] += round(n * factor)
     for dead_letter in measured.dead_letters:
         seen.dead_letters.add(dead_letter.id, dead_letter.reason, dead_letter.origin.path)
+        seen.examples.setdefault(dead_letter.reason, dead_letter)
     equal_rows = 0.0
     for content_hash, document_id, path in seen.same_text:  # they get what the text that is encoded gets
         made = measured.made.get(content_hash, each)
@@ -308,8 +314,8 @@ def find_late_stops(
         "write_dead_letters": dict(sorted(dead.items())),
     }
     checks: tuple[Callable[[], None], ...] = (
-        lambda: check_counts(counts, config.write.max_dead_fraction),
+        lambda: check_counts(counts, config.write.max_dead_fraction, seen.examples.values),
         lambda: check_deletes(decisions.counts, config.reindex.max_delete_fraction),
-        lambda: None if may_be_empty else check_any_rows([], counts),
+        lambda: None if may_be_empty else check_any_rows([], counts, seen.examples.values),
     )
     return collect_errors(checks)

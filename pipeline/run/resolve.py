@@ -18,6 +18,7 @@ from pipeline.reuse.index import build_index
 from pipeline.reuse.journal import journal_folder, list_segments
 from pipeline.reuse.live_table import DistributedReuse
 from pipeline.reuse.local import LocalReuse
+from pipeline.run.command import spell_command
 from pipeline.run.estimate import RowSize, live_row_bytes, measure_rows
 from pipeline.sinks.writing import RowFormat
 from pipeline.sources.planning import InputPlan, plan_dead_letters, plan_input
@@ -150,11 +151,31 @@ def resolve_dead_letters(config: EmbedConfig, store: Store, live: Manifest | Non
             f"--retry_dead_letters: the dead letters of {store.shown} contain no texts, because it was made with "
             f"--dead_letter_text={live.settings['dead_letter_text']}; run on the whole --input instead"
         )
+    check_too_long(config, live, store.shown)
     config = take_settings(config, live, store.shown)
     files = [(store.locate_dead_letters(live, file.name), file.n_bytes) for file in live.dead_letter_files]
     read = replace(config.read, input=(), id_field="", max_document_bytes=1 << 40)  # they have been read once
     config = replace(config, read=read, write=replace(config.write, max_dead_fraction=1.0))
     return ResolvedInput(config, plan_dead_letters(files, read), sum(live.dead_letters.values()), live.layout.kept, [])
+
+
+def check_too_long(config: EmbedConfig, live: Manifest, shown: str) -> None:
+    """Says how texts that were rejected as too long are embedded: they fail again with the settings of the table.
+
+    Raises:
+      ConfigError: if there are no other dead letters, and the configuration does not ask to reject them again.
+    """
+    n = live.dead_letters.get("too_long", 0)
+    if not n or config.preprocess.on_long == "reject":
+        return
+    whole = spell_command(live.settings, {"output": shown, "on_long": "truncate"})
+    message = (
+        f"--retry_dead_letters: {n:,} texts have more tokens than --max_tokens and fail again, because {shown} was "
+        f"made with --on_long=reject; to cut them, make all rows of the table again: {whole}"
+    )
+    if n == sum(live.dead_letters.values()):
+        raise ConfigError(message)
+    _LOGGER.warning(message)
 
 
 def take_settings(config: EmbedConfig, live: Manifest, shown: str) -> EmbedConfig:
@@ -172,10 +193,11 @@ def take_settings(config: EmbedConfig, live: Manifest, shown: str) -> EmbedConfi
         stored = tuple(stored) if isinstance(stored, list) else stored
         is_given = value not in (default[name], "auto")
         if is_given and name not in MODEL_PATHS and value != stored:
+            whole = spell_command(live.settings, {"output": shown, name: value})
             value, stored = (",".join(one) if isinstance(one, tuple) else one for one in (value, stored))
             raise ConfigError(
                 f"--retry_dead_letters: --{name}={value} contradicts {shown}, which was made with --{name}={stored}; "
-                "leave it out, or leave --retry_dead_letters out to run on the whole --input"
+                f"leave it out, or make all rows of the table again: {whole}"
             )
         own[name] = value if is_given and name in MODEL_PATHS else stored
     return EmbedConfig.from_flat(given | own)

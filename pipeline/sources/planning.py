@@ -17,6 +17,7 @@ from apache_beam.io.filesystems import FileSystems
 
 from pipeline.config import ReadConfig
 from pipeline.errors import ConfigError, InputError
+from pipeline.files import check_scheme
 from pipeline.sources import SOURCES
 from pipeline.sources.bigquery import materialize_query, measure_table, require_id_field
 from pipeline.sources.bigquery_client import SCHEME, BigQueryName
@@ -110,6 +111,7 @@ def find_input(pattern: str, config: ReadConfig) -> list[FoundFile]:
       ConfigError: if a table's rows would have no ids.
     """
     if not pattern.startswith(SCHEME):
+        check_scheme(pattern)
         return match_files(pattern)
     name = BigQueryName.parse(pattern, "input")
     require_id_field(pattern, config)

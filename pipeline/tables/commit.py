@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,10 +10,10 @@ import apache_beam as beam
 import numpy as np
 
 from pipeline.errors import RunError, ValidationError
-from pipeline.progress import check_dead_fraction
-from pipeline.records import BundleCounts, Row
+from pipeline.progress import check_dead_fraction, describe_dead
+from pipeline.records import BundleCounts, DeadLetter, Row
 from pipeline.reuse.complete import BLOCK, FRESH, LiveDecisions, decide_live, list_shared, number_files, plan_requests
-from pipeline.reuse.dead_letters import DeadLetterFacts
+from pipeline.reuse.dead_letters import DeadLetterFacts, find_examples
 from pipeline.reuse.decide import ROW_COUNTS
 from pipeline.reuse.index import SEGMENT, VectorIndex
 from pipeline.reuse.journal import SegmentReader
@@ -37,22 +37,29 @@ from pipeline.tables.validation import (
     compare_spot_checks,
 )
 
+FindExamples = Callable[[], Iterable[DeadLetter]]  # the first dead letter of each reason
 
-def check_counts(counts: dict[str, dict[str, float]], max_dead_fraction: float) -> None:
+
+def find_examples_in(shards: Iterable[Shard]) -> FindExamples:
+    """Reads the dead letters of a run for examples once they are needed."""
+    return lambda: find_examples(shard for shard in shards if shard.kind == DEAD_LETTERS)
+
+
+def check_counts(counts: dict[str, dict[str, float]], max_dead_fraction: float, find_examples: FindExamples) -> None:
     """Raises RunError if nothing was read, or too much of it cannot be embedded."""
     dead = count_dead(counts)
     n = int(counts.get("read", {}).get("records", 0))
     if not n and not dead:
         raise RunError("the input holds no documents; check --input and --on_empty")
-    check_dead_fraction(dead, n, max_dead_fraction)
+    check_dead_fraction(dead, n, max_dead_fraction, find_examples)
 
 
-def check_any_rows(shards: Sequence[Shard], counts: dict[str, dict[str, float]]) -> None:
+def check_any_rows(shards: Sequence[Shard], counts: dict[str, dict[str, float]], find_examples: FindExamples) -> None:
     """Raises RunError if not one document has a row."""
-    if not any(shard.kind == "embeddings" for shard in shards):
+    if not any(shard.kind == ROWS for shard in shards):
         n, dead = int(counts["read"]["records"]), count_dead(counts)
-        reasons = ", ".join(f"{count:,} {reason}" for reason, count in dead.items())
-        raise RunError(f"none of {n:,} documents could be embedded: {reasons or 'all are blank, see --on_empty'}")
+        reasons = describe_dead(dead, find_examples()) if dead else "all are blank, see --on_empty"
+        raise RunError(f"none of {n:,} documents could be embedded: {reasons}")
 
 
 @dataclass(frozen=True)
@@ -186,7 +193,7 @@ def complete_distributed(plan: CommitPlan, results: Results) -> DistributedCompl
       RunError: if more of the table's documents are gone than is allowed, or too much cannot be embedded.
     """
     counts = sum_counts(results.bundle_counts)
-    check_counts(counts, plan.publication.max_dead_fraction)
+    check_counts(counts, plan.publication.max_dead_fraction, find_examples_in(results.shards))
     merge = counts["merge"] = dict.fromkeys(ROW_COUNTS, 0.0) | counts.get("merge", {})
     check_deletes(merge, plan.publication.reindex.max_delete_fraction)
     expected = expect_documents(plan, counts, int(merge.get("dead", 0)))
@@ -206,7 +213,7 @@ def complete_local(plan: CommitPlan, results: Results, whole: bool) -> LocalComp
     """
     publication, reuse = plan.publication, plan.reuse.back_end
     assert isinstance(reuse, LocalReuse)
-    check_counts(sum_counts(results.bundle_counts), publication.max_dead_fraction)
+    check_counts(sum_counts(results.bundle_counts), publication.max_dead_fraction, find_examples_in(results.shards))
     folder, policy = attempts_folder(publication.table, publication.name), reuse.policy
     index = VectorIndex(reuse.folder)
     fresh = [shard for shard in results.shards if shard.kind == ROWS]
@@ -232,9 +239,9 @@ def complete_local(plan: CommitPlan, results: Results, whole: bool) -> LocalComp
         BundleCounts.of("write_dead_letters", requests.dead_counts),
     ]
     counts = sum_counts([*results.bundle_counts, *own])
-    check_counts(counts, publication.max_dead_fraction)
-    expected = expect_documents(plan, counts, dead.n_documents + requests.n_dead)
     everything = [*results.shards, *shards, *requests.dead_shards]
+    check_counts(counts, publication.max_dead_fraction, find_examples_in(everything))
+    expected = expect_documents(plan, counts, dead.n_documents + requests.n_dead)
     return LocalCompletion(
         plan, index, readers, fresh, everything, counts, decisions, expected, results.spot_checks, whole
     )

@@ -26,7 +26,13 @@ from pipeline.sinks.layout import Columns, TableLayout
 from pipeline.sinks.readers import Stored, VectorFile, damaged
 from pipeline.sinks.table_format import StoredRows
 from pipeline.sinks.writing import DEAD_LETTERS, ROWS, RowFormat, Shard
-from pipeline.tables.commit import LocalCompletion, check_any_rows, complete_local, validate_snapshot
+from pipeline.tables.commit import (
+    LocalCompletion,
+    check_any_rows,
+    complete_local,
+    find_examples_in,
+    validate_snapshot,
+)
 from pipeline.tables.manifest import Manifest
 from pipeline.tables.publish import build_manifest
 from pipeline.tables.store import CommitPlan, Results
@@ -199,7 +205,7 @@ def complete_changes(plan: CommitPlan, results: Results) -> LocalCompletion:
     """
     completion = complete_local(plan, results, whole=False)
     if not plan.publication.previous:
-        check_any_rows(completion.shards, completion.counts)
+        check_any_rows(completion.shards, completion.counts, find_examples_in(completion.shards))
     validate_snapshot(completion, "the new rows failed validation and are kept", "them")
     return completion
 

@@ -16,7 +16,7 @@ from pipeline.sinks.layout import TableLayout
 from pipeline.sinks.readers import FileReader, VectorReader, damaged
 from pipeline.sinks.writing import RowFormat, Shard
 from pipeline.tables.attempts import clean_up, cleaning_up
-from pipeline.tables.commit import check_any_rows, complete, validate_snapshot
+from pipeline.tables.commit import check_any_rows, complete, find_examples_in, validate_snapshot
 from pipeline.tables.folder_table import FolderTable
 from pipeline.tables.manifest import MANIFEST, Manifest, attempts_folder, snapshot_folder
 from pipeline.tables.publish import build_manifest, check_folder, check_writable, make_live, place_files
@@ -135,7 +135,7 @@ class FolderCommit(Committer):
             return shards, values["counts"]
         completion = complete(self.plan, results, whole=True)
         shards, counts = completion.shards, completion.counts
-        check_any_rows(shards, counts)
+        check_any_rows(shards, counts, find_examples_in(shards))
         validate_snapshot(completion, "the new snapshot failed validation and is kept", "it")
         create_file(path, json.dumps({"shards": shards, "counts": counts}).encode())
         return shards, counts

@@ -6,10 +6,10 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from pipeline.files import absolute_path, check_scheme, join
+from pipeline.files import absolute_path, join
 from pipeline.sinks.layout import Columns
 from pipeline.sinks.readers import ROWS, FileReader, VectorFile
-from pipeline.tables.manifest import POINTER, Manifest, read_manifest, read_pointer, snapshot_folder
+from pipeline.tables.manifest import POINTER, Manifest, check_place, read_manifest, read_pointer, snapshot_folder
 from pipeline.tables.pointer import read_versioned
 from pipeline.tables.store import Live
 
@@ -22,7 +22,7 @@ class FolderTable:
         self.work = absolute_path(output)
 
     def read_live(self) -> Live:
-        check_scheme(self.work)
+        check_place(self.work)
         _, version = read_versioned(join(self.work, POINTER))
         name = read_pointer(self.work)
         return Live(read_manifest(self.work, name) if name else None, version)

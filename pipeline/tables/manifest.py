@@ -20,7 +20,7 @@ from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 from pipeline.errors import ConfigError, TableError
-from pipeline.files import check_scheme, exists, join, read_text
+from pipeline.files import check_scheme, exists, is_local, join, read_text
 from pipeline.sinks.layout import TableLayout
 from pipeline.tables import manifest_v2
 
@@ -138,9 +138,21 @@ def open_table(table: str) -> tuple[Manifest, str]:
     return read_manifest(table, name), snapshot_folder(table, name)
 
 
+def check_place(table: str) -> None:
+    """Checks that a table's folder can be a folder.
+
+    Raises:
+      ConfigError: if there is no such file system.
+      TableError: if it is a file.
+    """
+    check_scheme(table)
+    if is_local(table) and os.path.isfile(table):
+        raise TableError(f"{table} is a file, not a table; name a table's folder, or duckdb://FILE/TABLE")
+
+
 def read_pointer(table: str) -> str:
     """The name of the live snapshot, or "" where nothing was published yet."""
-    check_scheme(table)
+    check_place(table)
     path = join(table, POINTER)
     if not exists(path):
         return ""

@@ -140,6 +140,13 @@ def test_a_file_of_settings_has_the_names_of_the_flags(resolved, tmp_path):
     assert given["save_main_session"] and set(given["experiments"]) >= {"a", "b"}
 
 
+@pytest.mark.parametrize("line_end", ["\n", "\r\n"])
+def test_a_file_of_settings_may_begin_with_a_byte_order_mark(resolved, tmp_path, line_end):
+    (tmp_path / "run.toml").write_bytes(f"\ufeffinput = 'ü.txt'{line_end}max_tokens = 7{line_end}".encode())
+    config, _ = resolved(f"--config={tmp_path}/run.toml")
+    assert config.read.input == ("ü.txt",) and config.preprocess.max_tokens == 7
+
+
 def test_a_file_of_settings_may_name_the_runner_and_its_options(resolved, tmp_path):
     path = tmp_path / "run.toml"
     path.write_text('runner = "FlinkRunner"\nrunner_option = ["checkpointingInterval=7"]\n')
@@ -369,9 +376,12 @@ def test_results_that_cannot_be_written_are_one_line_and_exit_1():
 
 
 def test_a_table_that_is_none_is_one_line_and_exit_1(call, tmp_path, table):
-    for arguments in (["show", tmp_path], ["query", tmp_path, "text"], ["show", tmp_path / "none"]):
+    (tmp_path / "file").write_text("no table")
+    verbs = [["show"], ["query", "text"], ["verify"], ["rollback"], ["rollback", "--list"]]
+    on_file = [[verb, tmp_path / "file", *rest] for verb, *rest in verbs]
+    for arguments in (["show", tmp_path], ["query", tmp_path, "text"], ["show", tmp_path / "none"], *on_file):
         code, out, err = call(*arguments)
-        assert (code, out) == (1, "") and "is not a table" in assert_one_line(err)
+        assert (code, out) == (1, "") and re.search("is not a table|is a file, not a table", assert_one_line(err))
 
 
 def closed_pipe():

@@ -12,7 +12,7 @@ from pipeline import progress as shared
 from pipeline.errors import RunError
 from pipeline.progress import Progress, read_progress
 from pipeline.records import DeadLetter, Origin
-from pipeline.report.progress_bar import ProgressReporter, format_progress, format_seconds
+from pipeline.report.progress_bar import ProgressReporter, Start, format_progress, format_seconds
 
 DEAD_LETTER = DeadLetter("read", "malformed_json", "no object", Origin("a.jsonl", 7, "byte"))
 
@@ -30,10 +30,25 @@ def wait_for(condition, seconds=10):
 
 
 def test_a_line_tells_share_documents_rate_and_time_left():
-    line = format_progress(Counter(documents=12_000, bytes=250, rows=10_000, dead_letters=3), 1000, 50)
+    counts = Counter(documents=12_000, bytes=250, rows=10_000, dead_letters=3)
+    line = format_progress(counts, 1000, 50, Start(0, 0))
     assert line == "[#####               ]  25%  12,000 documents  200 rows/s  2m30s left  3 dead letters"
     assert "starting" in format_progress(Counter(), 1000, 1)
     assert "finishing" in format_progress(Counter(bytes=1000, documents=1), 1000, 1)
+
+
+def test_time_left_is_told_once_it_is_known():
+    total = 10**6
+
+    def left(seconds, documents, n_bytes):  # 20 seconds to load the model, then 70 for the input
+        line = format_progress(Counter(documents=documents, bytes=n_bytes), total, seconds, Start(20, 40))
+        return line.split(" rows/s  ")[1]
+
+    assert format_progress(Counter(documents=1, bytes=40), total, 20).endswith("estimating")
+    assert left(21, 1, 40) == "estimating", "one document took all of the model's loading"
+    assert left(22, 2000, 28_000) == "estimating", "a burst of documents that wait for the encoder"
+    assert left(55, 2000, 500_000) == "35s left"
+    assert left(50, 6000, 10) == "estimating", "nothing was read since"
 
 
 @pytest.mark.parametrize(
@@ -76,13 +91,17 @@ def test_too_large_a_share_of_dead_letters_stops_the_run_from_a_thousand_documen
     for _ in range(199):
         progress.add_dead_letter(DEAD_LETTER)  # 20%, but of too few to judge
     with pytest.raises(
-        RunError, match=r"200 of 1,000 documents .* --max_dead_fraction=0.1 allows \(200 malformed_json"
+        RunError, match=r"200 of 1,000 documents .* --max_dead_fraction=0.1 allows: 200 malformed_json \("
     ):
         progress.add_dead_letter(DEAD_LETTER)
 
 
-def test_the_message_names_the_last_dead_letter():
-    progress = Progress("", "named", 0.0)
+def test_the_message_names_the_first_dead_letter_of_each_reason():
+    progress = Progress("", "named", 0.004)
     progress.add(documents=1000)
-    with pytest.raises(RunError, match=r"the last: a.jsonl byte 7: no object"):
+    other = DeadLetter("read", "empty_text", "blank", Origin("b.txt", 3, "row"))
+    for letter in (DEAD_LETTER, other, other._replace(message="later"), DEAD_LETTER._replace(message="later")):
+        progress.add_dead_letter(letter)
+    told = r"3 malformed_json \(first: a.jsonl byte 7: no object\), 2 empty_text \(first: b.txt row 3: blank\); fix"
+    with pytest.raises(RunError, match=told):
         progress.add_dead_letter(DEAD_LETTER)

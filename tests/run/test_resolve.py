@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from pipeline.config import EmbedConfig
@@ -79,3 +81,10 @@ def test_a_setting_that_cannot_work_is_refused_before_anything_is_written(tmp_pa
         resolve(EmbedConfig.from_flat(defaults | settings))
     assert "\n" not in str(caught.value)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.txt", "empty.txt"]
+
+
+def test_paths_are_taken_as_their_text(tmp_path):
+    config = EmbedConfig.from_flat({"input": [tmp_path / "a,b.txt", "c.txt"], "output": tmp_path, "encoder": Path("e")})
+    assert config.read.input == (f"{tmp_path}/a,b.txt", "c.txt")
+    assert (config.write.output, config.encoder.encoder) == (str(tmp_path), "e")
+    assert EmbedConfig.from_flat({"input": tmp_path}).read.input == (str(tmp_path),)

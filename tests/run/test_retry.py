@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -121,7 +122,9 @@ def test_a_flag_that_the_table_contradicts_is_refused(tmp_path, name):
 def test_a_form_that_the_table_does_not_have_is_refused(tmp_path, given):
     make_table(tmp_path, **STORED)
     (name,) = given
-    with pytest.raises(ConfigError, match=f"--retry_dead_letters: --{name}=.* contradicts .*; leave it out"):
+    with pytest.raises(
+        ConfigError, match=f"--retry_dead_letters: --{name}=.* contradicts .*; leave it out, or make all"
+    ):
         retry(tmp_path / "table", **given)
 
 
@@ -154,3 +157,17 @@ def test_a_retry_writes_what_a_whole_run_would(tmp_path):
     for key, row in rows.items():
         np.testing.assert_allclose(row["embedding"], fresh[key]["embedding"], atol=2e-5)
         assert {name: row[name] for name in ("year", "text")} == {name: fresh[key][name] for name in ("year", "text")}
+
+
+def test_texts_that_were_too_long_are_embedded_by_the_command_that_the_error_spells(tmp_path):
+    write_jsonl(tmp_path / "a corpus.jsonl", RECORDS)
+    settings = {"input": str(tmp_path / "a corpus.jsonl"), "on_long": "reject", "max_tokens": 7, **STORED}
+    before = build_table(make_config(tmp_path, max_dead_fraction=1.0, **settings))
+    assert before is not None and before.dead_letters["too_long"] > 1
+    with pytest.raises(ConfigError, match=r"fail again, because .* was made with --on_long=reject") as caught:
+        retry(tmp_path / "table", on_long="truncate")
+    words = shlex.split(str(caught.value).partition("make all rows of the table again: ")[2])
+    assert words[:2] == ["embeam", "embed"]
+    after = build_table(EmbedConfig.from_flat(dict(word[2:].split("=", 1) for word in words[2:])))
+    assert after is not None and not after.dead_letters and after.rows == len(RECORDS)
+    assert after.layout == before.layout

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -99,7 +100,9 @@ def test_a_run_without_any_row_is_stopped(tmp_path, monkeypatch, output):
     assert make_dry_run(make_config(tmp_path, **settings)).stops == [str(fail_to_embed(tmp_path, **settings))]
     write_jsonl(tmp_path / "corpus.jsonl", [{"id": "a"}, {"text": "no id"}, {"id": "c", "text": 5}])
     (stop,) = make_dry_run(make_config(tmp_path, **settings)).stops
-    assert stop == str(fail_to_embed(tmp_path, **settings)) and "2 missing_field, 1 wrong_type" in stop
+    assert stop == str(fail_to_embed(tmp_path, **settings)) and re.search(
+        r"2 missing_field \(first: .*\), 1 wrong_type \(", stop
+    )
 
 
 @pytest.mark.parametrize("missing", ["duckdb", "vss"])
@@ -211,3 +214,28 @@ def test_a_folder_that_turns_out_not_to_be_writable(tmp_path, monkeypatch):
     monkeypatch.setattr(publish, "make_folder", refuse)
     assert make_dry_run(make_config(tmp_path)).stops == []
     assert isinstance(error := fail_to_embed(tmp_path), TableError) and "cannot be written to" in str(error)
+
+
+def test_a_run_that_stops_names_the_first_dead_letter_of_each_reason(tmp_path):
+    blank = [{"id": f"blank {i}", "text": " "} for i in range(3)]
+    wrong = [{"id": "x", "txet": "a"}, {"id": "y", "text": 5}, {"id": "z", "text": 6}]
+    write_jsonl(tmp_path / "corpus.jsonl", [*RECORDS[:3], *blank, *wrong])
+    lines = (tmp_path / "corpus.jsonl").read_bytes().splitlines(keepends=True)
+    first = [sum(map(len, lines[:n])) for n in (3, 6, 7)]
+    told = str(fail_to_embed(tmp_path, on_empty="reject"))
+    assert make_dry_run(make_config(tmp_path, on_empty="reject")).stops == [told]
+    assert f"3 empty_text (first: {tmp_path}/corpus.jsonl byte {first[0]}: " in told and "--on_empty=skip" in told
+    assert f"1 missing_field (first: {tmp_path}/corpus.jsonl byte {first[1]}: the text field 'text' is missing" in told
+    assert f"2 wrong_type (first: {tmp_path}/corpus.jsonl byte {first[2]}: field 'text' holds a whole number" in told
+
+
+@pytest.mark.parametrize("scheme", ["s3", "hdfs", "azfs"])
+@pytest.mark.parametrize("flag", ["input", "output"])
+def test_a_file_system_whose_package_is_missing_is_named(tmp_path, monkeypatch, scheme, flag):
+    monkeypatch.setattr("pipeline.files.find_spec", lambda _: None)
+    write_jsonl(tmp_path / "corpus.jsonl", RECORDS[:3])
+    told = str(fail_to_embed(tmp_path, **{flag: f"{scheme}://bucket/folder/a.jsonl"}))
+    extra = {"s3": "embeam[s3]", "hdfs": "apache-beam[hadoop]", "azfs": "apache-beam[azure]"}[scheme]
+    assert told == (
+        f"{scheme}://bucket/folder/a.jsonl: the package for {scheme}:// is not installed; pip install '{extra}'"
+    )

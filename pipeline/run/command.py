@@ -1,0 +1,32 @@
+"""Spells the command that makes a table, for messages that ask to run it."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Mapping
+from dataclasses import fields
+from typing import Any
+
+from pipeline.config import EmbedConfig, EncoderConfig, PreprocessConfig, ReadConfig, VectorConfig, WriteConfig
+
+_SPELLED = (ReadConfig, PreprocessConfig, EncoderConfig, VectorConfig, WriteConfig)
+_RESOLVED = ("encoder_graph", "precision")  # a manifest holds what was chosen, not what was given
+
+
+def spell_command(settings: Mapping[str, Any], changes: Mapping[str, Any]) -> str:
+    """The `embeam embed` command that made a table, with some settings changed; defaults are left out.
+
+    Args:
+      settings: of the table's manifest.
+      changes: name to new value.
+    """
+    default = EmbedConfig().flat()
+    given = {name: value for name, value in settings.items() if name not in _RESOLVED} | dict(changes)
+    words = ["embeam", "embed"]
+    for name in (field.name for kind in _SPELLED for field in fields(kind)):
+        value = given.get(name, default[name])
+        items = list(value) if isinstance(value, list | tuple) else [value]
+        if value != default[name] and items != list(default[name] if isinstance(default[name], tuple) else ()):
+            joined = items if name == "input" else [",".join(map(str, items))]
+            words += [f"--{name}={str(one).lower() if isinstance(one, bool) else one}" for one in joined]
+    return shlex.join(words)
