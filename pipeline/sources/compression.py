@@ -42,6 +42,12 @@ class TruncatedFile(FileError):
     reason = "truncated_file"
 
 
+class WrongColumns(FileError):
+    """The file lacks a column that must be there, or has two of one name."""
+
+    reason = "missing_field"
+
+
 class ByteReader(Protocol):
     """A stream that is read."""
 
