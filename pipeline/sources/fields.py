@@ -8,6 +8,7 @@ from typing import Any, NoReturn, Optional, Union
 
 from pipeline.config import KeptField, ReadConfig
 from pipeline.records import DeadLetter, Document, Origin, pack_kept
+from pipeline.sources.encoding import is_binary_text
 from pipeline.sources.source import PREVIEW_BYTES, InputFile, Record, Source, describe_too_large
 
 _INT64 = range(-(1 << 63), 1 << 63)
@@ -37,8 +38,7 @@ def build_document(
     Returns:
       The document, a dead letter, or None for a blank text under `--on_empty=skip`.
     """
-    unit = "byte" if source.has_byte_positions and not file.compression else "row"
-    origin = Origin(file.path, record.position, unit)
+    origin = Origin(file.path, record.position, source.position_unit(file))
     document_id = None if config.id_field else f"{file.name}@{record.position}"
     text: Optional[str] = record.text
     try:
@@ -49,6 +49,8 @@ def build_document(
         text = read_text(record.values, config.text_field)
         if len(text) * 4 > config.max_document_bytes and len(text.encode()) > config.max_document_bytes:
             raise BadRecord("too_large", describe_too_large(len(text.encode()), config))
+        if is_binary_text(text):
+            raise BadRecord("binary_text", "the text is mostly control characters; see --encoding and --input_format")
         pair = read_pair(record.values, config.pair_field)
         kept = read_kept(record.values, kept_fields, source.values_are_strings)
         if config.on_empty != "embed" and not text.strip():
