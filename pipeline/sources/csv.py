@@ -166,7 +166,7 @@ def _parse_quoted(
     first: Line, feed: _Feed, dialect: _csv.Dialect, n_columns: int, file: InputFile, config: ReadConfig
 ) -> Row:
     """The row that begins with a line with quotes."""
-    if first.data.count(dialect.quotechar.encode()) % 2 == 0:  # it most likely ends with this line
+    if first.data.count((dialect.quotechar or "").encode()) % 2 == 0:  # it most likely ends with this line
         try:
             return Row(next(csv.reader((first.data.decode(),), dialect)), [first])
         except csv.Error:

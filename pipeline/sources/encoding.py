@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import codecs
 import io
-from typing import Any
+from typing import Any, Optional
 
 from pipeline.config import ReadConfig
 from pipeline.sources.compression import BUFFER_BYTES, CHUNK_BYTES, InputStream, RawStream, open_stream
@@ -64,23 +64,23 @@ def has_cr_line_ends(text: str, is_whole: bool) -> bool:
 
 def is_text(head: bytes, encoding: str) -> bool:
     """Whether these first bytes of a file are text in an encoding, from `find_encoding`."""
-    decoder = codecs.getincrementaldecoder(encoding or "utf-8")()
-    try:
-        return not is_binary_text(decoder.decode(head))
-    except UnicodeError:
-        return False
+    text = _decode(head, encoding or "utf-8")
+    return text is not None and not is_binary_text(text)
 
 
 def is_binary_text(text: str) -> bool:
     """Whether a quarter of a text or more is NULs and other control characters: it is binary, or wrongly decoded."""
     # This runs for every document, so a long text is first judged by some characters of it; an odd distance between
     # them meets the NULs of UTF-16 too.
-    sample = text[:: len(text) // _SAMPLE_CHARACTERS | 1].encode("utf-8", "surrogatepass")
-    rest = sample.translate(None, _CONTROLS)
-    if len(sample) - len(rest) <= _BINARY_SHARE / 2 * len(rest):
-        return False
+    sample = text[:: len(text) // _SAMPLE_CHARACTERS | 1]
+    return _count_controls(sample) > _BINARY_SHARE / 2 * len(sample) and _count_controls(text) >= _BINARY_SHARE * len(
+        text
+    )
+
+
+def _count_controls(text: str) -> int:
     data = text.encode("utf-8", "surrogatepass")
-    return len(data) - len(data.translate(None, _CONTROLS)) >= _BINARY_SHARE * len(text)
+    return len(data) - len(data.translate(None, _CONTROLS))
 
 
 class TranslatedText(RawStream):
@@ -139,24 +139,29 @@ def open_text(file: InputFile, config: ReadConfig, start: int = 0) -> InputStrea
 def _find_wide(head: bytes) -> str:
     """UTF-16 or UTF-32 by the pattern of bytes; empty if it is neither."""
     head = head[: len(head) // 2 * 2]
+    if 0 not in head or not any(head):
+        return ""
     for name, zeros, small in (("utf-32-le", head[3::4], head[2::4]), ("utf-32-be", head[0::4], head[1::4])):
-        if len(head) >= 8 and any(head) and not any(zeros) and max(small) <= 0x10 and _decodes(head, name):
+        if len(head) >= 8 and not any(zeros) and max(small) <= 0x10 and _decode(head, name) is not None:
             return name
-    even, odd = head[0::2], head[1::2]
-    for name, high, low in (("utf-16-le", odd, even), ("utf-16-be", even, odd)):
-        n_nuls = high.count(0)
-        if n_nuls < 2 or low.count(0):
-            continue
-        # In alphabets the upper bytes are small; other scripts have NULs at blanks and line ends, and are not UTF-8.
-        n_small = len(high) - len(high.translate(None, _CONTROLS))
-        if (n_small >= len(high) / 2 or not _decodes(head, "utf-8")) and _decodes(head, name):
+    # The upper bytes of alphabets are small numbers.
+    for name, upper, lower in (("utf-16-le", head[1::2], head[0::2]), ("utf-16-be", head[0::2], head[1::2])):
+        n_nuls, n_small = upper.count(0), len(upper) - len(upper.translate(None, _CONTROLS))
+        if n_nuls >= 2 and lower.count(0) <= n_nuls / 2 and n_small >= len(upper) / 2:
             return name
+    # Other scripts have NULs at blanks and line ends only, and are not UTF-8.
+    if _decode(head, "utf-8") is None:
+        texts = {name: _decode(head, name) or "" for name in ("utf-16-le", "utf-16-be")}
+        n_blanks = {name: text.count(" ") + text.count("\n") for name, text in texts.items()}
+        best = max(n_blanks, key=n_blanks.__getitem__)
+        if n_blanks[best] > min(n_blanks.values()) and not is_binary_text(texts[best]):
+            return best
     return ""
 
 
-def _decodes(head: bytes, encoding: str) -> bool:
+def _decode(head: bytes, encoding: str) -> Optional[str]:
+    """The text of the first bytes of a file, which may end within a character; None if it has another encoding."""
     try:
-        codecs.getincrementaldecoder(encoding)().decode(head)
+        return codecs.getincrementaldecoder(encoding)().decode(head)
     except UnicodeError:
-        return False
-    return True
+        return None

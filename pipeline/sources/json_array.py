@@ -99,7 +99,7 @@ def iterate_elements(stream: ByteReader, limit: int, path: str) -> Iterator[Elem
         number += 1
     buffer.start += 1
     if buffer.peek():
-        raise DamagedFile(f"{path} holds more than one array; write one, or one object a line")
+        raise DamagedFile(f"{path} is damaged: there is more behind its array")
 
 
 class _Buffer:
@@ -138,7 +138,9 @@ def _take_element(buffer: _Buffer, limit: int) -> Element:
     while True:
         try:
             value, end = decoder.raw_decode(buffer.text, buffer.start)
-            if end < len(buffer.text) or buffer.at_end:  # a number at the end may go on
+            # 1 may go on to 1.5, and is what is decoded of 1. and 1e+ too.
+            is_cut = isinstance(value, (int, float)) and end >= len(buffer.text) - len("e+")
+            if buffer.at_end or not is_cut:
                 text, buffer.start = buffer.text[buffer.start : end], end
                 return Element(text, value, len(text))
         except json.JSONDecodeError as error:
@@ -167,13 +169,13 @@ def _skip_element(buffer: _Buffer) -> Element:
             size += stop - buffer.start
             buffer.start = stop
             if not buffer.fill():
-                return Element(begin, size=size)
+                return Element(begin[:size], size=size)
             continue
         character = match[0]
         if not in_string and depth == 0 and character in ",]}":
             size += match.start() - buffer.start
             buffer.start = match.start()
-            return Element(begin, size=size)
+            return Element(begin[:size], size=size)
         stop = match.end() + (character == "\\")
         size += stop - buffer.start
         buffer.start = stop

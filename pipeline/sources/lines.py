@@ -60,7 +60,7 @@ def iterate_lines(stream: BinaryIO, start: int, end: Optional[int], limit: int) 
         if len(data) > limit:
             yield Line(offset, data[:PREVIEW_BYTES], size, True, offset - start + size)
         else:
-            yield Line(offset, data, len(data), False, offset - start + size)
+            yield Line(offset, data, len(data), False, offset - start + len(data))
         offset += size
 
 

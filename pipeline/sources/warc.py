@@ -31,6 +31,7 @@ class WarcSource(Source):
         return head.lstrip(b"\r\n").startswith(_MAGIC)
 
     def read_records(self, file_range: FileRange, config: ReadConfig) -> Iterator[Record]:
+        from warcio.exceptions import ArchiveLoadFailed
         from warcio.recordloader import ArcWarcRecordLoader
 
         file, loader = file_range.file, ArcWarcRecordLoader()
@@ -38,9 +39,10 @@ class WarcSource(Source):
             number = -1
             while version := _find_record(stream):
                 number += 1
-                if not version.startswith(_MAGIC):
-                    raise DamagedFile(f"{file.path} is damaged: record {number} does not begin with WARC/")
-                headers = loader.parse_record_stream(stream, version, "warc", no_record_parse=True).rec_headers
+                try:
+                    headers = loader.parse_record_stream(stream, version, "warc", no_record_parse=True).rec_headers
+                except ArchiveLoadFailed as error:
+                    raise DamagedFile(f"{file.path} is damaged at record {number}: {str(error)[:200]}") from error
                 length = headers.get_header("Content-Length", "")
                 if not length.isdecimal():
                     raise DamagedFile(f"{file.path} is damaged: record {number} has no Content-Length")
