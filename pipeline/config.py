@@ -90,9 +90,11 @@ class ReadConfig(CheckedConfig):
         "condition in SQL on the rows of BigQuery tables, such as day = '2026-01-31'", "", metavar="SQL"
     )
     input_format: str = setting(
-        "format of every input; auto goes by the file's extension",
+        "format of every input: text, jsonl, json (one array), csv, tsv, parquet, tfrecord, warc (also WET); auto goes "
+        "by the file's extension",
         "auto",
         ("auto", "text", "jsonl", "json", "csv", "tsv", "parquet", "tfrecord", "warc"),
+        metavar="FORMAT",
     )
     encoding: str = setting(
         "encoding of text files, a name that Python knows: utf-8, utf-16, latin-1, cp1252; a byte-order mark in a file "
