@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pipeline.sources.compression import RawFile, open_stream
+from pipeline.sources.compression import DecodedFile, InputStream, RawFile
 
 HEAD_BYTES = 4096
 THREADS = 32  # object stores take some 50 ms for each file
@@ -14,8 +14,7 @@ def read_head(path: str, compression: str = "", max_window: int = 128) -> bytes:
     Raises:
       FileError: if it cannot be opened, read or decompressed so far.
     """
-    if compression:
-        with open_stream(path, compression, max_window=max_window) as stream:
-            return stream.read(HEAD_BYTES)
-    with RawFile(path) as file:  # without a buffer: nothing more than this is fetched
-        return file.read(HEAD_BYTES) or b""
+    raw = RawFile(path)
+    # A small buffer, so that not much more than the head is fetched.
+    with InputStream(DecodedFile(raw, compression, max_window) if compression else raw, HEAD_BYTES) as stream:
+        return stream.read(HEAD_BYTES)

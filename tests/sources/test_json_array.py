@@ -45,7 +45,7 @@ VALUES = st.recursive(
 )
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=80, deadline=None)
 @given(values=st.lists(VALUES), n_bytes=st.integers(1, 20), ascii=st.booleans(), indent=st.sampled_from([None, 0, 2]))
 def test_elements_are_those_of_the_json_module(values, n_bytes, ascii, indent):
     data = json.dumps(values, ensure_ascii=ascii, indent=indent).encode("utf-8", "surrogatepass")
