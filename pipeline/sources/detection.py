@@ -79,7 +79,11 @@ def inspect_files(files: Iterable[InputFile], config: ReadConfig) -> list[InputF
 
 
 def inspect_file(file: InputFile, config: ReadConfig) -> InputFile:
-    """Finds a file's compression and encoding, the kind of its line ends, and whether JSON is an array."""
+    """Finds a file's compression and encoding, the kind of its line ends, and whether JSON is an array.
+
+    Raises:
+      ConfigError: if the setting of the encoding cannot be true.
+    """
     source = SOURCES[file.format]
     if not source.reads_compressed:
         return file
@@ -96,6 +100,11 @@ def inspect_file(file: InputFile, config: ReadConfig) -> InputFile:
     if not source.is_text:
         return file
     encoding = find_encoding(head, config.encoding)
+    if encoding.startswith(("utf-16", "utf-32")) and is_text(head, "") and len(head.split()) > 1:
+        raise ConfigError(
+            f"--encoding={config.encoding}: {file.path} is UTF-8; leave the flag out, since UTF-16 and UTF-32 are "
+            "recognised without it"
+        )
     text = head.decode(encoding or "utf-8", "replace")
     if file.format == "json" and not text.lstrip("\ufeff \t\r\n").startswith("["):
         file = file._replace(format="jsonl")

@@ -86,13 +86,16 @@ def choose_id_field(plan: InputPlan, config: ReadConfig) -> ReadConfig:
     if config.id_field:
         return config
     files = {SOURCES[file.format].id_field: file for file in plan.files}
-    if len(files) > 1:
-        (name, file), other = next(item for item in files.items() if item[0]), files.get("") or plan.files[0]
+    without = files.pop("", None)
+    if not files:
+        return config
+    name, file = files.popitem()
+    if without:
         raise InputError(
-            f"{file.path} has ids of its own ({name}), and {other.path} has none; read them to tables of their own, or "
-            "name a field that both have: --id_field"
+            f"{file.path} has ids of its own ({name}), and {without.path} has none; read them to two tables, or name a "
+            "field that both have: --id_field"
         )
-    return replace(config, id_field=next(iter(files), ""))
+    return replace(config, id_field=name)
 
 
 def plan_dead_letters(paths: Iterable[tuple[str, int]], config: ReadConfig) -> InputPlan:

@@ -84,6 +84,13 @@ def test_a_byte_order_mark_goes_before_the_setting(tmp_path):
         assert summarize(outcomes) == ["Größe"]
 
 
+def test_utf8_is_not_read_as_utf16(tmp_path):
+    for data in (b"plain words\n", "größe – 東京 text\n".encode()):
+        with pytest.raises(ConfigError, match=r"--encoding=utf-16: .*a\.txt is UTF-8; leave the flag out"):
+            read_file(tmp_path / "a.txt", data, encoding="utf-16")
+    assert summarize(read_file(tmp_path / "b.txt", "你好".encode("utf-16-le"), encoding="utf-16")) == ["你好"]
+
+
 @pytest.mark.parametrize(
     "encoding, bad",
     [
