@@ -24,7 +24,7 @@ _BOMS = {
     codecs.BOM_UTF16_BE: "utf-16-be",
 }
 _CONTROLS = bytes(b for b in range(32) if b not in b"\t\n\v\f\r") + b"\x7f"
-_BINARY_SHARE = 0.25
+_BINARY_SHARE = 0.5
 _SAMPLE_CHARACTERS = 64
 
 codecs.register_error("embeam-mark", lambda error: (BAD_BYTES, error.end))  # type: ignore[attr-defined]
@@ -63,13 +63,15 @@ def has_cr_line_ends(text: str, is_whole: bool) -> bool:
 
 
 def is_text(head: bytes, encoding: str) -> bool:
-    """Whether these first bytes of a file are text in an encoding, from `find_encoding`."""
+    """Whether these first bytes of a file are text in an encoding, from `find_encoding`: one byte of nine in random
+    data is a control character.
+    """
     text = _decode(head, encoding or "utf-8")
-    return text is not None and not is_binary_text(text)
+    return text is not None and _count_controls(text) <= len(text) / 20
 
 
 def is_binary_text(text: str) -> bool:
-    """Whether a quarter of a text or more is NULs and other control characters: it is binary, or wrongly decoded."""
+    """Whether half of a text or more is NULs and other control characters: it is binary, or wrongly decoded."""
     # This runs for every document, so a long text is first judged by some characters of it; an odd distance between
     # them meets the NULs of UTF-16 too.
     sample = text[:: len(text) // _SAMPLE_CHARACTERS | 1]

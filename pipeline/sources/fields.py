@@ -49,14 +49,14 @@ def build_document(
         text = read_text(record.values, config.text_field)
         if len(text) * 4 > config.max_document_bytes and len(text.encode()) > config.max_document_bytes:
             raise BadRecord("too_large", describe_too_large(len(text.encode()), config))
-        if is_binary_text(text):
-            raise BadRecord("binary_text", "the text is mostly control characters; see --encoding and --input_format")
         pair = read_pair(record.values, config.pair_field)
         kept = read_kept(record.values, kept_fields, source.values_are_strings)
         if config.on_empty != "embed" and not text.strip():
             if config.on_empty == "skip":
                 return None
             raise BadRecord("empty_text", "the text is empty or blank; --on_empty=skip drops it, =embed embeds it")
+        if is_binary_text(text):
+            raise BadRecord("binary_text", "the text is mostly control characters; see --encoding and --input_format")
     except BadRecord as error:
         if error.reason == "too_large" and text is not None:
             text = text[:PREVIEW_BYTES]

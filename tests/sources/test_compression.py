@@ -78,6 +78,9 @@ def test_a_name_promises_what_is_not_there(tmp_path, suffix):
     if suffix:
         assert summarize(outcomes) == [("unreadable_file", 0)]
         assert f"b.txt{suffix} is damaged" in outcomes[0].message
+        assert summarize(read_file(tmp_path / f"b.txt{suffix}", damaged, encoding="latin-1")) == [
+            ("unreadable_file", 0)
+        ]
 
 
 def test_magic_bytes():
