@@ -14,7 +14,7 @@ from dataclasses import dataclass, fields
 from typing import Any, NamedTuple, Optional
 
 from pipeline.errors import ConfigError
-from pipeline.settings import CheckedConfig, convert_setting, setting
+from pipeline.settings import CheckedConfig, check_encoding, convert_setting, parse_character, setting
 
 MIB = 1 << 20
 FIELD_TYPES = ("string", "int", "float", "bool")
@@ -90,9 +90,43 @@ class ReadConfig(CheckedConfig):
         "condition in SQL on the rows of BigQuery tables, such as day = '2026-01-31'", "", metavar="SQL"
     )
     input_format: str = setting(
-        "format of every input; auto goes by the file's extension",
+        "format of every input: text, jsonl, json (one array), csv, tsv, parquet, tfrecord, warc (also WET); auto goes "
+        "by the file's extension",
         "auto",
-        ("auto", "text", "jsonl", "csv", "tsv", "parquet", "tfrecord"),
+        ("auto", "text", "jsonl", "json", "csv", "tsv", "parquet", "tfrecord", "warc"),
+        metavar="FORMAT",
+    )
+    encoding: str = setting(
+        "encoding of text files, a name that Python knows: utf-8, utf-16, latin-1, cp1252; a byte-order mark in a file "
+        "goes first, and UTF-16 and UTF-32 are recognised under utf-8",
+        "utf-8",
+        metavar="NAME",
+    )
+    delimiter: str = setting(
+        "character between the cells of CSV and TSV files, or tab; default: by format", "", metavar="CHARACTER"
+    )
+    quote: str = setting(
+        'character around cells of CSV and TSV files, or none; default: " in CSV, none in TSV', "", metavar="CHARACTER"
+    )
+    header: str = setting(
+        "whether the first row of CSV and TSV files names the columns; none names them 1, 2, 3 and so on; auto: first, "
+        "or none with --columns",
+        "auto",
+        ("auto", "first", "none"),
+    )
+    columns: tuple[str, ...] = setting(
+        "names of the columns of CSV and TSV files without a header row; with --header=first instead of those in it",
+        (),
+        metavar="NAMES",
+    )
+    max_quoted_lines: int = setting(
+        "lines that a quoted CSV cell may have; a longer one, or one that seems to hold other rows, is taken for a "
+        "stray quote; 0 allows anything",
+        1000,
+    )
+    max_window: int = setting(
+        "MiB of memory that decoding a zstd or xz file may take, at most 2048, which files made by zstd --long=31 need",
+        128,
     )
     text_mode: str = setting("what one document is in a text file", "line", ("line", "paragraph", "file"))
     id_field: str = setting("field that holds the document's id; without it ids are FILE@POSITION", "", metavar="NAME")
@@ -109,6 +143,19 @@ class ReadConfig(CheckedConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self._require_positive("max_document_bytes", "split_bytes")
+        check_encoding(self.encoding)
+        if self.max_quoted_lines < 0:
+            raise ConfigError(f"--max_quoted_lines={self.max_quoted_lines} is negative; use 0 to allow any number")
+        if not 1 <= self.max_window <= 2048:
+            raise ConfigError(f"--max_window={self.max_window} is not a number of MiB from 1 to 2048")
+        delimiter = parse_character("delimiter", self.delimiter) if self.delimiter else ""
+        quote = parse_character("quote", self.quote) if self.quote not in ("", "none") else ""
+        if quote and quote == delimiter:
+            raise ConfigError(
+                f"--quote={self.quote} is also the --delimiter; use --quote=none for files without quotes"
+            )
+        if repeated := [name for name in self.columns if self.columns.count(name) > 1]:
+            raise ConfigError(f"--columns names {repeated[0]!r} twice; give each column a name of its own")
         if self.limit < 0:
             raise ConfigError(f"--limit={self.limit} is negative; leave it out to read everything")
         if self.query and self.input:

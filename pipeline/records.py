@@ -205,10 +205,12 @@ def digest_id(document_id: str) -> bytes:
 
 
 REASONS = {
-    "invalid_utf8": "the bytes are not valid UTF-8",
+    "invalid_utf8": "the bytes are not valid UTF-8, or not in the encoding of the file (see --encoding)",
+    "binary_text": "the text is mostly NULs or other control characters (see --encoding)",
+    "not_text": "the WARC record holds a page as it was fetched, not its text",
     "empty_text": "the text is empty or blank (see --on_empty)",
     "too_large": "the record is larger than --max_document_bytes",
-    "malformed_json": "the line is not a JSON object",
+    "malformed_json": "the line or element is not a JSON object",
     "malformed_csv": "the row does not fit the header or the quoting",
     "malformed_example": "the record is not a tf.Example",
     "missing_field": "the record lacks the id or text field",

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import difflib
 from dataclasses import dataclass, field, fields
+from encodings.aliases import aliases
 from typing import Any
 
 from pipeline.errors import ConfigError
@@ -30,6 +32,31 @@ class CheckedConfig:
         for name in names:
             if getattr(self, name) <= 0:
                 raise ConfigError(f"--{name}={getattr(self, name)} must be at least 1")
+
+
+def check_encoding(name: str) -> None:
+    """Raises ConfigError if Python has no text encoding of this name."""
+    try:
+        is_known = "\n".encode(name).decode(name) == "\n"
+    except (LookupError, UnicodeError):  # unknown, or not an encoding of text
+        is_known = False
+    if not is_known:
+        known = ["utf-8", "utf-8-sig", "latin-1", *(one.replace("_", "-") for pair in aliases.items() for one in pair)]
+        close = difflib.get_close_matches(name.lower(), known, 1)
+        hint = f"did you mean {close[0]}?" if close else "use one such as utf-8, utf-16, latin-1 or cp1252"
+        raise ConfigError(f"--encoding={name} is not a text encoding that Python knows; {hint}")
+
+
+def parse_character(name: str, value: str) -> str:
+    """A setting that is one character; a tab may be written as tab or \\t.
+
+    Raises:
+      ConfigError: if it is anything else, or a line end.
+    """
+    character = "\t" if value in ("tab", "\\t") else value
+    if len(character) != 1 or character in "\r\n\0":
+        raise ConfigError(f"--{name}={value!r} is not one character; write one, or tab")
+    return character
 
 
 def convert_setting(f: dataclasses.Field[Any], value: Any) -> Any:

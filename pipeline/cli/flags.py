@@ -67,7 +67,7 @@ def add_config_flags(parser: argparse.ArgumentParser) -> None:
             elif isinstance(f.default, tuple):
                 flag |= {"action": "append", "metavar": f.metadata["metavar"] or "NAME"}
             elif f.metadata["choices"]:
-                flag |= {"metavar": "|".join(f.metadata["choices"])}
+                flag |= {"metavar": f.metadata["metavar"] or "|".join(f.metadata["choices"])}
             else:
                 flag |= {"metavar": f.metadata["metavar"] or type(f.default).__name__.upper()}
             if f.default not in ("", (), False):

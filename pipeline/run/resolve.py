@@ -21,7 +21,7 @@ from pipeline.reuse.local import LocalReuse
 from pipeline.run.command import spell_command
 from pipeline.run.estimate import RowSize, live_row_bytes, measure_rows
 from pipeline.sinks.writing import RowFormat
-from pipeline.sources.planning import InputPlan, plan_dead_letters, plan_input
+from pipeline.sources.planning import InputPlan, choose_id_field, plan_dead_letters, plan_input
 from pipeline.sources.sampling import infer_kept_fields, sample_input
 from pipeline.tables.folder import FolderStore
 from pipeline.tables.manifest import Manifest
@@ -131,6 +131,7 @@ def resolve_input(config: EmbedConfig) -> ResolvedInput:
         raise InputError(f"--input={' '.join(config.read.input)} matches only empty files; give files with text")
     for path in plan.empty_files:
         _LOGGER.warning("%s is empty", path)
+    config = replace(config, read=choose_id_field(plan, config.read))
     sample = sample_input(plan, config.read)
     kept = tuple(infer_kept_fields(sample.rows, config.read))
     return ResolvedInput(config, plan, sample.n_documents, kept, sample.build_documents(config.read, kept))

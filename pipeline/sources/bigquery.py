@@ -45,6 +45,7 @@ class BigQuerySource(Source):
     """
 
     reads_compressed = False
+    is_text = False
 
     def split_file(self, file: InputFile, config: ReadConfig) -> list[FileRange]:
         wanted = max(1, -(-file.size // config.split_bytes))

@@ -1,4 +1,4 @@
-"""Raw streams over any Beam file system, with our own decompression of gzip, bzip2 and zstd.
+"""Raw streams over any Beam file system, with our own decompression.
 
 Beam's own decompression returns the first part of a file that is cut off and reports no error; here everything that
 can be decoded is delivered first, and then the error is raised. Memory is bounded whatever the compression ratio.
@@ -6,20 +6,15 @@ can be decoded is delivered first, and then the error is raised. Memory is bound
 
 from __future__ import annotations
 
-import bz2
 import io
-import zlib
-from collections.abc import Callable
+from abc import abstractmethod
 from typing import Any, BinaryIO, Optional, Protocol
 
-import zstandard
-
 from pipeline import files
+from pipeline.sources.decoders import DECODE_ERRORS, DECODERS, PADDED, WindowTooLarge
 
 BUFFER_BYTES = 1 << 18
 CHUNK_BYTES = 1 << 16
-# A zstd frame can expand 3 bytes to 128 KiB and its decoder takes no output limit, so it is fed in small pieces.
-ZSTD_BITE_BYTES = 1 << 10
 
 
 class FileError(Exception):
@@ -42,79 +37,37 @@ class TruncatedFile(FileError):
     reason = "truncated_file"
 
 
+class WrongColumns(FileError):
+    """The columns of the file are not those that the settings ask for: one is missing, or a name is there twice."""
+
+    reason = "missing_field"
+
+
 class ByteReader(Protocol):
     """A stream that is read."""
 
     def read(self, size: int = -1, /) -> bytes: ...
 
 
-class Decoder(Protocol):
-    """Decodes one gzip member, bzip2 stream or zstd frame, as `bz2.BZ2Decompressor` does."""
+class RawStream(io.RawIOBase):
+    """A raw stream that counts the stored bytes that were read for it."""
 
     @property
-    def eof(self) -> bool: ...
+    @abstractmethod
+    def position(self) -> int: ...
 
-    @property
-    def needs_input(self) -> bool: ...
-
-    @property
-    def unused_data(self) -> bytes: ...
-
-    def decompress(self, data: bytes, max_length: int) -> bytes: ...
+    def readable(self) -> bool:
+        return True
 
 
-class GzipDecoder:
-    """One gzip member."""
-
-    def __init__(self) -> None:
-        self._member = zlib.decompressobj(wbits=31)
-
-    eof = property(lambda self: self._member.eof)
-    needs_input = property(lambda self: not self._member.unconsumed_tail)
-    unused_data = property(lambda self: self._member.unused_data)
-
-    def decompress(self, data: bytes, max_length: int) -> bytes:
-        return self._member.decompress(self._member.unconsumed_tail + data, max_length)
-
-
-class ZstdDecoder:
-    """One zstd frame; keeps the output of one piece of input, at most some 32 MiB."""
-
-    def __init__(self) -> None:
-        self._frame = zstandard.ZstdDecompressor().decompressobj()
-        self._input = memoryview(b"")
-        self._output = memoryview(b"")
-
-    eof = property(lambda self: self._frame.eof and not self._output)
-    needs_input = property(lambda self: not self._input and not self._output)
-    unused_data = property(lambda self: self._frame.unused_data + bytes(self._input))
-
-    def decompress(self, data: bytes, max_length: int) -> bytes:
-        if data:
-            self._input = memoryview(data)
-        while not self._output and self._input and not self._frame.eof:
-            bite, self._input = self._input[:ZSTD_BITE_BYTES], self._input[ZSTD_BITE_BYTES:]
-            self._output = memoryview(self._frame.decompress(bite))
-        piece, self._output = self._output[:max_length], self._output[max_length:]
-        return bytes(piece)
-
-
-DECODERS: dict[str, Callable[[], Decoder]] = {
-    "gzip": GzipDecoder,
-    "bzip2": bz2.BZ2Decompressor,
-    "zstd": ZstdDecoder,
-}
-_DECODE_ERRORS = (zlib.error, zstandard.ZstdError, OSError, ValueError, EOFError)
-
-
-class RawFile(io.RawIOBase):
+class RawFile(RawStream):
     """A file of any Beam file system as a raw stream; every error of the file system becomes UnreadableFile."""
 
     _file: Optional[BinaryIO] = None  # Python also closes objects whose opening failed
 
     def __init__(self, path: str, start: int = 0) -> None:
         self.path = path
-        self.position = start
+        self._position = start
         self._file = open_file(path)
         try:
             if start:
@@ -122,8 +75,9 @@ class RawFile(io.RawIOBase):
         except Exception as error:  # as in open_file
             raise UnreadableFile(f"cannot read {path}: {error}") from error
 
-    def readable(self) -> bool:
-        return True
+    @property
+    def position(self) -> int:
+        return self._position
 
     def readinto(self, buffer: Any) -> int:
         assert self._file is not None
@@ -132,7 +86,7 @@ class RawFile(io.RawIOBase):
         except Exception as error:  # as in open_file
             raise UnreadableFile(f"cannot read {self.path}: {error}") from error
         buffer[: len(data)] = data
-        self.position += len(data)
+        self._position += len(data)
         return len(data)
 
     def close(self) -> None:
@@ -142,13 +96,14 @@ class RawFile(io.RawIOBase):
                 self._file.close()
 
 
-class DecodedFile(io.RawIOBase):
+class DecodedFile(RawStream):
     """The decompressed bytes of a raw file, one member, stream or frame after the other."""
 
-    def __init__(self, raw: RawFile, compression: str) -> None:
+    def __init__(self, raw: RawFile, compression: str, max_window: int) -> None:
         self._raw = raw
         self._compression = compression
-        self._decoder: Decoder = DECODERS[compression]()
+        self._max_window = max_window
+        self._decoder = DECODERS[compression](max_window)
         self._next = b""  # read, and for the next decoder
         self._between = False  # whether the last decoder is finished and no other has begun
 
@@ -156,24 +111,23 @@ class DecodedFile(io.RawIOBase):
     def position(self) -> int:
         return self._raw.position
 
-    def readable(self) -> bool:
-        return True
-
     def readinto(self, buffer: Any) -> int:
         while True:
             chunk, at_end = b"", False
             if self._decoder.needs_input or self._between:
                 chunk, self._next = self._next or self._raw.read(CHUNK_BYTES) or b"", b""
                 at_end = not chunk
-                if self._between and self._compression == "gzip":
+                if self._between and self._compression in PADDED:
                     chunk = self._skip_padding(chunk)
                 if self._between and not chunk:
                     return 0
                 if self._between:
-                    self._decoder, self._between = DECODERS[self._compression](), False
+                    self._decoder, self._between = DECODERS[self._compression](self._max_window), False
             try:
                 data = self._decoder.decompress(chunk, len(buffer))
-            except _DECODE_ERRORS as error:
+            except WindowTooLarge as error:
+                raise UnreadableFile(f"{self._raw.path} has {error}") from None
+            except DECODE_ERRORS as error:
                 raise DamagedFile(f"{self._raw.path} is damaged near byte {self.position}: {error}") from error
             if self._decoder.eof:
                 self._next, self._between = self._decoder.unused_data, True
@@ -184,7 +138,7 @@ class DecodedFile(io.RawIOBase):
                 return len(data)
 
     def _skip_padding(self, chunk: bytes) -> bytes:
-        """Drops the zeros that tapes and block devices leave behind the last gzip member."""
+        """Drops the zeros behind a part."""
         chunk = chunk.lstrip(b"\0")
         while not chunk:
             more = self._raw.read(CHUNK_BYTES)
@@ -204,7 +158,7 @@ class InputStream(io.BufferedReader):
 
     @property
     def position(self) -> int:
-        assert isinstance(self.raw, (RawFile, DecodedFile))
+        assert isinstance(self.raw, RawStream)
         return self.raw.position
 
 
@@ -220,16 +174,17 @@ def open_file(path: str) -> BinaryIO:
         raise UnreadableFile(f"cannot open {path}: {error}") from error
 
 
-def open_stream(path: str, compression: str = "", start: int = 0) -> InputStream:
+def open_stream(path: str, compression: str = "", start: int = 0, max_window: int = 128) -> InputStream:
     """Opens the decompressed bytes of a file.
 
     Args:
       path: on any Beam file system.
       compression: a key of `DECODERS`, or empty for a file that is read as it is stored.
       start: byte to begin at; 0 if the file is compressed.
+      max_window: MiB that a zstd frame or an xz stream may need.
 
     Raises:
       FileError: here or while reading; what could be decoded before is delivered first.
     """
     raw = RawFile(path, start)
-    return InputStream(DecodedFile(raw, compression) if compression else raw, BUFFER_BYTES)
+    return InputStream(DecodedFile(raw, compression, max_window) if compression else raw, BUFFER_BYTES)

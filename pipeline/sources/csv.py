@@ -1,20 +1,51 @@
-"""CSV and TSV: the header row names the fields, quoted fields may hold line breaks."""
+"""CSV and TSV: a header row or the settings name the fields, quoted cells may hold line breaks."""
 
 from __future__ import annotations
 
+import _csv
 import csv
 from collections import deque
-from collections.abc import Iterator
-from typing import NamedTuple
+from collections.abc import Iterator, Sequence
+from itertools import chain
+from typing import NamedTuple, Optional
 
 from pipeline.config import ReadConfig
-from pipeline.sources.compression import DamagedFile
+from pipeline.settings import parse_character
+from pipeline.sources.compression import DamagedFile, WrongColumns
 from pipeline.sources.lines import Line, read_lines
-from pipeline.sources.source import FileRange, Record, Source, describe_too_large, explain_missing, preview_bytes
+from pipeline.sources.source import (
+    PREVIEW_BYTES,
+    FileRange,
+    InputFile,
+    Record,
+    Source,
+    describe_too_large,
+    explain_missing,
+    explain_repeated,
+)
+from pipeline.sources.text import explain_bytes, show_bytes
+
+# A stray quote has opened a cell that holds so many lines which all look like rows. Lists and verses do not: their
+# lines vary, or end with the delimiter.
+SUSPICIOUS_LINES = 8
+
+
+class Dialect(NamedTuple):
+    """The characters between and around cells; `quote` is empty if quotes are text."""
+
+    delimiter: str
+    quote: str
+
+    def choose(self, config: ReadConfig) -> Dialect:
+        """The dialect that the settings ask for, and this one where they ask for nothing."""
+        delimiter = parse_character("delimiter", config.delimiter) if config.delimiter else self.delimiter
+        if config.quote == "none":
+            return Dialect(delimiter, "")
+        return Dialect(delimiter, parse_character("quote", config.quote) if config.quote else self.quote)
 
 
 class Row(NamedTuple):
-    """One row: its cells and lines, or an error message."""
+    """One row: its cells and lines, or what is wrong."""
 
     cells: list[str]
     lines: list[Line]
@@ -23,109 +54,167 @@ class Row(NamedTuple):
 
     @property
     def text(self) -> str:
-        return preview_bytes(b"\n".join(line.data for line in self.lines))
+        return show_bytes(b"\n".join(line.data for line in self.lines)[:PREVIEW_BYTES])
 
 
 class CsvSource(Source):
     """Delimited files; one file is read by one worker since a quote may span lines."""
 
     values_are_strings = True
+    has_dialect = True
 
-    def __init__(self, delimiter: str) -> None:
-        self.delimiter = delimiter
+    def __init__(self, delimiter: str, quote: str) -> None:
+        self.dialect = Dialect(delimiter, quote)
 
     def read_records(self, file_range: FileRange, config: ReadConfig) -> Iterator[Record]:
-        lines = read_lines(file_range, "line", config.max_document_bytes)
-        rows = parse_rows(lines, self.delimiter, config)
-        header = next(rows, None)
-        if header is None:
+        file = file_range.file
+        rows = parse_rows(read_lines(file_range, "line", config), self.dialect.choose(config), file, config)
+        first = next(rows, None)
+        if first is None:
             return
-        if header.reason:
-            raise DamagedFile(f"{file_range.file.path} has no header row: {header.message}")
-        names = header.cells
-        if missing := explain_missing(names, config):
-            yield Record(0, file_range.n_bytes, reason="missing_field", message=missing)
-            return
+        names, rows = name_columns(first, rows, file, config)
         for number, row in enumerate(rows):
             n_read = row.lines[-1].n_read
+            cells = row.cells
+            # Spreadsheets end rows with empty cells that no column belongs to.
+            while len(cells) > len(names) and not cells[-1]:
+                cells.pop()
             if row.reason:
                 message = f"row {number}: {row.message}"
                 yield Record(number, n_read, reason=row.reason, message=message, text=row.text)
-            elif len(row.cells) != len(names):
-                message = f"row {number} has {len(row.cells)} columns, the header {len(names)}"
+            elif len(cells) != len(names):
+                message = f"row {number} has {len(cells)} cells, but there are {len(names)} columns"
                 yield Record(number, n_read, reason="malformed_csv", message=message, text=row.text)
             else:
-                yield Record(number, n_read, dict(zip(names, row.cells, strict=True)))
+                yield Record(number, n_read, dict(zip(names, cells, strict=True)))
 
 
-def parse_rows(lines: Iterator[Line], delimiter: str, config: ReadConfig) -> Iterator[Row]:
+def name_columns(
+    first: Row, rest: Iterator[Row], file: InputFile, config: ReadConfig
+) -> tuple[list[str], Iterator[Row]]:
+    """The names of the columns, and the rows that hold values.
+
+    Args:
+      first: the first row.
+      rest: the rows after it.
+      file: for messages.
+      config: `header` and `columns`.
+
+    Raises:
+      DamagedFile: if the row that tells the columns cannot be parsed.
+      WrongColumns: if a needed column is missing or is there twice.
+    """
+    has_header = config.header == "first" or (config.header == "auto" and not config.columns)
+    if first.reason and (has_header or not config.columns):
+        raise DamagedFile(f"{file.path}: the first row, which tells the columns, cannot be read: {first.message}")
+    names = list(config.columns)
+    if names and not has_header and first.cells == names:
+        raise WrongColumns(
+            f"{file.path}: the first row holds the names of --columns; leave the flag out, or add --header=first"
+        )
+    if not names:
+        names = first.cells if has_header else [str(i + 1) for i in range(len(first.cells))]
+    if problem := explain_repeated(names, config) or explain_missing(names, config):
+        raise WrongColumns(f"{file.path}: {problem}")
+    return names, rest if has_header else chain([first], rest)
+
+
+def parse_rows(lines: Iterator[Line], dialect: Dialect, file: InputFile, config: ReadConfig) -> Iterator[Row]:
     """Yields the rows that lines hold, blank lines left out.
 
     A row that cannot be parsed is bad, and parsing goes on at the line after its first: so a quote that is never closed
     costs one row, not the rest of the file. No row takes more than `max_document_bytes`.
     """
-    # The module's own limit of 128 KiB a field is global to the process, so it is only ever raised.
+    # The module's own limit of 128 KiB a cell is global to the process, so it is only ever raised.
     csv.field_size_limit(max(csv.field_size_limit(), config.max_document_bytes))
-    feed = _Feed(lines, config)
-    parser = csv.reader(feed, delimiter=delimiter, strict=True)
-    while True:
-        feed.taken.clear()
+    delimiter, quote = dialect.delimiter, dialect.quote.encode()
+    parser_dialect = csv.reader((), delimiter=delimiter, quotechar=dialect.quote or None, strict=True).dialect
+    feed = _Feed(lines)
+    n_columns = 0
+    while (line := feed.take()) is not None:
+        if line.too_large:
+            yield Row([], [line], "too_large", describe_too_large(line.size, config))
+            continue
+        if not line.data:
+            continue
         try:
-            cells = next(parser)
-        except StopIteration:
-            return
-        except _TooLarge as error:
-            yield Row([], list(feed.taken), "too_large", str(error))
-            continue
-        except csv.Error as error:
-            first = feed.taken[0]
-            feed.return_lines()
-            yield Row([], [first], "malformed_csv", str(error))
-            parser = csv.reader(feed, delimiter=delimiter, strict=True)
-            continue
-        if feed.has_bad_bytes():
-            yield Row([], list(feed.taken), "invalid_utf8", "not valid UTF-8; convert the file to UTF-8")
-        elif cells:
-            yield Row(cells, list(feed.taken))
-
-
-class _TooLarge(Exception):
-    """A single line over the limit."""
+            if not quote or quote not in line.data:
+                row = Row(line.data.decode().split(delimiter), [line])
+            else:
+                row = _parse_quoted(line, feed, parser_dialect, n_columns, file, config)
+        except UnicodeDecodeError as error:
+            row = Row([], [line], "invalid_utf8", explain_bytes(error, file))
+        n_columns = n_columns or len(row.cells)
+        yield row
 
 
 class _Feed:
-    """Passes lines to the parser and keeps those of the current row."""
+    """Lines that can be put back."""
 
-    def __init__(self, lines: Iterator[Line], config: ReadConfig) -> None:
-        self.taken: list[Line] = []
-        self._returned: deque[Line] = deque()
+    def __init__(self, lines: Iterator[Line]) -> None:
         self._lines = lines
-        self._config = config
-        self._size = 0
-        self._bad = False
+        self._returned: deque[Line] = deque()
 
-    def __iter__(self) -> _Feed:
-        return self
+    def take(self) -> Optional[Line]:
+        return self._returned.popleft() if self._returned else next(self._lines, None)
 
-    def __next__(self) -> str:
-        line = self._returned.popleft() if self._returned else next(self._lines)
-        if not self.taken:
-            self._size, self._bad = 0, False
-        self.taken.append(line)
-        if line.too_large and len(self.taken) == 1:
-            raise _TooLarge(describe_too_large(line.size, self._config))
-        self._size += line.size
-        if self._size > self._config.max_document_bytes:
-            raise csv.Error(f"a quote is not closed within --max_document_bytes={self._config.max_document_bytes}")
+    def put_back(self, lines: Sequence[Line]) -> None:
+        self._returned.extendleft(reversed(lines))
+
+
+def _parse_quoted(
+    first: Line, feed: _Feed, dialect: _csv.Dialect, n_columns: int, file: InputFile, config: ReadConfig
+) -> Row:
+    """The row that begins with a line with quotes."""
+    if first.data.count((dialect.quotechar or "").encode()) % 2 == 0:  # it most likely ends with this line
         try:
-            return line.data.decode() + "\n"
-        except UnicodeDecodeError:
-            self._bad = True
-            return line.data.decode("utf-8", "backslashreplace") + "\n"
+            return Row(next(csv.reader((first.data.decode(),), dialect)), [first])
+        except csv.Error:
+            pass
+    taken, errors = [first], list[UnicodeDecodeError]()
+    lines = _decode_lines(taken, errors, feed, config)
+    try:
+        cells = next(csv.reader(lines, dialect))
+        if config.max_quoted_lines and _look_like_rows(taken[1:-1], dialect.delimiter.encode(), n_columns):
+            raise csv.Error(
+                f"a quoted cell holds {len(taken) - 2} lines that look like rows, as if its quote were a stray one; "
+                "see --quote=none and --max_quoted_lines=0"
+            )
+    except csv.Error as error:
+        feed.put_back(taken[1:])
+        return Row([], [first], "malformed_csv", str(error))
+    if errors:
+        return Row([], taken, "invalid_utf8", explain_bytes(errors[0], file))
+    return Row(cells, taken)
 
-    def has_bad_bytes(self) -> bool:
-        return self._bad
 
-    def return_lines(self) -> None:
-        """Puts back all lines of the row except its first."""
-        self._returned.extendleft(reversed(self.taken[1:]))
+def _decode_lines(
+    taken: list[Line], errors: list[UnicodeDecodeError], feed: _Feed, config: ReadConfig
+) -> Iterator[str]:
+    """Passes the lines of one row to the parser, and notes what was taken and could not be decoded."""
+    size = 0
+    line: Optional[Line] = taken[0]
+    while line is not None:
+        size += line.size
+        if size > config.max_document_bytes:
+            raise csv.Error(f"a quote is not closed within --max_document_bytes={config.max_document_bytes}")
+        if 0 < config.max_quoted_lines < len(taken):
+            raise csv.Error(f"a quote is not closed within --max_quoted_lines={config.max_quoted_lines}")
+        try:
+            yield line.data.decode() + "\n"
+        except UnicodeDecodeError as error:
+            errors.append(error)
+            yield line.data.decode("utf-8", "backslashreplace") + "\n"
+        line = feed.take()
+        if line is not None:
+            taken.append(line)
+
+
+def _look_like_rows(lines: Sequence[Line], delimiter: bytes, n_columns: int) -> bool:
+    """Whether every line has as many cells as there are columns, none of them empty."""
+    if n_columns < 2 or len(lines) < SUSPICIOUS_LINES:
+        return False
+    return all(
+        line.data.count(delimiter) == n_columns - 1 and all(cell.strip() for cell in line.data.split(delimiter))
+        for line in lines
+    )

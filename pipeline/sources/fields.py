@@ -8,6 +8,7 @@ from typing import Any, NoReturn, Optional, Union
 
 from pipeline.config import KeptField, ReadConfig
 from pipeline.records import DeadLetter, Document, Origin, pack_kept
+from pipeline.sources.encoding import is_binary_text
 from pipeline.sources.source import PREVIEW_BYTES, InputFile, Record, Source, describe_too_large
 
 _INT64 = range(-(1 << 63), 1 << 63)
@@ -37,8 +38,7 @@ def build_document(
     Returns:
       The document, a dead letter, or None for a blank text under `--on_empty=skip`.
     """
-    unit = "byte" if source.has_byte_positions and not file.compression else "row"
-    origin = Origin(file.path, record.position, unit)
+    origin = Origin(file.path, record.position, source.position_unit(file))
     document_id = None if config.id_field else f"{file.name}@{record.position}"
     text: Optional[str] = record.text
     try:
@@ -55,6 +55,8 @@ def build_document(
             if config.on_empty == "skip":
                 return None
             raise BadRecord("empty_text", "the text is empty or blank; --on_empty=skip drops it, =embed embeds it")
+        if is_binary_text(text):
+            raise BadRecord("binary_text", "the text is mostly control characters; see --encoding and --input_format")
     except BadRecord as error:
         if error.reason == "too_large" and text is not None:
             text = text[:PREVIEW_BYTES]

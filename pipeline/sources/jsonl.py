@@ -20,10 +20,10 @@ class JsonlSource(Source):
     has_byte_positions = True
 
     def split_file(self, file: InputFile, config: ReadConfig) -> list[FileRange]:
-        return [FileRange.whole(file)] if file.compression else split_by_bytes(file, config.split_bytes)
+        return split_by_bytes(file, config.split_bytes) if file.is_stored_text else [FileRange.whole(file)]
 
     def read_records(self, file_range: FileRange, config: ReadConfig) -> Iterator[Record]:
-        for line in read_lines(file_range, "line", config.max_document_bytes):
+        for line in read_lines(file_range, "line", config):
             if line.too_large:
                 yield reject_large(line, config)
                 continue
@@ -34,7 +34,7 @@ class JsonlSource(Source):
                 text = line.data.decode()
                 yield Record(line.position, line.n_read, parse_object(text))
             except UnicodeDecodeError as error:
-                yield reject_bytes(line, error)
+                yield reject_bytes(line, error, file_range.file)
             except ValueError as error:
                 yield Record(line.position, line.n_read, reason="malformed_json", message=str(error), text=text)
 
@@ -51,13 +51,23 @@ def parse_object(text: str) -> dict[str, Any]:
         except json.JSONDecodeError as error:
             raise ValueError(f"not JSON: {error}") from None
         except ValueError:
-            value = json.loads(text, parse_int=_parse_int)
+            value = json.loads(text, parse_int=parse_int)
     except RecursionError:
         raise ValueError("not JSON: nested too deeply") from None
+    return check_object(value)
+
+
+def check_object(value: Any) -> dict[str, Any]:
+    """A JSON value if it is an object.
+
+    Raises:
+      ValueError: if it is not.
+    """
     if not isinstance(value, dict):
-        raise ValueError(f"a JSON {type(value).__name__}, not an object; write one object per line")
+        raise ValueError(f"a JSON {type(value).__name__}, not an object; write every document as an object")
     return value
 
 
-def _parse_int(digits: str) -> Union[int, str]:
+def parse_int(digits: str) -> Union[int, str]:
+    """A whole number, as a string if it is too long for Python."""
     return int(digits) if len(digits) <= _MAX_DIGITS else digits

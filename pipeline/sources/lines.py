@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import BinaryIO, NamedTuple, Optional
 
-from pipeline.sources.compression import InputStream, TruncatedFile, open_stream
+from pipeline.config import ReadConfig
+from pipeline.sources.compression import InputStream, TruncatedFile
+from pipeline.sources.encoding import open_text
 from pipeline.sources.source import PREVIEW_BYTES, TO_THE_END, FileRange
 
 BOM = b"\xef\xbb\xbf"
@@ -17,7 +19,7 @@ class Line(NamedTuple):
     """One line, paragraph or file.
 
     Attributes:
-      position: offset of its first byte, or its number from 0 in a compressed file.
+      position: offset of its first byte, or its number from 0 in a file that is compressed or translated.
       data: its bytes without line end and byte-order mark; only the first 1000 if it is too large.
       size: how many bytes it has.
       too_large: whether that is over the limit.
@@ -56,9 +58,9 @@ def iterate_lines(stream: BinaryIO, start: int, end: Optional[int], limit: int) 
             size += _skip_line(stream)
         data = _strip_line(raw, offset)
         if len(data) > limit:
-            yield Line(offset, data[:PREVIEW_BYTES], size, True)
+            yield Line(offset, data[:PREVIEW_BYTES], size, True, offset - start + size)
         else:
-            yield Line(offset, data, len(data))
+            yield Line(offset, data, len(data), False, offset - start + len(data))
         offset += size
 
 
@@ -66,11 +68,11 @@ def join_paragraphs(lines: Iterator[Line], limit: int) -> Iterator[Line]:
     """Joins lines to paragraphs, which blank lines separate; a paragraph has the position of its first line."""
     parts: list[bytes] = []
     first: Optional[Line] = None
-    size = 0
+    size = n_read = 0
     for line in lines:
         if not line.too_large and not line.data.strip():
             if first is not None:
-                yield _join_paragraph(first, parts, size, limit)
+                yield _join_paragraph(first, parts, size, limit, n_read)
             parts, first, size = [], None, 0
             continue
         if first is None:
@@ -80,8 +82,9 @@ def join_paragraphs(lines: Iterator[Line], limit: int) -> Iterator[Line]:
         if size <= limit:
             parts.append(line.data)
         size += line.size
+        n_read = line.n_read
     if first is not None:
-        yield _join_paragraph(first, parts, size, limit)
+        yield _join_paragraph(first, parts, size, limit, n_read)
 
 
 def read_whole(stream: BinaryIO, limit: int) -> Line:
@@ -95,37 +98,32 @@ def read_whole(stream: BinaryIO, limit: int) -> Line:
     return Line(0, data[:PREVIEW_BYTES], size, True) if size > limit else Line(0, data, size)
 
 
-def read_lines(file_range: FileRange, mode: str, limit: int) -> Iterator[Line]:
+def read_lines(file_range: FileRange, mode: str, config: ReadConfig) -> Iterator[Line]:
     """Yields the records of a range of a line file.
 
     Args:
-      file_range: bytes of an uncompressed file, or a whole file.
+      file_range: bytes of a file that is stored as it is read, or a whole file.
       mode: `line`, `paragraph` or `file`.
-      limit: bytes that a record may have.
+      config: for the limit of bytes that a record may have.
 
     Raises:
       FileError: after the last complete record, if the file cannot be read to its end.
     """
-    file, start = file_range.file, file_range.start
-    end = None if file.compression or file_range.end == TO_THE_END else file_range.end
-    with open_stream(file.path, file.compression, max(start - 1, 0)) as stream:
+    file, start, limit = file_range.file, file_range.start, config.max_document_bytes
+    end = file_range.end if file.is_stored_text and file_range.end != TO_THE_END else None
+    with open_text(file, config, max(start - 1, 0)) as stream:
         if mode == "file":
             yield read_whole(stream, limit)._replace(n_read=file_range.n_bytes)
             return
         lines = iterate_lines(stream, start, end, limit)
         if mode == "paragraph":
             lines = join_paragraphs(lines, limit)
-        yield from _number_lines(lines, stream) if file.compression else _measure_lines(lines, start)
+        yield from lines if file.is_stored_text else _number_lines(lines, stream)
 
 
 def _number_lines(lines: Iterator[Line], stream: InputStream) -> Iterator[Line]:
     for number, line in enumerate(lines):
         yield Line(number, line.data, line.size, line.too_large, stream.position)
-
-
-def _measure_lines(lines: Iterator[Line], start: int) -> Iterator[Line]:
-    for line in lines:
-        yield Line(line.position, line.data, line.size, line.too_large, line.position + line.size - start)
 
 
 def _skip_line(stream: BinaryIO) -> int:
@@ -145,6 +143,7 @@ def _strip_line(raw: bytes, offset: int) -> bytes:
     return raw[len(BOM) :] if not offset and raw.startswith(BOM) else raw
 
 
-def _join_paragraph(first: Line, parts: list[bytes], size: int, limit: int) -> Line:
+def _join_paragraph(first: Line, parts: list[bytes], size: int, limit: int, n_read: int) -> Line:
     data = b"\n".join(parts)
-    return Line(first.position, data[:PREVIEW_BYTES], size, True) if size > limit else Line(first.position, data, size)
+    too_large = size > limit
+    return Line(first.position, data[:PREVIEW_BYTES] if too_large else data, size, too_large, n_read)

@@ -19,6 +19,7 @@ class ParquetSource(Source):
     """Parquet files, as ranges of row groups."""
 
     reads_compressed = False
+    is_text = False
 
     def split_file(self, file: InputFile, config: ReadConfig) -> list[FileRange]:
         if file.size <= config.split_bytes:  # planning does not open every one of many small files

@@ -10,7 +10,7 @@ import hashlib
 import os
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from apache_beam.io.filesystems import FileSystems
@@ -21,22 +21,8 @@ from pipeline.files import check_scheme
 from pipeline.sources import SOURCES
 from pipeline.sources.bigquery import materialize_query, measure_table, require_id_field
 from pipeline.sources.bigquery_client import SCHEME, BigQueryName
+from pipeline.sources.detection import detect_format, inspect_files
 from pipeline.sources.source import FileRange, InputFile
-
-FORMATS = {
-    ".txt": "text",
-    ".text": "text",
-    ".jsonl": "jsonl",
-    ".ndjson": "jsonl",
-    ".json": "jsonl",
-    ".csv": "csv",
-    ".tsv": "tsv",
-    ".parquet": "parquet",
-    ".tfrecord": "tfrecord",
-    ".tfrecords": "tfrecord",
-}
-COMPRESSIONS = {".gz": "gzip", ".bz2": "bzip2", ".zst": "zstd", ".zstd": "zstd"}
-_SHARD = re.compile(r"-\d+-of-\d+")  # TensorFlow's and Beam's names may have it behind the extension
 
 
 @dataclass(frozen=True)
@@ -81,14 +67,36 @@ def plan_input(config: ReadConfig) -> InputPlan:
         raise InputError("--input is missing; name a file or a glob, as in --input='shards/*.txt'")
     found = {file.path: file for pattern in reversed(patterns) for file in find_input(pattern, config)}
     ordered = sorted(found.values())
-    files = [
+    named = [
         InputFile(index, file.path, file.name, file.size, *detect_format(file.path, config.input_format))
         for index, file in enumerate(file for file in ordered if file.size)
     ]
+    files = inspect_files(named, config)
     check_files(files, config)
     ranges = [r for file in files for r in SOURCES[file.format].split_file(file, config)]
     splits = [tuple(ranges)] if config.limit and ranges else group_ranges(ranges, config.split_bytes)
     return InputPlan(tuple(files), tuple(file.path for file in ordered if not file.size), tuple(splits))
+
+
+def choose_id_field(plan: InputPlan, config: ReadConfig) -> ReadConfig:
+    """The configuration with the id field of a format whose records have an id of their own, if none is named.
+
+    Raises:
+      InputError: if such files are read together with others.
+    """
+    if config.id_field:
+        return config
+    files = {SOURCES[file.format].id_field: file for file in plan.files}
+    without = files.pop("", None)
+    if not files:
+        return config
+    name, file = files.popitem()
+    if without:
+        raise InputError(
+            f"{file.path} has ids of its own ({name}), and {without.path} has none; read them to two tables, or name a "
+            "field that both have: --id_field"
+        )
+    return replace(config, id_field=name)
 
 
 def plan_dead_letters(paths: Iterable[tuple[str, int]], config: ReadConfig) -> InputPlan:
@@ -152,33 +160,6 @@ def match_files(pattern: str) -> list[FoundFile]:
     return [FoundFile(m.path, m.path[len(folder) + 1 :], m.size_in_bytes) for m in metadata]
 
 
-def detect_format(path: str, input_format: str = "auto") -> tuple[str, str]:
-    """Format and compression of a file, from its name.
-
-    Args:
-      path: such as `a.jsonl.gz` or `train.tfrecord-00000-of-00010`.
-      input_format: a key of `SOURCES`, or auto to go by the extension.
-
-    Raises:
-      InputError: if the extension is unknown, or files of the format cannot be compressed as a whole.
-    """
-    if path.startswith(SCHEME):
-        return "bigquery", ""
-    stem, extension = os.path.splitext(_SHARD.sub("", path.rpartition("/")[2]).lower())
-    compression = COMPRESSIONS.get(extension, "")
-    if compression:
-        extension = os.path.splitext(stem)[1]
-    kind = FORMATS.get(extension, "") if input_format == "auto" else input_format
-    if not kind:
-        raise InputError(
-            f"{path}: the extension {extension or '(none)'} is not a known format ({', '.join(FORMATS)}, also under "
-            f"{', '.join(COMPRESSIONS)}); say what it is, as in --input_format=text, or narrow --input"
-        )
-    if compression and not SOURCES[kind].reads_compressed:
-        raise InputError(f"{path}: {kind} files are not read compressed as a whole; unpack it, or set --input_format")
-    return kind, compression
-
-
 def check_files(files: Iterable[InputFile], config: ReadConfig) -> None:
     """Checks that the formats have the fields that are asked for, and that derived ids cannot collide.
 
@@ -197,7 +178,7 @@ def check_files(files: Iterable[InputFile], config: ReadConfig) -> None:
                         "use JSON lines or CSV, drop the flag, or set --input_format"
                     )
         other = by_name.setdefault(file.name, file.path)
-        if other != file.path and not config.id_field:
+        if other != file.path and not (config.id_field or SOURCES[file.format].id_field):
             raise InputError(
                 f"{other} and {file.path} are both named {file.name!r}, so their documents' ids would collide; "
                 "use one glob over their common folder, as in --input='folder/**', or --id_field"

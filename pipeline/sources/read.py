@@ -39,7 +39,7 @@ def read_range(file_range: FileRange, config: ReadConfig, kept_fields: Sequence[
     """Reads one range; a file that ends early or is damaged gives one dead letter, not an exception."""
     file = file_range.file
     source = SOURCES[file.format]
-    has_bytes = source.has_byte_positions and not file.compression
+    has_bytes = source.position_unit(file) == "byte"
     position = file_range.start if has_bytes else 0
     try:
         for record in source.read_records(file_range, config):

@@ -12,7 +12,7 @@ from pipeline.config import KeptField, ReadConfig
 from pipeline.errors import ConfigError, InputError
 from pipeline.records import Document
 from pipeline.sources import SOURCES
-from pipeline.sources.compression import FileError
+from pipeline.sources.compression import FileError, WrongColumns
 from pipeline.sources.fields import build_document, infer_type
 from pipeline.sources.planning import InputPlan
 from pipeline.sources.source import FileRange, InputFile, Record
@@ -90,9 +90,15 @@ def _sample_files(files: Sequence[InputFile], config: ReadConfig, sample: InputS
 
 
 def read_readable(file_range: FileRange, config: ReadConfig) -> Iterator[Record]:
-    """The records of a range up to the first error."""
+    """The records of a range up to the first error.
+
+    Raises:
+      InputError: if the columns of the file are not those that the settings ask for.
+    """
     try:
         yield from SOURCES[file_range.file.format].read_records(file_range, config)
+    except WrongColumns as error:
+        raise InputError(str(error)) from error
     except FileError:
         return
 

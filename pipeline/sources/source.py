@@ -8,6 +8,7 @@ from typing import Any, NamedTuple, Optional, Protocol, Union
 
 from pipeline.config import ReadConfig
 from pipeline.records import DeadLetter, Document
+from pipeline.sources.decoders import find_compression
 
 PREVIEW_BYTES = 1000
 TO_THE_END = -1
@@ -25,6 +26,7 @@ class InputFile(NamedTuple):
       compression: a key of `compression.DECODERS`, or empty.
       encoding: of its text, a name that Python knows; empty for UTF-8.
       partition: fields that the names of its folders give, as pairs of name and value.
+      cr_line_ends: whether its lines end with a carriage return alone.
     """
 
     index: int  # type: ignore[assignment]  # hides tuple.index, which is not used
@@ -35,6 +37,12 @@ class InputFile(NamedTuple):
     compression: str = ""
     encoding: str = ""
     partition: tuple[tuple[str, str], ...] = ()
+    cr_line_ends: bool = False
+
+    @property
+    def is_stored_text(self) -> bool:
+        """Whether its stored bytes are what the formats read: neither compressed nor translated."""
+        return not (self.compression or self.encoding or self.cr_line_ends)
 
 
 class FileRange(NamedTuple):
@@ -81,13 +89,29 @@ class Source(Protocol):
     """One input format; implementations inherit the defaults."""
 
     has_fields: bool = True
-    reads_compressed: bool = True  # whether the file may be gzip, bzip2 or zstd as a whole
+    reads_compressed: bool = True  # whether the file may be compressed as a whole
+    has_dialect: bool = False  # whether --delimiter, --quote, --header and --columns apply
+    is_text: bool = True  # whether the file is text in some encoding
     values_are_strings: bool = False  # kept fields are converted from strings
-    has_byte_positions: bool = False  # uncompressed files are addressed by byte offset instead of record number
+    has_byte_positions: bool = False  # files that are stored as they are read are addressed by byte, not by record
+    id_field: str = ""  # that holds the id if the settings name none
 
     def split_file(self, file: InputFile, config: ReadConfig) -> list[FileRange]:
         """Cuts a file into ranges of about `split_bytes`; together they hold every record once."""
         return [FileRange.whole(file)]
+
+    def find_compression(self, head: bytes) -> str:
+        """The compression of a file that begins with these stored bytes, a key of `DECODERS`; empty for none."""
+        return find_compression(head)
+
+    def may_begin_with(self, head: bytes) -> bool:
+        """Whether a file of this format that is no text may begin with these bytes."""
+        return True
+
+    def position_unit(self, file: InputFile) -> str:
+        """What positions in a file count: `byte` or `row`."""
+        is_row = file.compression or file.encoding or file.cr_line_ends or not self.has_byte_positions
+        return "row" if is_row else "byte"
 
     def restore(self, record: Record) -> Union[Document, DeadLetter, None]:
         """The document or dead letter that a record holds already; None for all other formats."""
@@ -123,6 +147,15 @@ def explain_missing(columns: list[str], config: ReadConfig) -> str:
         return ""
     flag = "--id_field" if missing[0] == config.id_field else "--text_field"
     return f"column {missing[0]!r} is missing, the file has {', '.join(columns) or 'none'}; see {flag}"
+
+
+def explain_repeated(columns: list[str], config: ReadConfig) -> str:
+    """Says which of the needed columns a file has more than once; empty if there are none."""
+    repeated = [name for name in needed_fields(config) if columns.count(name) > 1]
+    if not repeated:
+        return ""
+    names = " and ".join(map(repr, repeated))
+    return f"there are several columns with the name {names}: {', '.join(columns)}; give each a name of its own"
 
 
 def preview_bytes(data: bytes) -> str:

@@ -15,6 +15,7 @@ import google_crc32c
 
 from pipeline.config import ReadConfig
 from pipeline.sources.compression import ByteReader, FileError, TruncatedFile, open_stream
+from pipeline.sources.decoders import find_compression
 from pipeline.sources.source import FileRange, Record, Source, describe_too_large, needed_fields
 
 _HEADER = struct.Struct("<QI")
@@ -41,12 +42,25 @@ class BrokenFraming(FileError):
 class TfrecordSource(Source):
     """TFRecord files; a file is read by one worker since records can only be found in order."""
 
+    is_text = False
+
+    def find_compression(self, head: bytes) -> str:
+        """Also zlib streams, which TensorFlow writes and which have no magic bytes."""
+        if self.may_begin_with(head):
+            return ""
+        is_zlib = head[:1] == b"\x78" and int.from_bytes(head[:2], "big") % 31 == 0
+        return find_compression(head) or ("zlib" if is_zlib else "")
+
+    def may_begin_with(self, head: bytes) -> bool:
+        """Whether they are the length of a record and its checksum."""
+        return len(head) >= _HEADER.size and mask_crc(google_crc32c.value(head[:8])) == _HEADER.unpack_from(head)[1]
+
     def read_records(self, file_range: FileRange, config: ReadConfig) -> Iterator[Record]:
         from google.protobuf.message import DecodeError
         from tensorflow.core.example.example_pb2 import Example
 
         file, names = file_range.file, needed_fields(config)
-        with open_stream(file.path, file.compression) as stream:
+        with open_stream(file.path, file.compression, max_window=config.max_window) as stream:
             for number, frame in enumerate(iterate_frames(stream, config.max_document_bytes)):
                 n_read = stream.position
                 if frame.is_too_large:

@@ -289,7 +289,7 @@ def test_a_compressed_file_that_is_damaged(tmp_path, suffix):
     data = COMPRESSORS[suffix](LINES)
     outcomes = read_file(tmp_path / f"a.txt{suffix}", data + b"\x01garbage behind it")
     assert summarize(outcomes) == [*LINES.decode().splitlines(), ("unreadable_file", 5000)]
-    outcomes = read_file(tmp_path / f"b.txt{suffix}", b"this was never compressed\n")
+    outcomes = read_file(tmp_path / f"b.txt{suffix}", b"\xfe\xfe" + data[2:])
     assert summarize(outcomes) == [("unreadable_file", 0)]
 
 

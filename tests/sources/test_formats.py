@@ -5,6 +5,7 @@ import csv
 import gzip
 import io
 import json
+import lzma
 import subprocess
 import sys
 
@@ -36,12 +37,17 @@ COMPRESS = {
     "": lambda data: data,
     ".gz": lambda data: gzip.compress(data[: len(data) // 2]) + gzip.compress(data[len(data) // 2 :]),
     ".bz2": lambda data: bz2.compress(data[: len(data) // 2]) + bz2.compress(data[len(data) // 2 :]),
+    ".xz": lambda data: lzma.compress(data[: len(data) // 2]) + lzma.compress(data[len(data) // 2 :]),
     ".zst": lambda data: zstandard.compress(data[: len(data) // 2]) + zstandard.compress(data[len(data) // 2 :]),
 }
 
 
 def write_jsonl(rows):
     return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
+
+
+def write_json(rows):
+    return json.dumps(rows, ensure_ascii=False, indent=1).encode()
 
 
 def write_csv(rows, delimiter=","):
@@ -58,7 +64,24 @@ def write_parquet(rows):
     return out.getvalue()
 
 
-def write_tfrecord(rows, folder):
+def write_warc(rows):
+    """Texts as warcio writes them, between records of the other types; the fields are headers."""
+    from warcio.warcwriter import WARCWriter
+
+    out = io.BytesIO()
+    writer = WARCWriter(out, gzip=False)
+    writer.write_record(writer.create_warcinfo_record("a.warc", {"software": "a crawler"}))
+    for row in rows:
+        uri, headers = f"http://a.org/{row['key']}", {name: str(value) for name, value in row.items() if name != "body"}
+        body, content = io.BytesIO(row["body"].encode()), {"warc_content_type": "text/plain"}
+        writer.write_record(writer.create_warc_record(uri, "metadata", payload=io.BytesIO(b"fetchTimeMs: 5")))
+        writer.write_record(
+            writer.create_warc_record(uri, "conversion", payload=body, warc_headers_dict=headers, **content)
+        )
+    return out.getvalue()
+
+
+def write_tfrecord(rows, folder, compression=""):
     import tensorflow as tf
 
     def feature(value):
@@ -69,7 +92,7 @@ def write_tfrecord(rows, folder):
         return tf.train.Feature(float_list=tf.train.FloatList(value=[value]))
 
     path = folder / "plain"
-    with tf.io.TFRecordWriter(str(path)) as writer:
+    with tf.io.TFRecordWriter(str(path), compression) as writer:
         for row in rows:
             features = tf.train.Features(feature={name: feature(value) for name, value in row.items()})
             writer.write(tf.train.Example(features=features).SerializeToString())
@@ -86,7 +109,8 @@ def read_outcomes(config, kept_fields=None):
     return [i.outcome for split in plan.splits for r in split for i in read_range(r, config, kept_fields)]
 
 
-FORMATS = [(kind, suffix) for kind in ("jsonl", "csv", "tsv", "tfrecord") for suffix in COMPRESS]
+KINDS = ("jsonl", "json", "csv", "tsv", "tfrecord", "warc")
+FORMATS = [(kind, suffix) for kind in KINDS for suffix in COMPRESS]
 
 
 @pytest.mark.parametrize(("kind", "suffix"), [*FORMATS, ("parquet", "")])  # Parquet is compressed inside
@@ -96,6 +120,8 @@ def test_every_format_and_compression_gives_the_same_documents(tmp_path, kind, s
         rows = [{**row, "score": row["score"] if row["score"] != 1e-30 else 2.0**-100} for row in rows]
     data = {
         "jsonl": lambda: write_jsonl(rows),
+        "json": lambda: write_json(rows),
+        "warc": lambda: write_warc(rows),
         "csv": lambda: write_csv(rows),
         "tsv": lambda: write_csv(rows, "\t"),
         "parquet": lambda: write_parquet(rows),
@@ -106,7 +132,7 @@ def test_every_format_and_compression_gives_the_same_documents(tmp_path, kind, s
     config = ReadConfig(
         input=(str(path),),
         id_field="key",
-        text_field=("body",),
+        text_field=("text" if kind == "warc" else "body",),
         pair_field="other",
         keep_fields=TYPED if kind == "tfrecord" else KEPT,  # a tf.Example has no booleans to infer
     )
@@ -118,7 +144,7 @@ def test_every_format_and_compression_gives_the_same_documents(tmp_path, kind, s
     unit = "byte" if kind == "jsonl" and not suffix else "row"
     assert {(d.origin.path, d.origin.unit) for d in documents} == {(str(path), unit)}
     if unit == "row":
-        assert [d.origin.position for d in documents] == [0, 1, 2, 3, 4]
+        assert [d.origin.position for d in documents] == ([2, 4, 6, 8, 10] if kind == "warc" else [0, 1, 2, 3, 4])
 
 
 @pytest.mark.parametrize("suffix", COMPRESS)
@@ -134,9 +160,31 @@ def test_text_gives_the_same_documents(tmp_path, suffix):
     assert [d.id for d in documents] == [f"a.txt{suffix}@{position}" for position in positions]
 
 
+@pytest.mark.parametrize("suffix", COMPRESS)
+@pytest.mark.parametrize("kind", ["txt", *KINDS])
+def test_compression_goes_by_the_first_bytes(tmp_path, kind, suffix):
+    rows = [{"text": f"text {i}", "key": str(i), "body": f"text {i}"} for i in range(5)]
+    writers = {"txt": lambda _: "".join(row["text"] + "\n" for row in rows).encode(), "json": write_json}
+    writers |= {"jsonl": write_jsonl, "csv": write_csv, "tsv": lambda _: write_csv(rows, "\t"), "warc": write_warc}
+    data = write_tfrecord(rows, tmp_path) if kind == "tfrecord" else writers[kind](rows)
+    for i, name in enumerate(COMPRESS):
+        (tmp_path / f"{i}.{kind}{name}").write_bytes(COMPRESS[suffix](data))
+    documents = read_outcomes(ReadConfig(input=(str(tmp_path / f"?.{kind}*"),)), ())
+    assert [d.text for d in documents] == [row["text"] for row in rows] * len(COMPRESS)
+
+
+@pytest.mark.parametrize("compression", ["", "GZIP", "ZLIB"])
+@pytest.mark.parametrize("suffix", ["", ".gz"])
+def test_tfrecords_as_tensorflow_compresses_them(tmp_path, compression, suffix):
+    rows = [{"text": f"text {i}"} for i in range(300)]
+    (tmp_path / f"a.tfrecord{suffix}").write_bytes(write_tfrecord(rows, tmp_path, compression))
+    documents = read_outcomes(ReadConfig(input=(str(tmp_path / "a.*"),)), ())
+    assert [d.text for d in documents] == [row["text"] for row in rows]
+
+
 def test_all_sources_are_under_contract():
     elsewhere = {"bigquery", "dead_letters"}  # tests/tables/test_stores.py: no files of the user's own
-    assert sorted(set(SOURCES) - elsewhere) == ["csv", "jsonl", "parquet", "text", "tfrecord", "tsv"]
+    assert sorted(set(SOURCES) - elsewhere) == sorted([*KINDS, "parquet", "text"])
 
 
 def test_importing_the_sources_does_not_import_tensorflow():

@@ -1,12 +1,14 @@
 """What is found, refused, cut up and inferred before anything is read."""
 
 import gzip
+import random
 
 import pytest
 
 from pipeline.config import ReadConfig
 from pipeline.errors import ConfigError, InputError
-from pipeline.sources.planning import detect_format, plan_input
+from pipeline.sources.detection import detect_format
+from pipeline.sources.planning import plan_input
 from pipeline.sources.source import TO_THE_END
 
 
@@ -68,7 +70,9 @@ def test_no_input_and_folders(tmp_path):
         ("gs://b/x/a.TXT", ("text", "")),
         ("a.text.zst", ("text", "zstd")),
         ("a.ndjson.zstd", ("jsonl", "zstd")),
-        ("a.json", ("jsonl", "")),
+        ("a.json", ("json", "")),
+        ("a.jsonl.xz", ("jsonl", "xz")),
+        ("CC-MAIN-20240101-00000.warc.wet.gz", ("warc", "gzip")),
         ("a.b.csv.bz2", ("csv", "bzip2")),
         ("a.tsv", ("tsv", "")),
         ("a.parquet", ("parquet", "")),
@@ -109,7 +113,14 @@ def test_text_has_no_fields(tmp_path, settings):
 
 
 def test_large_files_are_split_and_small_ones_grouped(tmp_path):
-    write(tmp_path, a_txt="x" * 1000, b_txt="x" * 40, c_txt="x" * 40, d_txt="x" * 40, e_txt_gz="x" * 1000)
+    write(
+        tmp_path,
+        a_txt="x" * 1000,
+        b_txt="x" * 40,
+        c_txt="x" * 40,
+        d_txt="x" * 40,
+        e_txt_gz=gzip.compress(random.randbytes(1000)),
+    )
     splits = plan(tmp_path, "*", split_bytes=100).splits
     shape = [[(r.file.name, r.start, r.end) for r in split] for split in splits]
     assert shape[:10] == [[("a.txt", i * 100, i * 100 + 100)] for i in range(10)]

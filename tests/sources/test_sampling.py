@@ -127,6 +127,6 @@ def test_large_documents_are_sampled_too(tmp_path, monkeypatch):
 def test_a_file_is_read_up_to_where_it_is_damaged(tmp_path):
     line = json.dumps({"text": "hello", "year": 1}) + "\n"
     whole = gzip.compress(line.encode() * 100)
-    write_files(tmp_path, a_jsonl_gz=whole[:-8], b_jsonl_gz=whole, c_jsonl_gz=b"no gzip")
+    write_files(tmp_path, a_jsonl_gz=whole[:-8], b_jsonl_gz=whole, c_jsonl_gz=b"\1\2\3 no gzip")
     assert infer(tmp_path, "*", keep_fields=("year",)) == [KeptField("year", "int")]
     assert 190 <= estimate(tmp_path, "*") <= 200
