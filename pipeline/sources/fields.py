@@ -38,7 +38,7 @@ def build_document(
       The document, a dead letter, or None for a blank text under `--on_empty=skip`.
     """
     unit = "byte" if source.has_byte_positions and not file.compression else "row"
-    origin = Origin(file.path, record.position, unit)
+    origin = Origin(file.source or file.path, record.position, unit)
     document_id = None if config.id_field else f"{file.name}@{record.position}"
     text: Optional[str] = record.text
     try:

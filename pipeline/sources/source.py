@@ -25,6 +25,7 @@ class InputFile(NamedTuple):
       compression: a key of `compression.DECODERS`, or empty.
       encoding: of its text, a name that Python knows; empty for UTF-8.
       partition: fields that the names of its folders give, as pairs of name and value.
+      source: its name in tables, which can always be stored.
     """
 
     index: int  # type: ignore[assignment]  # hides tuple.index, which is not used
@@ -35,6 +36,7 @@ class InputFile(NamedTuple):
     compression: str = ""
     encoding: str = ""
     partition: tuple[tuple[str, str], ...] = ()
+    source: str = ""
 
 
 class FileRange(NamedTuple):

@@ -15,10 +15,11 @@ from pipeline.sinks.index import Index, read_index
 from pipeline.sinks.layout import TableLayout
 from pipeline.sinks.readers import FileReader, VectorReader, damaged
 from pipeline.sinks.writing import RowFormat, Shard
+from pipeline.table_folders import MANIFEST
 from pipeline.tables.attempts import clean_up, cleaning_up
 from pipeline.tables.commit import check_any_rows, complete, validate_snapshot
 from pipeline.tables.folder_table import FolderTable
-from pipeline.tables.manifest import MANIFEST, Manifest, attempts_folder, snapshot_folder
+from pipeline.tables.manifest import Manifest, attempts_folder, snapshot_folder
 from pipeline.tables.publish import build_manifest, check_folder, check_writable, make_live, place_files
 from pipeline.tables.retention import expire_snapshots
 from pipeline.tables.store import CommitPlan, Committer, Results

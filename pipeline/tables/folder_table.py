@@ -9,7 +9,8 @@ import numpy as np
 from pipeline.files import absolute_path, check_scheme, join
 from pipeline.sinks.layout import Columns
 from pipeline.sinks.readers import ROWS, FileReader, VectorFile
-from pipeline.tables.manifest import POINTER, Manifest, read_manifest, read_pointer, snapshot_folder
+from pipeline.table_folders import POINTER
+from pipeline.tables.manifest import Manifest, read_manifest, read_pointer, snapshot_folder
 from pipeline.tables.pointer import read_versioned
 from pipeline.tables.store import Live
 

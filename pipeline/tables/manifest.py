@@ -22,14 +22,10 @@ from typing import Any
 from pipeline.errors import ConfigError, TableError
 from pipeline.files import check_scheme, exists, join, read_text
 from pipeline.sinks.layout import TableLayout
+from pipeline.table_folders import ATTEMPTS, MANIFEST, POINTER, SNAPSHOTS
 from pipeline.tables import manifest_v2
 
 FORMAT_VERSION = 3
-POINTER = "CURRENT"
-MANIFEST = "manifest.json"
-SNAPSHOTS = "snapshots"
-ATTEMPTS = "attempts"
-REJECTED = "rejected"
 DATABASES = ("duckdb://", "bq://")  # schemes of tables that are not folders
 _SNAPSHOT_NAME = re.compile(r"[\w.-]+")
 _FIX = f"put the name of another folder of {SNAPSHOTS}/ into {POINTER}, or delete {POINTER} and run embeam embed again"

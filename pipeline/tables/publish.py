@@ -28,23 +28,13 @@ from pipeline.files import (
     write_atomically,
 )
 from pipeline.records import REASONS, BundleCounts
-from pipeline.reuse.journal import JOURNAL
 from pipeline.sinks.index import SUFFIX as INDEX_SUFFIX
 from pipeline.sinks.layout import TableLayout
 from pipeline.sinks.tfrecord import build_schema
 from pipeline.sinks.writing import Shard
+from pipeline.table_folders import ATTEMPTS, JOURNAL, MANIFEST, POINTER, REJECTED, SNAPSHOTS
 from pipeline.tables.lock import LOCK
-from pipeline.tables.manifest import (
-    ATTEMPTS,
-    MANIFEST,
-    POINTER,
-    REJECTED,
-    SNAPSHOTS,
-    Manifest,
-    TableFile,
-    attempts_folder,
-    read_pointer,
-)
+from pipeline.tables.manifest import Manifest, TableFile, attempts_folder, read_pointer
 from pipeline.tables.pointer import replace_if
 
 _NAMES = (SNAPSHOTS, ATTEMPTS, REJECTED, JOURNAL, LOCK, POINTER)  # the names in a table's folder
