@@ -11,7 +11,7 @@ import numpy as np
 
 from pipeline.errors import RunError, ValidationError
 from pipeline.progress import check_dead_fraction
-from pipeline.records import BundleCounts, Row
+from pipeline.records import BundleCounts, Row, SkippedFile
 from pipeline.reuse.complete import BLOCK, FRESH, LiveDecisions, decide_live, list_shared, number_files, plan_requests
 from pipeline.reuse.dead_letters import DeadLetterFacts
 from pipeline.reuse.decide import ROW_COUNTS
@@ -24,7 +24,7 @@ from pipeline.sinks.readers import ROWS as LIVE
 from pipeline.sinks.readers import FileReader, VectorReader
 from pipeline.sinks.writing import DEAD_LETTERS, ROWS, Shard, ShardWriter
 from pipeline.tables.lock import Lease
-from pipeline.tables.manifest import attempts_folder
+from pipeline.tables.manifest import GoneFiles, attempts_folder
 from pipeline.tables.publish import build_manifest, count_dead, reject_snapshot, sum_counts
 from pipeline.tables.store import CommitPlan, Committer, Results
 from pipeline.tables.validation import (
@@ -70,6 +70,7 @@ class LocalCompletion:
       expected: how many documents there should be.
       spot_checks: rows that were encoded once more.
       whole: whether the files hold the whole table, or only what changes in a database.
+      bad_files: input files that could not be read to their ends.
     """
 
     plan: CommitPlan
@@ -82,6 +83,7 @@ class LocalCompletion:
     expected: Expected
     spot_checks: Sequence[Row]
     whole: bool
+    bad_files: tuple[SkippedFile, ...]
 
     def validate(self) -> None:
         """Raises ValidationError if the new state must not be published."""
@@ -108,6 +110,7 @@ class DistributedCompletion:
     shards: list[Shard]
     counts: dict[str, dict[str, float]]
     expected: Expected
+    bad_files: tuple[SkippedFile, ...]
 
     def validate(self) -> None:
         """Raises ValidationError if the new state must not be published."""
@@ -155,7 +158,7 @@ def validate_snapshot(completion: Completion, failed: str, it: str) -> None:
         completion.validate()
     except ValidationError as error:
         publication = completion.plan.publication
-        manifest = build_manifest(publication, completion.shards, completion.counts)
+        manifest = build_manifest(publication, completion.shards, completion.counts, completion.bad_files)
         folder = reject_snapshot(publication, manifest, completion.shards)
         raise ValidationError(
             f"{failed} in {folder}: {error}; the table is unchanged; inspect {it}, or "
@@ -163,19 +166,21 @@ def validate_snapshot(completion: Completion, failed: str, it: str) -> None:
         ) from error
 
 
-def check_deletes(counts: Mapping[str, float], max_fraction: float) -> None:
+def check_deletes(counts: Mapping[str, float], max_fraction: float, gone: GoneFiles) -> None:
     """Raises RunError if more documents are gone than is allowed, without renamed ones: the input may be wrong.
 
     Args:
       counts: of `decide_rows`.
       max_fraction: of the live documents that may be gone.
+      gone: the input files of the live table that are no longer among the input.
     """
     n_deleted, n_live = int(counts.get("deleted", 0) - counts.get("moved", 0)), int(counts.get("live", 0))
     if n_live and n_deleted / n_live > max_fraction:
+        why = f" ({int(counts.get('gone', 0)):,} of them come from {gone})" if gone.n else ""
         raise RunError(
             f"{n_deleted:,} of the table's {n_live:,} documents are gone from the input, more than "
-            f"--max_delete_fraction={max_fraction:g} allows; check --input, or raise it, or use --deletes=keep (what "
-            "was encoded is kept for the next run)"
+            f"--max_delete_fraction={max_fraction:g} allows{why}; check --input, or raise it, or use --deletes=keep "
+            "(what was encoded is kept for the next run)"
         )
 
 
@@ -188,9 +193,9 @@ def complete_distributed(plan: CommitPlan, results: Results) -> DistributedCompl
     counts = sum_counts(results.bundle_counts)
     check_counts(counts, plan.publication.max_dead_fraction)
     merge = counts["merge"] = dict.fromkeys(ROW_COUNTS, 0.0) | counts.get("merge", {})
-    check_deletes(merge, plan.publication.reindex.max_delete_fraction)
+    check_deletes(merge, plan.publication.reindex.max_delete_fraction, plan.reuse.gone)
     expected = expect_documents(plan, counts, int(merge.get("dead", 0)))
-    return DistributedCompletion(plan, results, list(results.shards), counts, expected)
+    return DistributedCompletion(plan, results, list(results.shards), counts, expected, results.list_bad_files())
 
 
 def complete_local(plan: CommitPlan, results: Results, whole: bool) -> LocalCompletion:
@@ -216,8 +221,10 @@ def complete_local(plan: CommitPlan, results: Results, whole: bool) -> LocalComp
     dead_writer = ShardWriter(folder, plan.dead_letter_format, plan.shard_bytes)
     pairs = list(zip(fresh_files, fresh, strict=True))
     requests = plan_requests(results.notes, index, pairs, shared, dead, dead_writer)
-    decisions = decide_live(index, results.notes, requests.dead_ids, dead.incomplete, requests.moved, policy)
-    check_deletes(decisions.counts, publication.reindex.max_delete_fraction)
+    bad_files = results.list_bad_files()
+    incomplete = dead.incomplete | {bad.file for bad in bad_files}
+    decisions = decide_live(index, results.notes, requests.dead_ids, incomplete, requests.moved, reuse.inputs, policy)
+    check_deletes(decisions.counts, publication.reindex.max_delete_fraction, plan.reuse.gone)
     fresh_reader = FileReader(plan.form.name, plan.form.layout, plan.form.compression)
     readers: dict[str, VectorReader] = {
         FRESH: fresh_reader,
@@ -236,7 +243,7 @@ def complete_local(plan: CommitPlan, results: Results, whole: bool) -> LocalComp
     expected = expect_documents(plan, counts, dead.n_documents + requests.n_dead)
     everything = [*results.shards, *shards, *requests.dead_shards]
     return LocalCompletion(
-        plan, index, readers, fresh, everything, counts, decisions, expected, results.spot_checks, whole
+        plan, index, readers, fresh, everything, counts, decisions, expected, results.spot_checks, whole, bad_files
     )
 
 

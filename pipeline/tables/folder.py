@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from pipeline.config import EmbedConfig
 from pipeline.files import create_file, exists, join, measure_files, read_checksum, read_text
+from pipeline.records import SkippedFile
 from pipeline.reuse.live_table import LiveFile
 from pipeline.signals import PUBLISHING
 from pipeline.sinks.index import Index, read_index
@@ -116,8 +117,8 @@ class FolderCommit(Committer):
         plan = self.plan.publication
         folder = snapshot_folder(plan.table, plan.name)
         if not exists(join(folder, MANIFEST)):  # else the commit is repeated
-            shards, counts = self._agree(results)
-            manifest = build_manifest(plan, shards, counts)
+            shards, counts, bad_files = self._agree(results)
+            manifest = build_manifest(plan, shards, counts, bad_files)
             with PUBLISHING:
                 place_files(manifest, shards, folder)
         with PUBLISHING:
@@ -127,16 +128,16 @@ class FolderCommit(Committer):
             expire_snapshots(plan.table, plan.reindex.keep_snapshots, plan.reindex.grace_seconds)
         return plan.name
 
-    def _agree(self, results: Results) -> tuple[list[Shard], dict[str, dict[str, float]]]:
+    def _agree(self, results: Results) -> tuple[list[Shard], dict[str, dict[str, float]], Sequence[SkippedFile]]:
         publication = self.plan.publication
         path = join(attempts_folder(publication.table, publication.name), AGREED)
         if exists(path):
             values = json.loads(read_text(path))
             shards = [Shard(*fields)._replace(index_size=tuple(fields[8])) for fields in values["shards"]]
-            return shards, values["counts"]
+            return shards, values["counts"], [SkippedFile(*fields) for fields in values["bad_files"]]
         completion = complete(self.plan, results, whole=True)
-        shards, counts = completion.shards, completion.counts
+        shards, counts, bad_files = completion.shards, completion.counts, completion.bad_files
         check_any_rows(shards, counts)
         validate_snapshot(completion, "the new snapshot failed validation and is kept", "it")
-        create_file(path, json.dumps({"shards": shards, "counts": counts}).encode())
-        return shards, counts
+        create_file(path, json.dumps({"shards": shards, "counts": counts, "bad_files": bad_files}).encode())
+        return shards, counts, bad_files
