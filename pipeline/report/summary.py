@@ -17,7 +17,6 @@ from pipeline.tables.manifest import Manifest, snapshot_folder
 from pipeline.tables.read import iter_table, open_live
 from pipeline.tables.stores import find_table
 
-
 SHOWN_FILES = 20
 
 
