@@ -227,8 +227,8 @@ def format_verification(
         dead, stale, unproven = (counts[name] for name in ("dead_documents", "stale_documents", "unproven_rows"))
         lines += [
             f"  input        {counts['input_documents']:,} documents",
-            f"  tolerated    because of dead letters: {dead:,} documents without rows, {stale:,} with rows of an older "
-            f"text, {unproven:,} rows whose documents cannot be read",
+            f"  tolerated    because of dead letters and bad files: {dead:,} documents without rows, {stale:,} with "
+            f"rows of an older text, {unproven:,} rows whose documents cannot be read",
         ]
         if kept := counts["kept_rows"]:
             lines.append(

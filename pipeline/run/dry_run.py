@@ -336,7 +336,7 @@ def find_late_stops(
     bad_files = [bad for bad in seen.bad_files if bad not in resolved.input.bad_files]
     checks: tuple[Callable[[], None], ...] = (
         lambda: check_bad_files(bad_files, config),
-        lambda: check_counts(counts, config.write.max_dead_fraction),
+        lambda: check_counts(counts, config.write.max_dead_fraction, seen.bad_files),
         lambda: check_deletes(decisions.counts, config.reindex.max_delete_fraction, gone),
         lambda: None if may_be_empty else check_any_rows([], counts),
     )

@@ -114,7 +114,7 @@ def find_files(given: str, exclusions: Exclusions, own_table: str = "") -> list[
         left_out = {owner: owners.count(owner) for owner in dict.fromkeys(owners) if owner}
     for table, n in left_out.items():
         _LOGGER.warning(
-            "%s is a table of embeam: %d of its files match --input=%s and are not read; name a file itself to read it",
+            "%s is a table of embeam: its %d files that match --input=%s are left out; name a file itself to read it",
             show_name(table),
             n,
             show_name(given),

@@ -106,7 +106,9 @@ def plan_dead_letters(
       config: for the size of a split.
       bad_files: those that the table's run has skipped, and that are not read now either.
     """
-    files = [InputFile(i, path, path, size, "dead_letters") for i, (path, size) in enumerate(paths) if size]
+    files = [
+        InputFile(i, path, path, size, "dead_letters", source=path) for i, (path, size) in enumerate(paths) if size
+    ]
     ranges = [FileRange.whole(file) for file in files]
     return InputPlan(tuple(files), (), tuple(group_ranges(ranges, config.split_bytes)), tuple(bad_files))
 

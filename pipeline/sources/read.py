@@ -204,6 +204,8 @@ class ReadDocuments(beam.PTransform):
             Document, dead_letters=DeadLetter, bundle_counts=BundleCounts, bad_files=SkippedFile
         )
         outputs = splits | "Read" >> typed.with_outputs("dead_letters", "bundle_counts", "bad_files", main="documents")
-        planned = begin | "UnreadableFiles" >> beam.Create(self.plan.bad_files, reshuffle=False).with_output_types(SkippedFile)
+        planned = begin | "UnreadableFiles" >> beam.Create(self.plan.bad_files, reshuffle=False).with_output_types(
+            SkippedFile
+        )
         bad_files = (planned, outputs.bad_files) | "BadFiles" >> beam.Flatten()
         return ReadInput(outputs.documents, outputs.dead_letters, outputs.bundle_counts, bad_files)

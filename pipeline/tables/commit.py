@@ -9,7 +9,7 @@ from typing import Any
 import apache_beam as beam
 import numpy as np
 
-from pipeline.errors import RunError, ValidationError
+from pipeline.errors import RunError, ValidationError, as_line
 from pipeline.progress import check_dead_fraction
 from pipeline.records import BundleCounts, Row, SkippedFile
 from pipeline.reuse.complete import BLOCK, FRESH, LiveDecisions, decide_live, list_shared, number_files, plan_requests
@@ -38,10 +38,17 @@ from pipeline.tables.validation import (
 )
 
 
-def check_counts(counts: dict[str, dict[str, float]], max_dead_fraction: float) -> None:
+def check_counts(
+    counts: dict[str, dict[str, float]], max_dead_fraction: float, bad_files: Sequence[SkippedFile] = ()
+) -> None:
     """Raises RunError if nothing was read, or too much of it cannot be embedded."""
     dead = count_dead(counts)
     n = int(counts.get("read", {}).get("records", 0))
+    if not n and not dead and bad_files:
+        raise RunError(
+            f"the input holds no documents that can be read: {len(bad_files):,} of its files are skipped, the first is "
+            f"{as_line(str(bad_files[0]))}; repair them"
+        )
     if not n and not dead:
         raise RunError("the input holds no documents; check --input and --on_empty")
     check_dead_fraction(dead, n, max_dead_fraction)
@@ -190,12 +197,12 @@ def complete_distributed(plan: CommitPlan, results: Results) -> DistributedCompl
     Raises:
       RunError: if more of the table's documents are gone than is allowed, or too much cannot be embedded.
     """
-    counts = sum_counts(results.bundle_counts)
-    check_counts(counts, plan.publication.max_dead_fraction)
+    counts, bad_files = sum_counts(results.bundle_counts), results.list_bad_files()
+    check_counts(counts, plan.publication.max_dead_fraction, bad_files)
     merge = counts["merge"] = dict.fromkeys(ROW_COUNTS, 0.0) | counts.get("merge", {})
     check_deletes(merge, plan.publication.reindex.max_delete_fraction, plan.reuse.gone)
     expected = expect_documents(plan, counts, int(merge.get("dead", 0)))
-    return DistributedCompletion(plan, results, list(results.shards), counts, expected, results.list_bad_files())
+    return DistributedCompletion(plan, results, list(results.shards), counts, expected, bad_files)
 
 
 def complete_local(plan: CommitPlan, results: Results, whole: bool) -> LocalCompletion:
@@ -211,7 +218,8 @@ def complete_local(plan: CommitPlan, results: Results, whole: bool) -> LocalComp
     """
     publication, reuse = plan.publication, plan.reuse.back_end
     assert isinstance(reuse, LocalReuse)
-    check_counts(sum_counts(results.bundle_counts), publication.max_dead_fraction)
+    bad_files = results.list_bad_files()
+    check_counts(sum_counts(results.bundle_counts), publication.max_dead_fraction, bad_files)
     folder, policy = attempts_folder(publication.table, publication.name), reuse.policy
     index = VectorIndex(reuse.folder)
     fresh = [shard for shard in results.shards if shard.kind == ROWS]
@@ -221,7 +229,6 @@ def complete_local(plan: CommitPlan, results: Results, whole: bool) -> LocalComp
     dead_writer = ShardWriter(folder, plan.dead_letter_format, plan.shard_bytes)
     pairs = list(zip(fresh_files, fresh, strict=True))
     requests = plan_requests(results.notes, index, pairs, shared, dead, dead_writer)
-    bad_files = results.list_bad_files()
     incomplete = dead.incomplete | {bad.file for bad in bad_files}
     decisions = decide_live(index, results.notes, requests.dead_ids, incomplete, requests.moved, reuse.inputs, policy)
     check_deletes(decisions.counts, publication.reindex.max_delete_fraction, plan.reuse.gone)
