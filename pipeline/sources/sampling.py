@@ -57,7 +57,7 @@ def sample_input(plan: InputPlan, config: ReadConfig) -> InputSample:
       config: as for reading; a limit caps the number of documents.
 
     Raises:
-      InputError: if a file of a column format lacks the id or a text column.
+      InputError: if a file of a column format lacks the id or a text column, and such files are not skipped.
     """
     kinds = defaultdict(list)
     for file in plan.files:
@@ -83,7 +83,7 @@ def _sample_files(files: Sequence[InputFile], config: ReadConfig, sample: InputS
                 n_kept += 1
                 n_characters += sum(len(value) for value in record.values.values() if isinstance(value, (str, bytes)))
             if (source.has_fields or file.partition) and len(rows) < SAMPLE_ROWS:
-                if record.reason == "missing_field":
+                if record.reason == "missing_field" and config.on_bad_file == "fail":
                     raise InputError(f"{file.path}: {record.message}")
                 if not record.reason:
                     values = dict(record.values)
