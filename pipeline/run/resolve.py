@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields, replace
 from typing import Any, NamedTuple
 
@@ -20,7 +19,6 @@ from pipeline.reuse.journal import journal_folder, list_segments
 from pipeline.reuse.live_table import DistributedReuse
 from pipeline.reuse.local import LocalReuse
 from pipeline.run.estimate import RowSize, live_row_bytes, measure_rows
-from pipeline.sinks.index import read_sources
 from pipeline.sinks.writing import RowFormat
 from pipeline.sources.planning import InputPlan, plan_dead_letters, plan_input
 from pipeline.sources.read import explain_bad_files
@@ -37,7 +35,6 @@ DEFINING = (
     *(field.name for kind in (PreprocessConfig, EncoderConfig, VectorConfig) for field in fields(kind)),
     *("pair_field", "keep_fields", "output_format", "compression", "keep_text", "dead_letter_text"),
 )
-_THREADS = 32  # object stores take some 50 ms for each file
 _LOGGER = logging.getLogger(__name__)
 
 
@@ -338,10 +335,7 @@ def prepare_distributed_reuse(
         inputs=tuple(inputs),
         prefix=spec.split.prefix,
     )
-    with ThreadPoolExecutor(_THREADS) as threads:
-        sources = threads.map(read_sources, (file.index_path for file in reuse.files))
-        gone = GoneFiles.of((source for some in sources for source in some), frozenset(inputs))
-    return ReusePlan(reuse, reader, gone=gone)
+    return ReusePlan(reuse, reader, gone=GoneFiles.of(store.list_sources(reuse.files), frozenset(inputs)))
 
 
 def choose_policy(

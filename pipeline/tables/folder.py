@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 from pipeline.config import EmbedConfig
@@ -12,7 +13,7 @@ from pipeline.files import create_file, exists, join, measure_files, read_checks
 from pipeline.records import SkippedFile
 from pipeline.reuse.live_table import LiveFile
 from pipeline.signals import PUBLISHING
-from pipeline.sinks.index import Index, read_index
+from pipeline.sinks.index import Index, read_index, read_sources
 from pipeline.sinks.layout import TableLayout
 from pipeline.sinks.readers import FileReader, VectorReader, damaged
 from pipeline.sinks.writing import RowFormat, Shard
@@ -27,6 +28,7 @@ from pipeline.tables.store import CommitPlan, Committer, Results
 
 # In the attempt's folder: the list of the new snapshot's files, so that a repeated commit uses the same.
 AGREED = "commit.json"
+_THREADS = 32  # object stores take some 50 ms for each file
 _LOGGER = logging.getLogger(__name__)
 
 
@@ -88,9 +90,25 @@ class FolderStore(FolderTable):
             if join(root, file.name) not in lost
         ]
 
+    def list_sources(self, files: Iterable[LiveFile]) -> set[str]:
+        """The input files that the rows of some files come from, from the ends of their index files.
+
+        Raises:
+          TableError: if one is damaged.
+        """
+        with ThreadPoolExecutor(_THREADS) as threads:
+            return {source for some in threads.map(_read_sources, files) for source in some}
+
     def live_files(self, live: Manifest) -> dict[str, tuple[int, str]]:
         root = snapshot_folder(self.work, live.snapshot)
         return {join(root, file.name): (file.n_bytes, file.sha256) for file in live.files}
+
+
+def _read_sources(file: LiveFile) -> list[str]:
+    try:
+        return read_sources(file.index_path)
+    except Exception as error:  # each file system raises its own exceptions
+        raise damaged(file.index_path, str(error)) from error
 
 
 def has_checksum(path: str, sha256: str) -> bool:
