@@ -7,7 +7,18 @@ from concurrent.futures import Future
 
 from apache_beam import coders
 
-from pipeline.records import BundleCounts, Chunk, DeadLetter, Document, ElementGroup, Encoded, Encoding, Origin, Row
+from pipeline.records import (
+    BundleCounts,
+    Chunk,
+    DeadLetter,
+    Document,
+    ElementGroup,
+    Encoded,
+    Encoding,
+    Origin,
+    Row,
+    SkippedFile,
+)
 
 
 class ElementGroupCoder(coders.Coder):
@@ -49,5 +60,5 @@ class EncodingCoder(coders.Coder):
 
 coders.registry.register_coder(ElementGroup, ElementGroupCoder)
 coders.registry.register_coder(Encoding, EncodingCoder)
-for _record in (Origin, Document, Chunk, Row, DeadLetter, BundleCounts):
+for _record in (Origin, Document, Chunk, Row, DeadLetter, SkippedFile, BundleCounts):
     coders.registry.register_coder(_record, coders.RowCoder)

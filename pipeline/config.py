@@ -80,7 +80,19 @@ class ReadConfig(CheckedConfig):
     """Input"""
 
     input: tuple[str, ...] = setting(
-        "file, glob or bq://PROJECT.DATASET.TABLE to read; may be given several times", (), metavar="GLOB"
+        "file, glob, folder or bq://PROJECT.DATASET.TABLE to read, or - for standard input; may be given several times",
+        (),
+        metavar="GLOB",
+    )
+    exclude: tuple[str, ...] = setting(
+        "files or folders of the input to leave out: a name such as '*.md', or a path; may be given several times",
+        (),
+        metavar="GLOB",
+    )
+    on_bad_file: str = setting(
+        "what to do with a file that cannot be read to its end: skip keeps the rows that the table has from it",
+        "fail",
+        ("fail", "skip"),
     )
     query: str = setting("BigQuery query whose rows are the input, instead of --input", "", metavar="SQL")
     query_dataset: str = setting(

@@ -144,20 +144,20 @@ def build_pipeline(pipeline: beam.Pipeline, job: Job) -> beam.PCollection:
     """
     write, plan = job.config.write, job.commit_plan
     reuse = plan.reuse.back_end
-    documents, unread, read_counts = pipeline | "Read" >> ReadDocuments(
+    read = pipeline | "Read" >> ReadDocuments(
         job.input, job.config.read, job.kept, job.attempts, job.distributed, job.progress
     )
-    looked_up = documents | "LookUp" >> (LookUp(reuse) if isinstance(reuse, LocalReuse) else LookUpVectors(reuse))
+    looked_up = read.documents | "LookUp" >> (LookUp(reuse) if isinstance(reuse, LocalReuse) else LookUpVectors(reuse))
     chunks, bad_documents, preprocess_counts = looked_up.documents | "Preprocess" >> Preprocess(job.spec.split)
     encode = EncodeChunks(job.spec, job.journal, job.gpu_memory_mib)
     embedded = chunks | "Embed" >> job.place_encoder(encode)
-    rows, dead_letters = embedded.rows, [unread, bad_documents, embedded.dead_letters]
-    bundle_counts = [read_counts, looked_up.bundle_counts, preprocess_counts, embedded.bundle_counts]
-    results, shards = {"spot_checks": embedded.spot_checks}, []
+    rows, dead_letters = embedded.rows, [read.dead_letters, bad_documents, embedded.dead_letters]
+    bundle_counts = [read.bundle_counts, looked_up.bundle_counts, preprocess_counts, embedded.bundle_counts]
+    results, shards = {"spot_checks": embedded.spot_checks, "bad_files": read.bad_files}, []
     if isinstance(reuse, LocalReuse):
         results["notes"] = looked_up.notes
     else:
-        reused = rows | "Reuse" >> ReuseRows(reuse, looked_up, dead_letters)
+        reused = rows | "Reuse" >> ReuseRows(reuse, looked_up, dead_letters, read.bad_files)
         rows, results["samples"] = reused.rows, reused.samples
         dead_letters += [looked_up.dead_letters, reused.dead_letters]
         bundle_counts.append(reused.bundle_counts)

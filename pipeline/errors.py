@@ -32,3 +32,8 @@ class ValidationError(RunError):
 def first_line(error: BaseException) -> str:
     """The first line of an error's message; TensorFlow's messages have dozens of lines."""
     return (str(error) or type(error).__name__).splitlines()[0]
+
+
+def as_line(text: str) -> str:
+    """A text on one line: what cannot be printed is escaped, such as a line break in the name of a file."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)

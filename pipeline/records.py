@@ -188,6 +188,30 @@ class DeadLetter(NamedTuple):
         return cls(stage, reason, message, d.origin, d.id, d.text, content_hash or None, d.pair, d.kept, d.shared)
 
 
+class SkippedFile(NamedTuple):
+    """An input file that could not be read to its end: nothing is known of the documents that were not read.
+
+    Attributes:
+      file: its name in tables.
+      reason: a key of REASONS.
+      message: what is wrong.
+    """
+
+    file: str
+    reason: str
+    message: str
+
+    @classmethod
+    def of(cls, file: str, error: Exception) -> "SkippedFile":
+        """The file of an error that says its reason, with the error's first line as text that can be stored."""
+        message = (str(error) or type(error).__name__).splitlines()[0].encode("utf-8", "backslashreplace").decode()
+        return cls(file, getattr(error, "reason", "unreadable_file"), message)
+
+    def __str__(self) -> str:
+        """Its name and what is wrong; many messages hold the name."""
+        return self.message if self.file in self.message else f"{self.file}: {self.message}"
+
+
 class BundleCounts(NamedTuple):
     """The counts of one bundle of one stage; their sum over a run is in the manifest."""
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 import difflib
+import os
 from dataclasses import dataclass, field, fields
 from encodings.aliases import aliases
 from typing import Any
@@ -72,7 +72,7 @@ def convert_setting(f: dataclasses.Field[Any], value: Any) -> Any:
         raise ConfigError(f"--{f.name}={str(value).lower()} is not {_KINDS[type(default)]}")
     if isinstance(default, tuple):
         items = [value] if isinstance(value, str) else list(map(_spell_path, value))
-        if f.name == "input":  # a glob may hold a comma inside braces
+        if f.name in ("input", "exclude"):  # a glob may hold a comma inside braces
             return tuple(str(item) for item in items)
         return tuple(part.strip() for item in items for part in str(item).split(",") if part.strip())
     if isinstance(default, bool):

@@ -122,8 +122,9 @@ def run_plan(known: argparse.Namespace) -> None:
 
 def format_plan(dry_run: DryRun, output: str) -> str:
     """What `embeam plan` prints."""
-    from pipeline.records import REASONS
-    from pipeline.report.summary import format_bytes
+    from pipeline.records import REASONS, SkippedFile
+    from pipeline.report.summary import describe_bad_files, format_bytes
+    from pipeline.tables.manifest import GoneFiles
 
     f = dry_run
     about = "about " if f.is_sampled else ""
@@ -145,6 +146,11 @@ def format_plan(dry_run: DryRun, output: str) -> str:
         lines.append(f"  skipped      {f.skipped_empty:,} blank texts")
     lines.append(f"  dead letters {sum(f.dead_letters.values()):,}")
     lines += [f"    {n:>9,} {reason}: {REASONS[reason]}" for reason, n in f.dead_letters.items()]
+    if f.gone:
+        gone = GoneFiles(f.n_gone_files, tuple(f.gone_files))
+        lines.append(f"  gone files   {f.gone:,} of the deleted documents come from {gone}")
+    bad_files = [SkippedFile(**bad) for bad in f.bad_files]
+    lines += [f"  {line}" for line in describe_bad_files(bad_files, "cannot be read to their ends")]
     if f.changes:
         lines.append(
             "  model        everything is embedded again, because the table was made with other settings: "
@@ -221,8 +227,8 @@ def format_verification(
         dead, stale, unproven = (counts[name] for name in ("dead_documents", "stale_documents", "unproven_rows"))
         lines += [
             f"  input        {counts['input_documents']:,} documents",
-            f"  tolerated    because of dead letters: {dead:,} documents without rows, {stale:,} with rows of an older "
-            f"text, {unproven:,} rows whose documents cannot be read",
+            f"  tolerated    because of dead letters and bad files: {dead:,} documents without rows, {stale:,} with "
+            f"rows of an older text, {unproven:,} rows whose documents cannot be read",
         ]
         if kept := counts["kept_rows"]:
             lines.append(

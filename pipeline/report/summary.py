@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import islice
 from typing import Any
 
 import numpy as np
 
 from pipeline.encoders.parity import Parity
-from pipeline.records import REASONS
+from pipeline.errors import as_line
+from pipeline.records import REASONS, SkippedFile
 from pipeline.report.progress_bar import format_seconds
 from pipeline.tables.folder_table import FolderTable
 from pipeline.tables.manifest import Manifest, snapshot_folder
 from pipeline.tables.read import iter_table, open_live
 from pipeline.tables.stores import find_table
+
+SHOWN_FILES = 20
 
 
 def format_summary(manifest: Manifest, table: str) -> str:
@@ -38,10 +42,12 @@ def format_summary(manifest: Manifest, table: str) -> str:
         used = batch.get("used_tokens", 0) / padded
         lines.append(f"  batches      {int(batch.get('batches', 0)):,}, {used:.1%} of their {unit} are not padding")
     lines += describe_changes(manifest)
+    lines += describe_gone_files(manifest)
     n_dead = sum(manifest.dead_letters.values())
     lines.append(f"  dead letters {n_dead:,}" + (f", in {locate_dead_letters(manifest, table)}" if n_dead else ""))
     for reason, n in _by_count(manifest):
         lines.append(f"    {n:>9,} {reason}: {REASONS[reason]}")
+    lines += [f"  {line}" for line in describe_bad_files(manifest.bad_files)]
     seconds = {
         "reading": read.get("read_seconds", 0),
         "tokenising": preprocess.get("tokenize_seconds", 0),
@@ -51,6 +57,23 @@ def format_summary(manifest: Manifest, table: str) -> str:
     lines.append("  seconds      " + ", ".join(f"{value:.1f} {name}" for name, value in seconds.items()))
     lines.append(f"  encoder      {describe_graph(manifest)}")
     return "\n".join(lines)
+
+
+def describe_gone_files(manifest: Manifest) -> list[str]:
+    """The input files that are no longer there, if documents were deleted with them."""
+    n = int(manifest.counts.get("merge", {}).get("gone", 0))
+    return [f"  gone         {n:,} documents deleted, of {manifest.gone_files}"] if n else []
+
+
+def describe_bad_files(
+    bad_files: Sequence[SkippedFile], what: str = "skipped, the table's rows from them stay"
+) -> list[str]:
+    """The input files that could not be read: how many, and the first of them."""
+    if not bad_files:
+        return []
+    more = [f"  and {len(bad_files) - SHOWN_FILES:,} more"] if len(bad_files) > SHOWN_FILES else []
+    shown = [f"  {as_line(str(bad))}" for bad in bad_files[:SHOWN_FILES]]
+    return [f"bad files    {len(bad_files):,} {what}", *shown, *more]
 
 
 def locate_dead_letters(manifest: Manifest, table: str) -> str:
@@ -82,6 +105,9 @@ def summarize(manifest: Manifest | None, table: str) -> dict[str, Any]:
         "deleted": int(counts["merge"].get("deleted", 0)),
         "dead_letters": sum(manifest.dead_letters.values()),
         "dead_letter_reasons": manifest.dead_letters,
+        "bad_files": [bad._asdict() for bad in manifest.bad_files],
+        "gone_files": manifest.gone_files.n,
+        "deleted_with_gone_files": int(counts["merge"].get("gone", 0)),
         "tokens": int(counts["preprocess"].get("tokens", 0)),
         "truncated_tokens": int(counts["preprocess"].get("truncated_tokens", 0)),
         "padding_share": round(1 - used / padded, 4) if padded else 0.0,
@@ -140,6 +166,7 @@ def format_table(table: str, n_rows: int) -> str:
         *files,
         f"columns      {', '.join([*layout.columns(), 'embedding'])}",
         f"dead letters {dead}",
+        *describe_bad_files(manifest.bad_files),
     ]
     for row in islice(iter_table(table), n_rows):
         lines.append("")

@@ -7,7 +7,7 @@ number of its source, and 16 bytes for each text that several documents have.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -183,6 +183,7 @@ def decide_live(
     dead_ids: np.ndarray,
     incomplete: set[str],
     moved: np.ndarray,
+    inputs: Collection[str],
     policy: ReusePolicy,
 ) -> LiveDecisions:
     """Decides what happens to every live row.
@@ -191,8 +192,9 @@ def decide_live(
       index: the vector index.
       notes: paths of the bundles' notes.
       dead_ids: ascending digests of the ids of documents with a dead letter and without a new row.
-      incomplete: input files with records whose ids could not be read.
+      incomplete: input files of which not all records, or not all ids, could be read.
       moved: ascending content hashes of live rows whose vectors are reused for other ids.
+      inputs: the input files that there are.
       policy: what may be reused.
     """
     n = index.n_live
@@ -205,6 +207,7 @@ def decide_live(
             source[marks["row"]] = marks["source"] + len(sources)
         sources += read_sources(marks_file(note), MARK)
     is_incomplete = np.array([path in incomplete for path in sources] or [False])
+    is_gone = np.array([path not in inputs for path in sources] or [False])
     counts = Counter[str](dict.fromkeys(ROW_COUNTS, 0))
     for rows in index.blocks_by_id(BLOCK):
         ids, content = index.entries["id"][rows], index.entries["content"][rows]
@@ -215,6 +218,7 @@ def decide_live(
             dead=is_in(ids, dead_ids),
             incomplete=is_incomplete[source[rows]],
             moved=is_in(content, moved),
+            gone=is_gone[source[rows]],
         )
         decisions = decide_rows(facts, policy)
         actions[rows] = decisions.actions

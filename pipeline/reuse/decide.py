@@ -141,6 +141,7 @@ class RowFacts(NamedTuple):
       dead: `[n]` bool, whether there is a dead letter with its id, and no new row.
       incomplete: `[n]` bool, whether the row's input file has records whose ids could not be read.
       moved: `[n]` bool, whether another document has taken the row's vector in this run.
+      gone: `[n]` bool, whether the row's input file is no longer among the input.
     """
 
     id: np.ndarray
@@ -149,16 +150,18 @@ class RowFacts(NamedTuple):
     dead: np.ndarray
     incomplete: np.ndarray
     moved: np.ndarray
+    gone: np.ndarray
 
 
-ROW_COUNTS = ("live", "deleted", "moved", "stale", "kept", "lost")
+ROW_COUNTS = ("live", "deleted", "moved", "gone", "stale", "kept", "lost")
 
 
 class RowDecisions(NamedTuple):
     """What happens to live rows: `[n]` uint8 of `RowAction`, and documents counted by it.
 
-    The counts are `live`, `deleted`, `moved` (deleted, but its vector is reused for another id), `stale`, `kept` and
-    `lost` (would be stale or kept, but the vectors are of another encoder or other settings).
+    The counts are `live`, `deleted`, `moved` (deleted, but its vector is reused for another id), `gone` (deleted and
+    not moved, because its file is no longer among the input), `stale`, `kept` and `lost` (would be stale or kept, but
+    the vectors are of another encoder or other settings).
     """
 
     actions: np.ndarray
@@ -183,7 +186,9 @@ def decide_rows(facts: RowFacts, policy: ReusePolicy) -> RowDecisions:
         for action in (RowAction.DELETE, RowAction.KEEP_STALE, RowAction.KEEP_UNSEEN)
     )
     moved = int((begins & (actions == RowAction.DELETE) & facts.moved).sum())
-    counts = Counter(dict.fromkeys(ROW_COUNTS, 0) | {"live": int(begins.sum()), "deleted": deleted, "moved": moved})
+    gone = int((begins & (actions == RowAction.DELETE) & facts.gone & ~facts.moved).sum())
+    counts = Counter(dict.fromkeys(ROW_COUNTS, 0))
+    counts.update(live=int(begins.sum()), deleted=deleted, moved=moved, gone=gone)
     if policy.same_fingerprint:
         counts.update(stale=n_stale, kept=n_unseen)
     else:

@@ -48,10 +48,15 @@ class DecideRows(beam.DoFn):
 
     Args:
       policy: what may be reused.
+      inputs: the input files that there are.
     """
 
-    def __init__(self, policy: ReusePolicy) -> None:
+    def __init__(self, policy: ReusePolicy, inputs: Sequence[str]) -> None:
         self._policy = policy
+        self._inputs = inputs
+
+    def setup(self) -> None:
+        self._there = {digest_source(path) for path in self._inputs}
 
     def start_bundle(self) -> None:
         self._block: list[Results] = []
@@ -99,6 +104,7 @@ class DecideRows(beam.DoFn):
             dead=np.array([results.dead and not results.new for results, _ in rows], bool),
             incomplete=np.array([row.source in incomplete for _, row in rows], bool),
             moved=np.array([results.moved for results, _ in rows], bool),
+            gone=np.array([row.source not in self._there for _, row in rows], bool),
         )
         decisions = decide_rows(facts, self._policy)
         self._counts.update(decisions.counts)
@@ -143,24 +149,31 @@ class DecideById(beam.PTransform):
       open_rows: from `CompareById`.
       moved: from `DecideByContent`.
       dead_letters: PCollections of all dead letters of the run.
+      bad_files: PCollection[SkippedFile], the input files that could not be read to their ends.
     """
 
     reuse: DistributedReuse
     open_rows: beam.PCollection
     moved: beam.PCollection
     dead_letters: Sequence[beam.PCollection]
+    bad_files: beam.PCollection
 
     def expand(self, rows: beam.PCollection) -> Dropped:
         dead_letters = tuple(self.dead_letters) | "DeadLetters" >> beam.Flatten()
         new = rows | "MarkNew" >> beam.Map(mark_new).with_output_types(KEYED)
         dead = dead_letters | "MarkDead" >> beam.FlatMap(mark_dead).with_output_types(KEYED)
-        incomplete = dead_letters | "FindIncomplete" >> beam.FlatMap(find_incomplete).with_output_types(str)
+        unnamed = dead_letters | "FindIncomplete" >> beam.FlatMap(find_incomplete).with_output_types(str)
+        skipped = self.bad_files | "NameBadFiles" >> beam.Map(lambda bad: bad.file).with_output_types(str)
+        incomplete = (unnamed, skipped) | "Incomplete" >> beam.Flatten()
         outputs = (
             (self.open_rows, self.moved, new, dead)
             | "RowsAndResults" >> beam.Flatten()
             | "GroupById" >> beam.GroupByKey()
             | "DecideRows"
-            >> beam.ParDo(DecideRows(self.reuse.policy), beam.pvalue.AsList(incomplete | "Distinct" >> beam.Distinct()))
+            >> beam.ParDo(
+                DecideRows(self.reuse.policy, self.reuse.inputs),
+                beam.pvalue.AsList(incomplete | "Distinct" >> beam.Distinct()),
+            )
             .with_output_types(tuple[int, int], bundle_counts=BundleCounts)
             .with_outputs("bundle_counts", main="rows")
         )

@@ -73,11 +73,13 @@ class ReuseRows(beam.PTransform):
       reuse: what may be reused.
       looked_up: from `LookUpVectors`.
       dead_letters: PCollections of the run's dead letters so far.
+      bad_files: PCollection[SkippedFile], the input files that could not be read to their ends.
     """
 
     reuse: DistributedReuse
     looked_up: LookedUp
     dead_letters: Sequence[beam.PCollection]
+    bad_files: beam.PCollection
 
     def expand(self, encoded: beam.PCollection) -> Reused:
         reuse, compared, decided = self.reuse, self.looked_up.compared, self.looked_up.decided
@@ -90,7 +92,7 @@ class ReuseRows(beam.PTransform):
         )
         rows = (encoded, answered.rows) | "Rows" >> beam.Flatten()
         dropped = rows | "DecideById" >> DecideById(
-            reuse, compared.open_rows, decided.moved, [dead_letters, answered.dead_letters]
+            reuse, compared.open_rows, decided.moved, [dead_letters, answered.dead_letters], self.bad_files
         )
         copied = dropped.rows | "CopyLiveRows" >> CopyLiveRows(reuse, compared.sources)
         counts = (dropped.bundle_counts, copied.bundle_counts) | "Counts" >> beam.Flatten()

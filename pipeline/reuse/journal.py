@@ -24,8 +24,8 @@ from pipeline.sinks.index import parse_hashes, read_bytes
 from pipeline.sinks.layout import Columns, TableLayout
 from pipeline.sinks.readers import Stored, VectorFile
 from pipeline.sinks.table_format import StoredRows
+from pipeline.table_folders import JOURNAL
 
-JOURNAL = "journal"
 SUFFIX = ".seg"
 _MAGIC = b"embeam1\n"
 _LENGTH = struct.Struct("<Q")

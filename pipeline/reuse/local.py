@@ -49,12 +49,14 @@ class LocalReuse:
       prefix: of every text.
       policy: what may be reused.
       keep_text: rows have their document's text.
+      inputs: the input files that there are.
     """
 
     folder: str
     prefix: str
     policy: ReusePolicy
     keep_text: bool
+    inputs: frozenset[str]
 
 
 class LookedUp(NamedTuple):

@@ -28,6 +28,7 @@ KINDS = {
     "missing_chunk": "a document lacks some of its chunks",
     "wrong_dimension": "a vector does not have the table's dimension",
     "not_finite": "a vector holds NaN or infinity",
+    "unreadable_input": "an input file cannot be read to its end, and the table's run had not skipped it",
     "missing_document": "a document of the input has no row",
     "stale_row": "a document has changed since its row was made",
     "surplus_row": "a row belongs to no document of the input",
@@ -68,7 +69,7 @@ class CheckedTable:
         self.layout = self.manifest.layout
         self.reader = FileReader(self.manifest.file_format, self.layout, self.manifest.compression)
         self.counts: Counter[str] = Counter()
-        self.dead_letters = Accounts(set(), set())
+        self.dead_letters = Accounts(set(), {bad.file for bad in self.manifest.bad_files})
         # tf.Example has no numbers of 64 bits: what went into the digest is not what comes out of the table.
         rounds = self.manifest.file_format == "tfrecord" and any(f.type == "float" for f in self.layout.kept)
         self.redigests = bool(self.layout.kept) and not rounds

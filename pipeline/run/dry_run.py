@@ -18,9 +18,9 @@ import numpy as np
 
 from pipeline.config import EmbedConfig
 from pipeline.errors import EmbeamError
-from pipeline.records import DeadLetter, Document, digest_id
+from pipeline.records import DeadLetter, Document, SkippedFile, digest_id
 from pipeline.reuse.complete import LiveDecisions, decide_live
-from pipeline.reuse.decide import DocumentAction, ReusePolicy
+from pipeline.reuse.decide import DocumentAction
 from pipeline.reuse.digests import DigestSet, is_in
 from pipeline.reuse.index import VectorIndex
 from pipeline.reuse.local import DocumentLookUp, LocalReuse, MarkWriter, marks_file
@@ -36,6 +36,7 @@ from pipeline.run.read_input import Accounts, read_outcomes
 from pipeline.run.resolve import (
     NewRows,
     ResolvedRun,
+    check_bad_files,
     collect_errors,
     find_changes,
     find_stops,
@@ -43,8 +44,11 @@ from pipeline.run.resolve import (
     resolve,
 )
 from pipeline.sinks.index import parse_hashes
+from pipeline.sources.stdin import removing_copy
 from pipeline.tables.commit import check_any_rows, check_counts, check_deletes
 from pipeline.tables.folder import FolderStore
+from pipeline.tables.manifest import GoneFiles
+from pipeline.tables.store import ReusePlan
 
 SAMPLE_TEXTS, SAMPLE_CHARACTERS = 2000, 16_000_000  # the most that are tokenised
 
@@ -78,6 +82,10 @@ class DryRun:
       speed_source: the snapshot whose run was measured.
       rows: of the new snapshot.
       bytes: of its files.
+      gone: documents of those deleted whose file is no longer among the input.
+      n_gone_files: input files of the table that are no longer among the input.
+      gone_files: the first of them.
+      bad_files: files that cannot be read to their ends: file, reason and message.
       is_sampled: whether tokens, chunks, time and size are scaled up from a part of the texts.
       changes: settings that make the table's vectors unusable, such as `preprocessing.max_tokens 128 -> 256`.
       stops: messages of the errors that would stop the run.
@@ -107,11 +115,16 @@ class DryRun:
     speed_source: str
     rows: int
     bytes: int
+    gone: int
+    n_gone_files: int
+    gone_files: list[str]
+    bad_files: list[dict[str, str]]
     is_sampled: bool
     changes: list[str] = field(default_factory=list)
     stops: list[str] = field(default_factory=list)
 
 
+@removing_copy()
 def make_dry_run(config: EmbedConfig) -> DryRun:
     """Makes the dry run of a configuration, from its whole input.
 
@@ -124,11 +137,12 @@ def make_dry_run(config: EmbedConfig) -> DryRun:
     resolved = resolve(config)
     live, spec, form = resolved.live, resolved.spec, resolved.form
     with tempfile.TemporaryDirectory(prefix="embeam-plan-") as scratch:
-        reuse = prepare_local_reuse(resolved.store, live, spec, form, scratch, resolved.config).back_end
-        assert isinstance(reuse, LocalReuse)
-        seen = look_up_all(resolved, reuse, scratch)
+        inputs = resolved.input.sources
+        plan = prepare_local_reuse(resolved.store, live, spec, form, scratch, inputs, resolved.config)
+        assert isinstance(plan.back_end, LocalReuse)
+        seen = look_up_all(resolved, plan.back_end, scratch)
         measured = measure_texts(spec, form, seen.sample.documents)
-        return combine(resolved, reuse.policy, seen, measured)
+        return combine(resolved, plan, seen, measured)
 
 
 class ThinnedSample:
@@ -172,6 +186,7 @@ class Seen(NamedTuple):
       dead: dead letters of the reading, by reason.
       examples: the first of them for each reason.
       dead_letters: the documents and files that they belong to.
+      bad_files: those that cannot be read to their ends, each once.
       reused_ids: digests of the ids of documents that reuse vectors, ascending.
       reused_contents: content hashes of the rows whose vectors they get, ascending.
       n_reused: how many rows they get.
@@ -186,6 +201,7 @@ class Seen(NamedTuple):
     dead: Counter[str]
     examples: dict[str, DeadLetter]
     dead_letters: Accounts
+    bad_files: list[SkippedFile]
     reused_ids: np.ndarray
     reused_contents: np.ndarray
     n_reused: int
@@ -203,6 +219,7 @@ def look_up_all(resolved: ResolvedRun, reuse: LocalReuse, scratch: str) -> Seen:
     read: Counter[str] = Counter()
     dead: Counter[str] = Counter()
     examples: dict[str, DeadLetter] = {}
+    bad_files: dict[str, SkippedFile] = {}
     ids, contents = DigestSet(), DigestSet()
     n_reused = 0
     same_text: list[tuple[str, str, str]] = []
@@ -215,6 +232,9 @@ def look_up_all(resolved: ResolvedRun, reuse: LocalReuse, scratch: str) -> Seen:
                 dead[outcome.reason] += 1
                 examples.setdefault(outcome.reason, outcome)
                 dead_letters.add(outcome.id, outcome.reason, outcome.origin.path)
+            elif isinstance(outcome, SkippedFile):
+                bad_files.setdefault(outcome.file, outcome)
+                dead_letters.incomplete_files.add(outcome.file)
             else:
                 read.update(json.loads(outcome.counts))
 
@@ -237,6 +257,7 @@ def look_up_all(resolved: ResolvedRun, reuse: LocalReuse, scratch: str) -> Seen:
         dead,
         examples,
         dead_letters,
+        sorted(bad_files.values()),
         ids.sorted(),
         contents.sorted(),
         n_reused,
@@ -247,7 +268,7 @@ def look_up_all(resolved: ResolvedRun, reuse: LocalReuse, scratch: str) -> Seen:
     )
 
 
-def combine(resolved: ResolvedRun, policy: ReusePolicy, seen: Seen, measured: Measured) -> DryRun:
+def combine(resolved: ResolvedRun, plan: ReusePlan, seen: Seen, measured: Measured) -> DryRun:
     """Combines the counts, and finds the errors that would stop the run."""
     live, spec, form = resolved.live, resolved.spec, resolved.form
     counts = seen.counts
@@ -274,7 +295,8 @@ def combine(resolved: ResolvedRun, policy: ReusePolicy, seen: Seen, measured: Me
     dead_ids = np.unique(np.array(list(seen.dead_letters.ids), "S16"))
     dead_ids = dead_ids[~is_in(dead_ids, seen.reused_ids)]
     incomplete, moved = seen.dead_letters.incomplete_files, seen.reused_contents
-    decisions = decide_live(seen.vector_index, [seen.note], dead_ids, incomplete, moved, policy)
+    inputs, policy = resolved.input.sources, plan.back_end.policy
+    decisions = decide_live(seen.vector_index, [seen.note], dead_ids, incomplete, moved, frozenset(inputs), policy)
     n_kept = int(decisions.kept.sum())
     rows = n_kept + seen.n_reused + round(to_encode * each + equal_rows)
     row_bytes = live_row_bytes(live, form) or measured.row_bytes or live_row_bytes(live)
@@ -294,17 +316,21 @@ def combine(resolved: ResolvedRun, policy: ReusePolicy, seen: Seen, measured: Me
         speed_source=scaled.source,
         rows=rows,
         bytes=round(rows * row_bytes),
+        gone=decisions.counts["gone"],
+        n_gone_files=plan.gone.n,
+        gone_files=list(plan.gone.first),
+        bad_files=[bad._asdict() for bad in seen.bad_files],
         is_sampled=measured.documents < to_encode,
         changes=find_changes(live, spec),
         stops=[
             *map(str, find_stops(resolved, NewRows(rows - n_kept if resolved.rows_stay else rows, row_bytes))),
-            *map(str, find_late_stops(resolved, seen, dead, decisions, rows)),
+            *map(str, find_late_stops(resolved, plan.gone, seen, dead, decisions, rows)),
         ],
     )
 
 
 def find_late_stops(
-    resolved: ResolvedRun, seen: Seen, dead: Counter[str], decisions: LiveDecisions, n_rows: int
+    resolved: ResolvedRun, gone: GoneFiles, seen: Seen, dead: Counter[str], decisions: LiveDecisions, n_rows: int
 ) -> Iterator[EmbeamError]:
     """Finds the errors that stop a run after it has read its input."""
     config = resolved.config
@@ -313,9 +339,11 @@ def find_late_stops(
         "read": {"records": float(seen.read["records"])},
         "write_dead_letters": dict(sorted(dead.items())),
     }
+    bad_files = [bad for bad in seen.bad_files if bad not in resolved.input.bad_files]
     checks: tuple[Callable[[], None], ...] = (
-        lambda: check_counts(counts, config.write.max_dead_fraction, seen.examples.values),
-        lambda: check_deletes(decisions.counts, config.reindex.max_delete_fraction),
+        lambda: check_bad_files(bad_files, config),
+        lambda: check_counts(counts, config.write.max_dead_fraction, seen.examples.values, seen.bad_files),
+        lambda: check_deletes(decisions.counts, config.reindex.max_delete_fraction, gone),
         lambda: None if may_be_empty else check_any_rows([], counts, seen.examples.values),
     )
     return collect_errors(checks)

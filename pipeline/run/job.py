@@ -46,6 +46,8 @@ from pipeline.run.resolve import (
 )
 from pipeline.signals import on_stop
 from pipeline.sinks.writing import DeadLetterFormat
+from pipeline.sources.names import name_as_text
+from pipeline.sources.stdin import STDIN, removing_copy
 from pipeline.tables.attempts import abandon_attempt, sweep_dead_attempts
 from pipeline.tables.folder import FolderStore
 from pipeline.tables.lock import EXPIRY_SECONDS, LEASE_SECONDS, Lease, TableLock
@@ -57,6 +59,7 @@ from pipeline.tables.store import CommitPlan, Store
 _LOGGER = logging.getLogger(__name__)
 
 
+@removing_copy()
 def build_table(
     config: EmbedConfig, options: PipelineOptions | None = None, show_progress: bool = False
 ) -> Manifest | None:
@@ -82,6 +85,11 @@ def build_table(
     runner = make_runner(options)
     if distributed:
         validate_options(options, runner)
+        if STDIN in config.read.input:
+            raise ConfigError(
+                "--input=- is read on this machine, which the workers of other engines do not see; use --runner=local, "
+                "or write it to a file that they can read"
+            )
     resolved = resolve(config)
     store, name = resolved.store, name_snapshot()
     if distributed:
@@ -215,14 +223,20 @@ def prepare_job(resolved: ResolvedRun, name: str, started: float, distributed: b
         )
     attempts = attempts_folder(store.work, name)
     make_folder(attempts)
+    inputs = resolved.input.sources
     if distributed:
-        inputs = [file.path for file in resolved.input.files]
         reuse = prepare_distributed_reuse(require_folder(store), live, spec, form, attempts, inputs, config)
     else:
-        reuse = prepare_local_reuse(store, live, spec, form, scratch, config)
+        reuse = prepare_local_reuse(store, live, spec, form, scratch, inputs, config)
     dead = config.write.max_dead_fraction
     previous = live.snapshot if live else ""
-    facts = describe_table(resolved)
+    if reuse.gone.n and not config.reindex.keeps_deleted:
+        _LOGGER.warning(
+            "the rows of %s come from %s; documents that no other file has are deleted, --deletes=keep keeps them",
+            store.shown,
+            reuse.gone,
+        )
+    facts = describe_table(resolved) | {"gone_files": reuse.gone}
     publication = Publication(store.work, name, previous, resolved.version, started, facts, dead, config.reindex)
     dead_letters = DeadLetterFormat(config.write.dead_letter_text)
     commit_plan = CommitPlan(publication, reuse, form, config.write.shard_bytes, dead_letters)
@@ -263,6 +277,8 @@ def describe_table(resolved: ResolvedRun) -> dict[str, Any]:
         for flag in MODEL_PATHS
         if (path := config.flat()[flag])
     }
+    for flag in ("input", "exclude"):
+        settings[flag] = [name_as_text(glob) for glob in settings[flag]]
     if config.reindex.retry_dead_letters and resolved.live:
         settings = dict(resolved.live.settings)  # what the table is made from has not changed
     as_resolved = {"encoder_graph": spec.encoder.graph, "precision": spec.encoder.precision}

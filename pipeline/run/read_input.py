@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 from apache_beam.pvalue import TaggedOutput
 
 from pipeline.config import KeptField, ReadConfig
-from pipeline.records import BundleCounts, DeadLetter, Document, digest_id
+from pipeline.records import BundleCounts, DeadLetter, Document, SkippedFile, digest_id
 from pipeline.sources.duplicates import ScanToFile, merge_scans
 from pipeline.sources.planning import InputPlan
 from pipeline.sources.read import ReadSplit
@@ -16,16 +17,17 @@ from pipeline.sources.read import ReadSplit
 
 def read_outcomes(
     found: InputPlan, config: ReadConfig, kept: Sequence[KeptField], work: str
-) -> Iterator[Document | DeadLetter | BundleCounts]:
-    """Reads a planned input as a run does: documents, dead letters, and counts of each split.
+) -> Iterator[Document | DeadLetter | SkippedFile | BundleCounts]:
+    """Reads a planned input as a run does: documents, dead letters, files that cannot be read, and counts.
 
     Args:
       found: from `plan_input`.
-      config: as for `ReadDocuments`.
+      config: as for `ReadDocuments`; files that cannot be read are skipped whatever it says.
       kept: the kept fields with their types.
       work: local folder for the search for duplicate ids.
     """
-    read = ReadSplit(config, kept)
+    yield from found.bad_files
+    read = ReadSplit(replace(config, on_bad_file="skip"), kept)
     duplicates = None
     if config.id_field:
         scan = ScanToFile(read.list_ids, work)
@@ -38,7 +40,7 @@ def read_outcomes(
 class Accounts(NamedTuple):
     """Documents without rows for which a dead letter is the reason: by digest of the id, or by incomplete file.
 
-    A file is incomplete if it has a record whose id could not be read.
+    A file is incomplete if it could not be read to its end, or has a record whose id could not be read.
     """
 
     ids: set[bytes]

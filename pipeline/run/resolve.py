@@ -11,10 +11,10 @@ from typing import Any, NamedTuple
 from pipeline.config import EmbedConfig, EncoderConfig, KeptField, PreprocessConfig, VectorConfig
 from pipeline.embedding_spec import EmbeddingSpec, make_embedding_spec
 from pipeline.engines.presets import find_device
-from pipeline.errors import ConfigError, EmbeamError, InputError, RunError, TableError
-from pipeline.records import Document
+from pipeline.errors import ConfigError, EmbeamError, InputError, RunError, TableError, as_line
+from pipeline.records import Document, SkippedFile
 from pipeline.reuse.decide import ReusePolicy
-from pipeline.reuse.index import build_index
+from pipeline.reuse.index import VectorIndex, build_index
 from pipeline.reuse.journal import journal_folder, list_segments
 from pipeline.reuse.live_table import DistributedReuse
 from pipeline.reuse.local import LocalReuse
@@ -22,9 +22,10 @@ from pipeline.run.command import spell_command
 from pipeline.run.estimate import RowSize, live_row_bytes, measure_rows
 from pipeline.sinks.writing import RowFormat
 from pipeline.sources.planning import InputPlan, choose_id_field, plan_dead_letters, plan_input
+from pipeline.sources.read import explain_bad_files
 from pipeline.sources.sampling import infer_kept_fields, sample_input
 from pipeline.tables.folder import FolderStore
-from pipeline.tables.manifest import Manifest
+from pipeline.tables.manifest import GoneFiles, Manifest
 from pipeline.tables.publish import check_free_space
 from pipeline.tables.store import ReusePlan, Store
 from pipeline.tables.stores import open_store
@@ -103,7 +104,8 @@ def resolve(config: EmbedConfig) -> ResolvedRun:
     store = open_store(config.write.output, config.write.work_dir)
     store.check(config)
     live, version = store.read_live()
-    found = resolve_dead_letters(config, store, live) if config.reindex.retry_dead_letters else resolve_input(config)
+    retries = config.reindex.retry_dead_letters
+    found = resolve_dead_letters(config, store, live) if retries else resolve_input(config, store.work)
     config = found.config
     spec = make_embedding_spec(config, find_device(config.workers))
     form = store.choose_form(config, spec.layout(found.kept))
@@ -118,19 +120,25 @@ def resolve_again(resolved: ResolvedRun) -> ResolvedRun:
     return resolve(resolved.config)
 
 
-def resolve_input(config: EmbedConfig) -> ResolvedInput:
+def resolve_input(config: EmbedConfig, own_table: str) -> ResolvedInput:
     """Looks at the files that `--input` names, and at their first records.
+
+    Args:
+      config: of the run.
+      own_table: the folder of its table, which is no input.
 
     Raises:
       EmbeamError: if there are none, or they lack what the settings name.
     """
     if not (config.read.input or config.read.query):
         raise ConfigError("--input is missing; name the files to embed: --input='corpus/*.txt'")
-    plan = plan_input(config.read)
+    plan = plan_input(config.read, own_table)
+    if not plan.files and plan.bad_files:
+        raise explain_bad_files(plan.bad_files)
     if not plan.files:
         raise InputError(f"--input={' '.join(config.read.input)} matches only empty files; give files with text")
     for path in plan.empty_files:
-        _LOGGER.warning("%s is empty", path)
+        _LOGGER.warning("%s is empty", as_line(path))
     config = replace(config, read=choose_id_field(plan, config.read))
     sample = sample_input(plan, config.read)
     kept = tuple(infer_kept_fields(sample.rows, config.read))
@@ -155,9 +163,11 @@ def resolve_dead_letters(config: EmbedConfig, store: Store, live: Manifest | Non
     check_too_long(config, live, store.shown)
     config = take_settings(config, live, store.shown)
     files = [(store.locate_dead_letters(live, file.name), file.n_bytes) for file in live.dead_letter_files]
-    read = replace(config.read, input=(), id_field="", max_document_bytes=1 << 40)  # they have been read once
+    # They have been read once. A damaged file of them is a damaged table.
+    read = replace(config.read, input=(), id_field="", max_document_bytes=1 << 40, on_bad_file="fail")
     config = replace(config, read=read, write=replace(config.write, max_dead_fraction=1.0))
-    return ResolvedInput(config, plan_dead_letters(files, read), sum(live.dead_letters.values()), live.layout.kept, [])
+    plan = plan_dead_letters(files, read, live.bad_files)
+    return ResolvedInput(config, plan, sum(live.dead_letters.values()), live.layout.kept, [])
 
 
 def check_too_long(config: EmbedConfig, live: Manifest, shown: str) -> None:
@@ -231,6 +241,7 @@ def find_stops(resolved: ResolvedRun, new_rows: NewRows) -> Iterator[EmbeamError
       new_rows: what it writes.
     """
     checks: tuple[Callable[[], None], ...] = (
+        lambda: check_bad_files(resolved.input.bad_files, resolved.config),
         lambda: check_limit(resolved.live, resolved.config),
         lambda: check_model(resolved.live, resolved.spec, resolved.config),
         lambda: check_free_space(resolved.store.work, new_rows.n_rows, round(new_rows.row_bytes)),
@@ -245,6 +256,12 @@ def collect_errors(checks: Iterable[Callable[[], None]]) -> Iterator[EmbeamError
             check()
         except EmbeamError as error:
             yield error
+
+
+def check_bad_files(bad_files: Sequence[SkippedFile], config: EmbedConfig) -> None:
+    """Raises InputError if there are files that cannot be read, and the run does not skip them."""
+    if bad_files and config.read.on_bad_file == "fail" and not config.reindex.retry_dead_letters:
+        raise explain_bad_files(bad_files)
 
 
 def check_limit(live: Manifest | None, config: EmbedConfig) -> None:
@@ -296,7 +313,13 @@ def describe_changes(old: dict[str, Any], new: dict[str, Any], name: str = "") -
 
 
 def prepare_local_reuse(
-    store: Store, live: Manifest | None, spec: EmbeddingSpec, form: RowFormat, scratch: str, config: EmbedConfig
+    store: Store,
+    live: Manifest | None,
+    spec: EmbeddingSpec,
+    form: RowFormat,
+    scratch: str,
+    inputs: Sequence[str],
+    config: EmbedConfig,
 ) -> ReusePlan:
     """Indexes the vectors that the local engine may reuse: the live table and the journal of earlier attempts."""
     folder = os.path.join(scratch, "known")
@@ -305,10 +328,11 @@ def prepare_local_reuse(
     lost = store.find_damaged(live, config.reindex.verify_live) if live else set()
     indexes = store.read_indexes(live, folder, lost) if live else ()
     build_index(folder, indexes, list_segments(store.work, spec.fingerprint), policy.same_fingerprint)
-    reuse = LocalReuse(folder, spec.split.prefix, policy, form.layout.keep_text)
+    reuse = LocalReuse(folder, spec.split.prefix, policy, form.layout.keep_text, frozenset(inputs))
     if live is None:
         return ReusePlan(reuse)
-    return ReusePlan(reuse, store.reader(live, folder), store.live_files(live))
+    gone = GoneFiles.of(VectorIndex(folder).sources, reuse.inputs)
+    return ReusePlan(reuse, store.reader(live, folder), store.live_files(live), gone)
 
 
 def prepare_distributed_reuse(
@@ -334,7 +358,7 @@ def prepare_distributed_reuse(
         inputs=tuple(inputs),
         prefix=spec.split.prefix,
     )
-    return ReusePlan(reuse, reader)
+    return ReusePlan(reuse, reader, gone=GoneFiles.of(store.list_sources(reuse.files), frozenset(inputs)))
 
 
 def choose_policy(

@@ -19,6 +19,7 @@ from pipeline.run.checked_table import CheckedTable, Finding
 from pipeline.run.verify_input import check_input, check_sample
 from pipeline.run.verify_rows import check_dead_letters, check_files, check_ids, check_rows
 from pipeline.sources.planning import InputPlan, plan_input
+from pipeline.sources.stdin import removing_copy
 
 if TYPE_CHECKING:
     from pipeline.search.embedder import Embedder
@@ -44,6 +45,7 @@ def verify_table(table: str, input_globs: Sequence[str] = (), sample: int = 0) -
     return findings
 
 
+@removing_copy()
 def check_table(table: CheckedTable, input_globs: Sequence[str] = (), sample: int = 0) -> None:
     """Checks everything that is asked for; see `verify_table`."""
     embedder = _prepare_sample(table, input_globs) if sample else None
@@ -63,7 +65,7 @@ def check_table(table: CheckedTable, input_globs: Sequence[str] = (), sample: in
 def _plan_input(table: CheckedTable, input_globs: Sequence[str]) -> tuple[InputPlan, ReadConfig]:
     config = EmbedConfig.from_flat(table.manifest.settings | {"input": list(input_globs)}).read
     try:
-        return plan_input(config), config
+        return plan_input(config, table.name), config
     except InputError as error:
         raise ConfigError(str(error)) from error
 

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from pipeline.config import ReadConfig
-from pipeline.errors import ConfigError, ValidationError
+from pipeline.errors import ConfigError, ValidationError, as_line
 from pipeline.preprocess.chunking import hash_content
-from pipeline.records import DeadLetter, Document, Row, digest_id
+from pipeline.records import DeadLetter, Document, Row, SkippedFile, digest_id
 from pipeline.reuse.index import VectorIndex
 from pipeline.run.checked_table import CheckedTable
 from pipeline.run.read_input import Accounts, read_outcomes
@@ -46,6 +46,7 @@ def check_input(
     texts: dict[int, tuple[str, str | None]] = {}
     wanted_rows = set(wanted.tolist())
     block: list[Document] = []
+    bad_files: dict[str, SkippedFile] = {}
 
     def compare() -> None:
         rows = index.find_ids(np.array([digest_id(document.id) for document in block], "S16"))
@@ -63,7 +64,14 @@ def check_input(
                 compare()
         elif isinstance(outcome, DeadLetter):
             unread.add(outcome.id, outcome.reason, outcome.origin.path)
+        elif isinstance(outcome, SkippedFile):
+            unread.incomplete_files.add(outcome.file)
+            bad_files.setdefault(outcome.file, outcome)
     compare()
+    skipped = {bad.file for bad in table.manifest.bad_files}
+    for bad in sorted(bad_files.values()):
+        if bad.file not in skipped:
+            table.find("unreadable_input", as_line(bad.file), f"{as_line(str(bad))}; its documents are not compared")
     _check_surplus(table, index, seen, unread)
     return texts
 

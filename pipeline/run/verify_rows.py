@@ -16,7 +16,8 @@ from pipeline.reuse.index import VectorIndex
 from pipeline.run.checked_table import CheckedTable
 from pipeline.sinks.index import ENTRY, Index, digest_kept, read_index
 from pipeline.sinks.readers import ROWS, Stored, VectorFile
-from pipeline.tables.manifest import MANIFEST, TableFile
+from pipeline.table_folders import MANIFEST
+from pipeline.tables.manifest import TableFile
 from pipeline.vectors.storing import STORED_DTYPES
 
 BLOCK = 1024

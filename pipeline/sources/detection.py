@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from typing import Union
 
 from pipeline.config import ReadConfig
 from pipeline.errors import ConfigError, InputError
+from pipeline.records import SkippedFile
 from pipeline.sources import SOURCES
 from pipeline.sources.bigquery_client import SCHEME
 from pipeline.sources.compression import FileError
 from pipeline.sources.encoding import find_encoding, has_cr_line_ends, is_text
+from pipeline.sources.globs import FoundFile
 from pipeline.sources.heads import HEAD_BYTES, THREADS, read_head
+from pipeline.sources.names import parse_partition, show_name
 from pipeline.sources.source import InputFile, Source
 
 FORMATS = {
@@ -32,6 +36,7 @@ FORMATS = {
     ".wet": "warc",
 }
 COMPRESSIONS = {".gz": "gzip", ".bz2": "bzip2", ".xz": "xz", ".zst": "zstd", ".zstd": "zstd"}
+SHOWN_FILES = 4  # of those with the same error
 _SHARD = re.compile(r"-\d+-of-\d+")  # TensorFlow's and Beam's names may have it behind the extension
 
 
@@ -52,58 +57,98 @@ def detect_format(path: str, input_format: str = "auto") -> tuple[str, str]:
     if compression:
         extension = os.path.splitext(stem)[1]
     kind = FORMATS.get(extension, "") if input_format == "auto" else input_format
+    shown = show_name(path)
     if not kind:
         raise InputError(
-            f"{path}: the extension {extension or '(none)'} is not a known format ({', '.join(FORMATS)}, also under "
-            f"{', '.join(COMPRESSIONS)}); say what it is, as in --input_format=text, or narrow --input"
+            f"{shown}: the extension {extension or '(none)'} is not a known format ({', '.join(FORMATS)}, also under "
+            f"{', '.join(COMPRESSIONS)}); say what it is, as in --input_format=text, or leave it out, as in "
+            f"--exclude='*{extension or shown.rpartition('/')[2]}'"
         )
     if compression and not SOURCES[kind].reads_compressed:
-        raise InputError(f"{path}: {kind} files are not read compressed as a whole; unpack it, or set --input_format")
+        raise InputError(f"{shown}: {kind} files are not read compressed as a whole; unpack it, or set --input_format")
     return kind, compression
 
 
-def inspect_files(files: Iterable[InputFile], config: ReadConfig) -> list[InputFile]:
-    """Corrects by the first bytes of files what their names say; a file that cannot be read stays as it is.
+def detect_formats(found: Iterable[FoundFile], config: ReadConfig) -> list[InputFile]:
+    """The files with their formats.
+
+    Raises:
+      InputError: if formats are unknown.
+    """
+    files: list[InputFile] = []
+    refused: list[tuple[str, InputError]] = []
+    for file in found:
+        try:
+            kind, compression = detect_format(file.path, config.input_format)
+        except InputError as error:
+            refused.append((file.path, error))
+            continue
+        folders, place = parse_partition(file.path), (len(files), file.path, file.name, file.size)
+        files.append(InputFile(*place, kind, compression, partition=folders, source=file.source))
+    if refused:
+        names = ", ".join(show_name(path) for path, _ in refused[1:SHOWN_FILES])
+        names += ", ..." if len(refused) > SHOWN_FILES else ""
+        others = f"; {len(refused) - 1:,} other files are refused too: {names}" if names else ""
+        raise InputError(f"{refused[0][1]}{others}")
+    return files
+
+
+def inspect_files(files: Sequence[InputFile], config: ReadConfig) -> tuple[list[InputFile], list[SkippedFile]]:
+    """Corrects by the first bytes of files what their names say.
 
     Args:
       files: with format and compression by their names.
       config: the encoding of text, and the dialect of CSV.
 
+    Returns:
+      The files, and those that cannot be opened.
+
     Raises:
       ConfigError: if a dialect is given, and no file is CSV or TSV.
     """
     with ThreadPoolExecutor(THREADS) as threads:
-        found = list(threads.map(partial(inspect_file, config=config), files))
-    check_dialect(found, config)
-    return found
+        inspected = list(threads.map(partial(_try_inspection, config=config), files))
+    bad = [one for one in inspected if isinstance(one, SkippedFile)]
+    good = [one for one in inspected if isinstance(one, InputFile)]
+    check_dialect(good, config)
+    return [file._replace(index=index) for index, file in enumerate(good)], bad
+
+
+def _try_inspection(file: InputFile, config: ReadConfig) -> Union[InputFile, SkippedFile]:
+    try:
+        return inspect_file(file, config)
+    except FileError as error:
+        return SkippedFile.of(file.source, error)
 
 
 def inspect_file(file: InputFile, config: ReadConfig) -> InputFile:
     """Finds a file's compression and encoding, the kind of its line ends, and whether JSON is an array.
 
     Raises:
+      FileError: if it cannot be opened.
       ConfigError: if the setting of the encoding cannot be true.
     """
-    source = SOURCES[file.format]
+    if file.format == "bigquery":
+        return file
+    source, head = SOURCES[file.format], read_head(file.path)
     if not source.reads_compressed:
         return file
-    try:
-        head = read_head(file.path)
-        compression = source.find_compression(head)
-        # Without the magic bytes that its name promises a file is read as it is if it can be, else it is damaged.
-        if compression or may_begin_with(head, source, config):
-            file = file._replace(compression=compression)
-        if file.compression:
+    compression = source.find_compression(head)
+    # Without the magic bytes that its name promises a file is read as it is if it can be, else it is damaged.
+    if compression or may_begin_with(head, source, config):
+        file = file._replace(compression=compression)
+    if file.compression:
+        try:
             head = read_head(file.path, file.compression, config.max_window)
-    except FileError:  # reading reports it
-        return file
+        except FileError:  # reading gives what comes before the damage, and reports it
+            return file
     if not source.is_text:
         return file
     encoding = find_encoding(head, config.encoding)
     if encoding.startswith(("utf-16", "utf-32")) and is_text(head, "") and len(head.split()) > 1:
         raise ConfigError(
-            f"--encoding={config.encoding}: {file.path} is UTF-8; leave the flag out, since UTF-16 and UTF-32 are "
-            "recognised without it"
+            f"--encoding={config.encoding}: {show_name(file.path)} is UTF-8; leave the flag out, since UTF-16 and "
+            "UTF-32 are recognised without it"
         )
     text = head.decode(encoding or "utf-8", "replace")
     if file.format == "json" and not text.lstrip("\ufeff \t\r\n").startswith("["):

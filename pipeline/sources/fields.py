@@ -38,7 +38,7 @@ def build_document(
     Returns:
       The document, a dead letter, or None for a blank text under `--on_empty=skip`.
     """
-    origin = Origin(file.path, record.position, source.position_unit(file))
+    origin = Origin(file.source or file.path, record.position, source.position_unit(file))
     document_id = None if config.id_field else f"{file.name}@{record.position}"
     text: Optional[str] = record.text
     try:

@@ -13,14 +13,15 @@ from apache_beam.pvalue import TaggedOutput
 
 from pipeline import metrics
 from pipeline.config import KeptField, ReadConfig
-from pipeline.errors import ConfigError
-from pipeline.records import BundleCounts, DeadLetter, Document
+from pipeline.errors import ConfigError, InputError, as_line
+from pipeline.records import BundleCounts, DeadLetter, Document, SkippedFile
 from pipeline.sources import SOURCES
 from pipeline.sources.compression import FileError
 from pipeline.sources.duplicates import reject_duplicate, scan_through_files, select_duplicates
 from pipeline.sources.fields import build_document
+from pipeline.sources.partition_fields import read_partition
 from pipeline.sources.planning import InputPlan
-from pipeline.sources.source import FileRange, Record
+from pipeline.sources.source import FileRange
 
 PROGRESS_EVERY = 256
 
@@ -31,28 +32,42 @@ Progress = Callable[[int, int], None]
 class Item(NamedTuple):
     """The result of one record, and how many stored bytes of its range were read with it."""
 
-    outcome: Union[Document, DeadLetter, None]
+    outcome: Union[Document, DeadLetter, SkippedFile, None]
     n_read: int
 
 
 def read_range(file_range: FileRange, config: ReadConfig, kept_fields: Sequence[KeptField]) -> Iterator[Item]:
-    """Reads one range; a file that ends early or is damaged gives one dead letter, not an exception."""
+    """Reads one range.
+
+    A file that ends early or is damaged gives what can be read, and then a `SkippedFile` with `--on_bad_file=skip`.
+
+    Raises:
+      InputError: at that place with `--on_bad_file=fail`.
+    """
     file = file_range.file
     source = SOURCES[file.format]
-    has_bytes = source.position_unit(file) == "byte"
-    position = file_range.start if has_bytes else 0
+    folders = read_partition(file, kept_fields, source.values_are_strings)
     try:
         for record in source.read_records(file_range, config):
+            if folders:
+                record = record._replace(values={**folders, **record.values})
             n_read = min(record.n_read, file_range.n_bytes)
             restored = None if record.reason else source.restore(record)
             yield Item(restored or build_document(record, file, source, config, kept_fields), n_read)
-            position = file_range.start + n_read if has_bytes else record.position + 1
     except FileError as error:
-        # The start of the next record is unknown: the error is reported right after the last record.
-        bad = Record(position, file_range.n_bytes, reason=error.reason, message=str(error))
-        dead_letter = build_document(bad, file, source, config, kept_fields)
-        assert isinstance(dead_letter, DeadLetter)
-        yield Item(dead_letter._replace(id=None), file_range.n_bytes)
+        bad = SkippedFile.of(file.source or file.path, error)
+        if config.on_bad_file == "fail":
+            raise explain_bad_files([bad]) from error
+        yield Item(bad, file_range.n_bytes)
+
+
+def explain_bad_files(files: Sequence[SkippedFile]) -> InputError:
+    """The error of files that cannot be read; it names the first."""
+    first, many = files[0], f"{len(files):,} input files cannot be read, the first is " if len(files) > 1 else ""
+    return InputError(
+        f"{many}{as_line(str(first))}; nothing is published. Repair the file, or go on without it "
+        "and keep the rows that the table has from it: --on_bad_file=skip"
+    )
 
 
 class ReadSplit(beam.DoFn):
@@ -70,6 +85,9 @@ class ReadSplit(beam.DoFn):
         reported: Counter[str] = Counter()
         seconds, since = 0.0, time.perf_counter()
         for outcome in self._read_outcomes(split, duplicates, counts):
+            if isinstance(outcome, SkippedFile):
+                yield TaggedOutput("bad_files", outcome)
+                continue
             # Also before a dead letter: the share of dead letters is computed from the reported documents.
             if isinstance(outcome, DeadLetter) or counts["documents"] - reported["documents"] >= PROGRESS_EVERY:
                 self._report(counts, reported)
@@ -94,14 +112,17 @@ class ReadSplit(beam.DoFn):
 
     def _read_outcomes(
         self, split: tuple[FileRange, ...], duplicates: Any, counts: Counter[str]
-    ) -> Iterator[Union[Document, DeadLetter, None]]:
+    ) -> Iterator[Union[Document, DeadLetter, SkippedFile, None]]:
         n_left = self._config.limit or -1
         for file_range in split:
             cursor = select_duplicates(duplicates, file_range)
             bytes_before = counts["bytes"]
             for outcome, n_read in read_range(file_range, self._config, self._kept_fields):
-                counts["records"] += 1
                 counts["bytes"] = bytes_before + n_read
+                if isinstance(outcome, SkippedFile):
+                    yield outcome
+                    continue
+                counts["records"] += 1
                 if isinstance(outcome, Document):
                     n_left -= 1
                     if cursor and cursor.drops(outcome.origin.position):
@@ -127,9 +148,18 @@ def _count_name(outcome: Union[Document, DeadLetter, None]) -> str:
     return "documents" if isinstance(outcome, Document) else "dead_letters"
 
 
+class ReadInput(NamedTuple):
+    """What `ReadDocuments` gives."""
+
+    documents: beam.PCollection  # of Document
+    dead_letters: beam.PCollection  # of DeadLetter
+    bundle_counts: beam.PCollection  # of BundleCounts
+    bad_files: beam.PCollection  # of SkippedFile; a file of several ranges may occur several times
+
+
 @dataclass(eq=False)
 class ReadDocuments(beam.PTransform):
-    """Reads a planned input: pipeline -> (documents, dead letters, counts).
+    """Reads a planned input: pipeline -> ReadInput.
 
     Args:
       plan: from `plan_input`.
@@ -155,14 +185,18 @@ class ReadDocuments(beam.PTransform):
         if self.config.id_field and not self.distributed and not self.work_dir:
             raise ConfigError(f"--id_field={self.config.id_field} needs a work folder to look for duplicate ids in")
 
-    def expand(self, begin: beam.pvalue.PBegin) -> tuple[beam.PCollection, beam.PCollection, beam.PCollection]:
+    def expand(self, begin: beam.pvalue.PBegin) -> ReadInput:
         splits = begin | "Splits" >> beam.Create(self.plan.splits).with_output_types(Any)
         read = ReadSplit(self.config, self.kept_fields, self.progress)
         duplicates = None
         if self.config.id_field and not self.distributed:
             duplicates = scan_through_files(splits, read.list_ids, self.work_dir)
         typed = beam.ParDo(read, duplicates).with_output_types(
-            Document, dead_letters=DeadLetter, bundle_counts=BundleCounts
+            Document, dead_letters=DeadLetter, bundle_counts=BundleCounts, bad_files=SkippedFile
         )
-        outputs = splits | "Read" >> typed.with_outputs("dead_letters", "bundle_counts", main="documents")
-        return outputs.documents, outputs.dead_letters, outputs.bundle_counts
+        outputs = splits | "Read" >> typed.with_outputs("dead_letters", "bundle_counts", "bad_files", main="documents")
+        planned = begin | "UnreadableFiles" >> beam.Create(self.plan.bad_files, reshuffle=False).with_output_types(
+            SkippedFile
+        )
+        bad_files = (planned, outputs.bad_files) | "BadFiles" >> beam.Flatten()
+        return ReadInput(outputs.documents, outputs.dead_letters, outputs.bundle_counts, bad_files)

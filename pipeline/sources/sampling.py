@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import re
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
@@ -14,8 +13,10 @@ from pipeline.records import Document
 from pipeline.sources import SOURCES
 from pipeline.sources.compression import FileError, WrongColumns
 from pipeline.sources.fields import build_document, infer_type
+from pipeline.sources.partition_fields import infer_partition, read_partition
 from pipeline.sources.planning import InputPlan
 from pipeline.sources.source import FileRange, InputFile, Record
+from pipeline.sources.spelling import parse_spelling
 
 _LOGGER = logging.getLogger(__name__)
 SAMPLE_FILES = 10  # of each kind
@@ -39,19 +40,24 @@ class InputSample(NamedTuple):
 
     def build_documents(self, config: ReadConfig, kept: Sequence[KeptField]) -> list[Document]:
         """The documents of the records that are kept."""
-        found = (build_document(record, file, SOURCES[file.format], config, kept) for file, record in self.records)
-        return [document for document in found if isinstance(document, Document)]
+        documents = []
+        for file, record in self.records:
+            source = SOURCES[file.format]
+            values = read_partition(file, kept, source.values_are_strings) | dict(record.values)
+            document = build_document(record._replace(values=values), file, source, config, kept)
+            documents += [document] if isinstance(document, Document) else []
+        return documents
 
 
 def sample_input(plan: InputPlan, config: ReadConfig) -> InputSample:
     """Reads the first records of the first files of each kind.
 
     Args:
-      plan: the input; files that cannot be read are skipped; they become dead letters later.
+      plan: the input; files that cannot be read are skipped; `--on_bad_file` decides about them later.
       config: as for reading; a limit caps the number of documents.
 
     Raises:
-      InputError: if a file of a column format lacks the id or a text column.
+      InputError: if a file of a column format lacks the id or a text column, and such files are not skipped.
     """
     kinds = defaultdict(list)
     for file in plan.files:
@@ -76,12 +82,14 @@ def _sample_files(files: Sequence[InputFile], config: ReadConfig, sample: InputS
                 sample.records.append((file, record))
                 n_kept += 1
                 n_characters += sum(len(value) for value in record.values.values() if isinstance(value, (str, bytes)))
-            if source.has_fields and len(rows) < SAMPLE_ROWS:
-                if record.reason == "missing_field":
+            if (source.has_fields or file.partition) and len(rows) < SAMPLE_ROWS:
+                if record.reason == "missing_field" and config.on_bad_file == "fail":
                     raise InputError(f"{file.path}: {record.message}")
                 if not record.reason:
                     values = dict(record.values)
-                    rows.append(_parse_strings(values) if source.values_are_strings else values)
+                    rows.append(
+                        infer_partition(file) | (_parse_strings(values) if source.values_are_strings else values)
+                    )
             n_read = n_bytes + record.n_read
             if n_records >= SAMPLE_RECORDS or (n_read >= SAMPLE_BYTES and n_records >= SAMPLE_ROWS):
                 return n_records, max(n_read, 1)
@@ -141,19 +149,4 @@ def _infer_field(name: str, values: dict[str, list[Any]]) -> str:
 
 def _parse_strings(row: dict[str, str]) -> dict[str, Any]:
     """Converts cells of a text format to the values that their spelling suggests."""
-    return {name: _parse_string(value) for name, value in row.items()}
-
-
-def _parse_string(value: str) -> Any:
-    if not value:
-        return None
-    if value.lower() in ("true", "false"):
-        return value.lower() == "true"
-    for parse in (int, float):
-        try:
-            number = parse(value)
-        except ValueError:
-            continue
-        # Leading zeros, plus signs and underscores are spellings of names, not of numbers: 007 is not 7.
-        return number if re.fullmatch(r"-?(0|[1-9]\d*)(\.\d+)?([eE][-+]?\d+)?", value) else value
-    return value
+    return {name: parse_spelling(value) for name, value in row.items()}

@@ -27,6 +27,7 @@ class InputFile(NamedTuple):
       encoding: of its text, a name that Python knows; empty for UTF-8.
       partition: fields that the names of its folders give, as pairs of name and value.
       cr_line_ends: whether its lines end with a carriage return alone.
+      source: its name in tables, which can always be stored.
     """
 
     index: int  # type: ignore[assignment]  # hides tuple.index, which is not used
@@ -38,6 +39,7 @@ class InputFile(NamedTuple):
     encoding: str = ""
     partition: tuple[tuple[str, str], ...] = ()
     cr_line_ends: bool = False
+    source: str = ""
 
     @property
     def is_stored_text(self) -> bool:

@@ -28,8 +28,9 @@ from pipeline.files import (
     list_folders,
 )
 from pipeline.reuse.journal import delete_journal, journal_folder
+from pipeline.table_folders import ATTEMPTS, MANIFEST, REJECTED
 from pipeline.tables.lock import can_lock
-from pipeline.tables.manifest import ATTEMPTS, MANIFEST, REJECTED, attempts_folder, read_pointer, snapshot_folder
+from pipeline.tables.manifest import attempts_folder, read_pointer, snapshot_folder
 
 JOURNAL_DAYS = 30
 _DAY_SECONDS = 86400

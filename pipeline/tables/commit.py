@@ -9,9 +9,9 @@ from typing import Any
 import apache_beam as beam
 import numpy as np
 
-from pipeline.errors import RunError, ValidationError
+from pipeline.errors import RunError, ValidationError, as_line
 from pipeline.progress import check_dead_fraction, describe_dead
-from pipeline.records import BundleCounts, DeadLetter, Row
+from pipeline.records import BundleCounts, DeadLetter, Row, SkippedFile
 from pipeline.reuse.complete import BLOCK, FRESH, LiveDecisions, decide_live, list_shared, number_files, plan_requests
 from pipeline.reuse.dead_letters import DeadLetterFacts, find_examples
 from pipeline.reuse.decide import ROW_COUNTS
@@ -24,7 +24,7 @@ from pipeline.sinks.readers import ROWS as LIVE
 from pipeline.sinks.readers import FileReader, VectorReader
 from pipeline.sinks.writing import DEAD_LETTERS, ROWS, Shard, ShardWriter
 from pipeline.tables.lock import Lease
-from pipeline.tables.manifest import attempts_folder
+from pipeline.tables.manifest import GoneFiles, attempts_folder
 from pipeline.tables.publish import build_manifest, count_dead, reject_snapshot, sum_counts
 from pipeline.tables.store import CommitPlan, Committer, Results
 from pipeline.tables.validation import (
@@ -45,10 +45,20 @@ def find_examples_in(shards: Iterable[Shard]) -> FindExamples:
     return lambda: find_examples(shard for shard in shards if shard.kind == DEAD_LETTERS)
 
 
-def check_counts(counts: dict[str, dict[str, float]], max_dead_fraction: float, find_examples: FindExamples) -> None:
+def check_counts(
+    counts: dict[str, dict[str, float]],
+    max_dead_fraction: float,
+    find_examples: FindExamples,
+    bad_files: Sequence[SkippedFile] = (),
+) -> None:
     """Raises RunError if nothing was read, or too much of it cannot be embedded."""
     dead = count_dead(counts)
     n = int(counts.get("read", {}).get("records", 0))
+    if not n and not dead and bad_files:
+        raise RunError(
+            f"the input holds no documents that can be read: {len(bad_files):,} of its files are skipped, the first is "
+            f"{as_line(str(bad_files[0]))}; repair them"
+        )
     if not n and not dead:
         raise RunError("the input holds no documents; check --input and --on_empty")
     check_dead_fraction(dead, n, max_dead_fraction, find_examples)
@@ -77,6 +87,7 @@ class LocalCompletion:
       expected: how many documents there should be.
       spot_checks: rows that were encoded once more.
       whole: whether the files hold the whole table, or only what changes in a database.
+      bad_files: input files that could not be read to their ends.
     """
 
     plan: CommitPlan
@@ -89,6 +100,7 @@ class LocalCompletion:
     expected: Expected
     spot_checks: Sequence[Row]
     whole: bool
+    bad_files: tuple[SkippedFile, ...]
 
     def validate(self) -> None:
         """Raises ValidationError if the new state must not be published."""
@@ -115,6 +127,7 @@ class DistributedCompletion:
     shards: list[Shard]
     counts: dict[str, dict[str, float]]
     expected: Expected
+    bad_files: tuple[SkippedFile, ...]
 
     def validate(self) -> None:
         """Raises ValidationError if the new state must not be published."""
@@ -162,7 +175,7 @@ def validate_snapshot(completion: Completion, failed: str, it: str) -> None:
         completion.validate()
     except ValidationError as error:
         publication = completion.plan.publication
-        manifest = build_manifest(publication, completion.shards, completion.counts)
+        manifest = build_manifest(publication, completion.shards, completion.counts, completion.bad_files)
         folder = reject_snapshot(publication, manifest, completion.shards)
         raise ValidationError(
             f"{failed} in {folder}: {error}; the table is unchanged; inspect {it}, or "
@@ -170,19 +183,21 @@ def validate_snapshot(completion: Completion, failed: str, it: str) -> None:
         ) from error
 
 
-def check_deletes(counts: Mapping[str, float], max_fraction: float) -> None:
+def check_deletes(counts: Mapping[str, float], max_fraction: float, gone: GoneFiles) -> None:
     """Raises RunError if more documents are gone than is allowed, without renamed ones: the input may be wrong.
 
     Args:
       counts: of `decide_rows`.
       max_fraction: of the live documents that may be gone.
+      gone: the input files of the live table that are no longer among the input.
     """
     n_deleted, n_live = int(counts.get("deleted", 0) - counts.get("moved", 0)), int(counts.get("live", 0))
     if n_live and n_deleted / n_live > max_fraction:
+        why = f" ({int(counts.get('gone', 0)):,} of them come from {gone})" if gone.n else ""
         raise RunError(
             f"{n_deleted:,} of the table's {n_live:,} documents are gone from the input, more than "
-            f"--max_delete_fraction={max_fraction:g} allows; check --input, or raise it, or use --deletes=keep (what "
-            "was encoded is kept for the next run)"
+            f"--max_delete_fraction={max_fraction:g} allows{why}; check --input, or raise it, or use --deletes=keep "
+            "(what was encoded is kept for the next run)"
         )
 
 
@@ -192,12 +207,13 @@ def complete_distributed(plan: CommitPlan, results: Results) -> DistributedCompl
     Raises:
       RunError: if more of the table's documents are gone than is allowed, or too much cannot be embedded.
     """
-    counts = sum_counts(results.bundle_counts)
-    check_counts(counts, plan.publication.max_dead_fraction, find_examples_in(results.shards))
+    counts, bad_files = sum_counts(results.bundle_counts), results.list_bad_files()
+    examples = find_examples_in(results.shards)
+    check_counts(counts, plan.publication.max_dead_fraction, examples, bad_files)
     merge = counts["merge"] = dict.fromkeys(ROW_COUNTS, 0.0) | counts.get("merge", {})
-    check_deletes(merge, plan.publication.reindex.max_delete_fraction)
+    check_deletes(merge, plan.publication.reindex.max_delete_fraction, plan.reuse.gone)
     expected = expect_documents(plan, counts, int(merge.get("dead", 0)))
-    return DistributedCompletion(plan, results, list(results.shards), counts, expected)
+    return DistributedCompletion(plan, results, list(results.shards), counts, expected, bad_files)
 
 
 def complete_local(plan: CommitPlan, results: Results, whole: bool) -> LocalCompletion:
@@ -213,7 +229,9 @@ def complete_local(plan: CommitPlan, results: Results, whole: bool) -> LocalComp
     """
     publication, reuse = plan.publication, plan.reuse.back_end
     assert isinstance(reuse, LocalReuse)
-    check_counts(sum_counts(results.bundle_counts), publication.max_dead_fraction, find_examples_in(results.shards))
+    bad_files = results.list_bad_files()
+    examples = find_examples_in(results.shards)
+    check_counts(sum_counts(results.bundle_counts), publication.max_dead_fraction, examples, bad_files)
     folder, policy = attempts_folder(publication.table, publication.name), reuse.policy
     index = VectorIndex(reuse.folder)
     fresh = [shard for shard in results.shards if shard.kind == ROWS]
@@ -223,8 +241,9 @@ def complete_local(plan: CommitPlan, results: Results, whole: bool) -> LocalComp
     dead_writer = ShardWriter(folder, plan.dead_letter_format, plan.shard_bytes)
     pairs = list(zip(fresh_files, fresh, strict=True))
     requests = plan_requests(results.notes, index, pairs, shared, dead, dead_writer)
-    decisions = decide_live(index, results.notes, requests.dead_ids, dead.incomplete, requests.moved, policy)
-    check_deletes(decisions.counts, publication.reindex.max_delete_fraction)
+    incomplete = dead.incomplete | {bad.file for bad in bad_files}
+    decisions = decide_live(index, results.notes, requests.dead_ids, incomplete, requests.moved, reuse.inputs, policy)
+    check_deletes(decisions.counts, publication.reindex.max_delete_fraction, plan.reuse.gone)
     fresh_reader = FileReader(plan.form.name, plan.form.layout, plan.form.compression)
     readers: dict[str, VectorReader] = {
         FRESH: fresh_reader,
@@ -243,7 +262,7 @@ def complete_local(plan: CommitPlan, results: Results, whole: bool) -> LocalComp
     check_counts(counts, publication.max_dead_fraction, find_examples_in(everything))
     expected = expect_documents(plan, counts, dead.n_documents + requests.n_dead)
     return LocalCompletion(
-        plan, index, readers, fresh, everything, counts, decisions, expected, results.spot_checks, whole
+        plan, index, readers, fresh, everything, counts, decisions, expected, results.spot_checks, whole, bad_files
     )
 
 

@@ -213,7 +213,7 @@ def complete_changes(plan: CommitPlan, results: Results) -> LocalCompletion:
 def describe_run(completion: LocalCompletion) -> tuple[Manifest, list[Shard]]:
     """The manifest of a run on a database, and the files of its dead letters."""
     dead_letters = [shard for shard in completion.shards if shard.kind == DEAD_LETTERS]
-    manifest = build_manifest(completion.plan.publication, dead_letters, completion.counts)
+    manifest = build_manifest(completion.plan.publication, dead_letters, completion.counts, completion.bad_files)
     n_new = sum(shard.rows for shard in completion.shards if shard.kind == ROWS)
     return replace(manifest, rows=completion.index.n_live - len(completion.removed_rows()) + n_new), dead_letters
 

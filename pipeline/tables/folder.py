@@ -4,27 +4,31 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 from pipeline.config import EmbedConfig
 from pipeline.files import create_file, exists, join, measure_files, read_checksum, read_text
+from pipeline.records import SkippedFile
 from pipeline.reuse.live_table import LiveFile
 from pipeline.signals import PUBLISHING
-from pipeline.sinks.index import Index, read_index
+from pipeline.sinks.index import Index, read_index, read_sources
 from pipeline.sinks.layout import TableLayout
 from pipeline.sinks.readers import FileReader, VectorReader, damaged
 from pipeline.sinks.writing import RowFormat, Shard
+from pipeline.table_folders import MANIFEST
 from pipeline.tables.attempts import clean_up, cleaning_up
 from pipeline.tables.commit import check_any_rows, complete, find_examples_in, validate_snapshot
 from pipeline.tables.folder_table import FolderTable
-from pipeline.tables.manifest import MANIFEST, Manifest, attempts_folder, snapshot_folder
+from pipeline.tables.manifest import Manifest, attempts_folder, snapshot_folder
 from pipeline.tables.publish import build_manifest, check_folder, check_writable, make_live, place_files
 from pipeline.tables.retention import expire_snapshots
 from pipeline.tables.store import CommitPlan, Committer, Results
 
 # In the attempt's folder: the list of the new snapshot's files, so that a repeated commit uses the same.
 AGREED = "commit.json"
+_THREADS = 32  # object stores take some 50 ms for each file
 _LOGGER = logging.getLogger(__name__)
 
 
@@ -86,9 +90,25 @@ class FolderStore(FolderTable):
             if join(root, file.name) not in lost
         ]
 
+    def list_sources(self, files: Iterable[LiveFile]) -> set[str]:
+        """The input files that the rows of some files come from, from the ends of their index files.
+
+        Raises:
+          TableError: if one is damaged.
+        """
+        with ThreadPoolExecutor(_THREADS) as threads:
+            return {source for some in threads.map(_read_sources, files) for source in some}
+
     def live_files(self, live: Manifest) -> dict[str, tuple[int, str]]:
         root = snapshot_folder(self.work, live.snapshot)
         return {join(root, file.name): (file.n_bytes, file.sha256) for file in live.files}
+
+
+def _read_sources(file: LiveFile) -> list[str]:
+    try:
+        return read_sources(file.index_path)
+    except Exception as error:  # each file system raises its own exceptions
+        raise damaged(file.index_path, str(error)) from error
 
 
 def has_checksum(path: str, sha256: str) -> bool:
@@ -115,8 +135,8 @@ class FolderCommit(Committer):
         plan = self.plan.publication
         folder = snapshot_folder(plan.table, plan.name)
         if not exists(join(folder, MANIFEST)):  # else the commit is repeated
-            shards, counts = self._agree(results)
-            manifest = build_manifest(plan, shards, counts)
+            shards, counts, bad_files = self._agree(results)
+            manifest = build_manifest(plan, shards, counts, bad_files)
             with PUBLISHING:
                 place_files(manifest, shards, folder)
         with PUBLISHING:
@@ -126,16 +146,16 @@ class FolderCommit(Committer):
             expire_snapshots(plan.table, plan.reindex.keep_snapshots, plan.reindex.grace_seconds)
         return plan.name
 
-    def _agree(self, results: Results) -> tuple[list[Shard], dict[str, dict[str, float]]]:
+    def _agree(self, results: Results) -> tuple[list[Shard], dict[str, dict[str, float]], Sequence[SkippedFile]]:
         publication = self.plan.publication
         path = join(attempts_folder(publication.table, publication.name), AGREED)
         if exists(path):
             values = json.loads(read_text(path))
             shards = [Shard(*fields)._replace(index_size=tuple(fields[8])) for fields in values["shards"]]
-            return shards, values["counts"]
+            return shards, values["counts"], [SkippedFile(*fields) for fields in values["bad_files"]]
         completion = complete(self.plan, results, whole=True)
-        shards, counts = completion.shards, completion.counts
+        shards, counts, bad_files = completion.shards, completion.counts, completion.bad_files
         check_any_rows(shards, counts, find_examples_in(shards))
         validate_snapshot(completion, "the new snapshot failed validation and is kept", "it")
-        create_file(path, json.dumps({"shards": shards, "counts": counts}).encode())
-        return shards, counts
+        create_file(path, json.dumps({"shards": shards, "counts": counts, "bad_files": bad_files}).encode())
+        return shards, counts, bad_files

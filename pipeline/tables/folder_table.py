@@ -9,7 +9,8 @@ import numpy as np
 from pipeline.files import absolute_path, join
 from pipeline.sinks.layout import Columns
 from pipeline.sinks.readers import ROWS, FileReader, VectorFile
-from pipeline.tables.manifest import POINTER, Manifest, check_place, read_manifest, read_pointer, snapshot_folder
+from pipeline.table_folders import POINTER
+from pipeline.tables.manifest import Manifest, check_place, read_manifest, read_pointer, snapshot_folder
 from pipeline.tables.pointer import read_versioned
 from pipeline.tables.store import Live
 

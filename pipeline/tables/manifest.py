@@ -16,21 +16,20 @@ from __future__ import annotations
 import json
 import os
 import re
+from collections.abc import Collection, Iterable
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
-from pipeline.errors import ConfigError, TableError
+from pipeline.errors import ConfigError, TableError, as_line
 from pipeline.files import check_scheme, exists, is_local, join, read_text
+from pipeline.records import SkippedFile
 from pipeline.sinks.layout import TableLayout
+from pipeline.table_folders import ATTEMPTS, MANIFEST, POINTER, SNAPSHOTS
 from pipeline.tables import manifest_v2
 
 FORMAT_VERSION = 3
-POINTER = "CURRENT"
-MANIFEST = "manifest.json"
-SNAPSHOTS = "snapshots"
-ATTEMPTS = "attempts"
-REJECTED = "rejected"
 DATABASES = ("duckdb://", "bq://")  # schemes of tables that are not folders
+SHOWN_FILES = 5  # of those that are gone
 _SNAPSHOT_NAME = re.compile(r"[\w.-]+")
 _FIX = f"put the name of another folder of {SNAPSHOTS}/ into {POINTER}, or delete {POINTER} and run embeam embed again"
 
@@ -43,6 +42,30 @@ class TableFile:
     rows: int
     n_bytes: int
     sha256: str
+
+
+@dataclass(frozen=True)
+class GoneFiles:
+    """Input files that the live rows come from and that are no longer among the input.
+
+    Attributes:
+      n: how many there are.
+      first: the names of the first.
+    """
+
+    n: int = 0
+    first: tuple[str, ...] = ()
+
+    @classmethod
+    def of(cls, sources: Iterable[str], inputs: Collection[str]) -> GoneFiles:
+        """Those of the live rows' sources that are not among the inputs."""
+        gone = sorted({source for source in sources if source and source not in inputs})
+        return cls(len(gone), tuple(gone[:SHOWN_FILES]))
+
+    def __str__(self) -> str:
+        files = "an input file that is" if self.n == 1 else f"{self.n:,} input files that are"
+        names = as_line(", ".join(self.first)) + (", ..." if self.n > len(self.first) else "")
+        return f"{files} no longer among the input: {names}"
 
 
 @dataclass(frozen=True)
@@ -67,6 +90,8 @@ class Manifest:
       dead_letters: count by reason.
       previous: the snapshot that was live before, or "".
       seconds: wall-clock time of the run, from its start to its publication.
+      bad_files: input files that could not be read to their ends and were skipped; the rows from them stay.
+      gone_files: input files of the previous snapshot that were no longer among the input: how many, and the first.
       parity: how close the fast graph is to the published one on this machine before the run (`precision`, `max_abs`,
         `min_cosine` over a few rows); empty where the published graph ran.
     """
@@ -88,11 +113,14 @@ class Manifest:
     dead_letters: dict[str, int]
     previous: str = ""
     seconds: float = 0.0
+    bad_files: tuple[SkippedFile, ...] = ()
+    gone_files: GoneFiles = GoneFiles()
     parity: dict[str, Any] = field(default_factory=dict)
     format_version: int = field(default=FORMAT_VERSION)
 
     def to_json(self) -> str:
-        return json.dumps(asdict(self) | {"layout": self.layout.to_json()}, indent=1) + "\n"
+        own = {"layout": self.layout.to_json(), "bad_files": [bad._asdict() for bad in self.bad_files]}
+        return json.dumps(asdict(self) | own, indent=1) + "\n"
 
     @classmethod
     def from_json(cls, text: str) -> Manifest:
@@ -112,6 +140,9 @@ class Manifest:
         values["layout"] = TableLayout.from_json(values["layout"])
         for name in ("files", "index_files", "dead_letter_files"):
             values[name] = tuple(TableFile(**entry) for entry in values[name])
+        values["bad_files"] = tuple(SkippedFile(**entry) for entry in values.get("bad_files", ()))
+        gone = values.get("gone_files", {"n": 0, "first": ()})
+        values["gone_files"] = GoneFiles(gone["n"], tuple(gone["first"]))
         known = {attribute.name for attribute in fields(cls)}
         return cls(**{name: values[name] for name in known & set(values)})  # another embeam may write more
 

@@ -27,24 +27,14 @@ from pipeline.files import (
     strip_partial,
     write_atomically,
 )
-from pipeline.records import REASONS, BundleCounts
-from pipeline.reuse.journal import JOURNAL
+from pipeline.records import REASONS, BundleCounts, SkippedFile
 from pipeline.sinks.index import SUFFIX as INDEX_SUFFIX
 from pipeline.sinks.layout import TableLayout
 from pipeline.sinks.tfrecord import build_schema
 from pipeline.sinks.writing import Shard
+from pipeline.table_folders import ATTEMPTS, JOURNAL, MANIFEST, POINTER, REJECTED, SNAPSHOTS
 from pipeline.tables.lock import LOCK
-from pipeline.tables.manifest import (
-    ATTEMPTS,
-    MANIFEST,
-    POINTER,
-    REJECTED,
-    SNAPSHOTS,
-    Manifest,
-    TableFile,
-    attempts_folder,
-    read_pointer,
-)
+from pipeline.tables.manifest import Manifest, TableFile, attempts_folder, read_pointer
 from pipeline.tables.pointer import replace_if
 
 _NAMES = (SNAPSHOTS, ATTEMPTS, REJECTED, JOURNAL, LOCK, POINTER)  # the names in a table's folder
@@ -140,7 +130,12 @@ def check_free_space(table: str, n_rows: int, row_bytes: int) -> None:
         )
 
 
-def build_manifest(plan: Publication, shards: Sequence[Shard], counts: dict[str, dict[str, float]]) -> Manifest:
+def build_manifest(
+    plan: Publication,
+    shards: Sequence[Shard],
+    counts: dict[str, dict[str, float]],
+    bad_files: Iterable[SkippedFile] = (),
+) -> Manifest:
     """The manifest of a snapshot of finished files, under their final names."""
     by_kind = defaultdict(list)
     for shard in sorted(shards, key=lambda shard: (shard.first, shard.path)):
@@ -159,6 +154,7 @@ def build_manifest(plan: Publication, shards: Sequence[Shard], counts: dict[str,
         counts=counts,
         dead_letters=count_dead(counts),
         previous=plan.previous,
+        bad_files=tuple(bad_files),
         seconds=round(time.time() - plan.started, 3),
         **plan.facts,
     )

@@ -8,18 +8,9 @@ import uuid
 
 from pipeline.errors import TableError
 from pipeline.files import delete_folder, exists, join, list_folders
+from pipeline.table_folders import MANIFEST, POINTER, SNAPSHOTS
 from pipeline.tables.lock import TableLock
-from pipeline.tables.manifest import (
-    MANIFEST,
-    POINTER,
-    SNAPSHOTS,
-    Manifest,
-    attempts_folder,
-    open_table,
-    read_manifest,
-    read_pointer,
-    snapshot_folder,
-)
+from pipeline.tables.manifest import Manifest, attempts_folder, open_table, read_manifest, read_pointer, snapshot_folder
 from pipeline.tables.pointer import read_versioned, replace_if
 
 

@@ -7,9 +7,9 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple, Optional, Protocol
 
 from pipeline.config import EmbedConfig
-from pipeline.records import BundleCounts, Row
+from pipeline.records import BundleCounts, Row, SkippedFile
 from pipeline.sinks.layout import Columns, TableLayout
-from pipeline.tables.manifest import Manifest
+from pipeline.tables.manifest import GoneFiles, Manifest
 
 if TYPE_CHECKING:  # only needed by runs
     import apache_beam as beam
@@ -30,11 +30,13 @@ class ReusePlan:
       back_end: where vectors are looked up, by the kind of engine; its `policy` says which may be reused.
       reader: how the live table's vectors are read; None if there is no live table.
       live: size and checksum of the live table's files, by path; empty for databases.
+      gone: input files that live rows come from and that are no longer there.
     """
 
     back_end: LocalReuse | DistributedReuse
     reader: Optional[VectorReader] = None
     live: dict[str, tuple[int, str]] = field(default_factory=dict)
+    gone: GoneFiles = GoneFiles()
 
 
 @dataclass(frozen=True)
@@ -65,6 +67,7 @@ class Results(NamedTuple):
       spot_checks: rows that were encoded once more.
       notes: paths of the local back end's notes on documents that are not encoded.
       samples: rows to compare spot checks with, from the distributed back end.
+      bad_files: input files that could not be read to their ends.
     """
 
     shards: Sequence[Shard]
@@ -72,6 +75,11 @@ class Results(NamedTuple):
     spot_checks: Sequence[Row]
     notes: Sequence[str] = ()
     samples: Sequence[Row] = ()
+    bad_files: Sequence[SkippedFile] = ()
+
+    def list_bad_files(self) -> tuple[SkippedFile, ...]:
+        """The bad files in order, each once: several ranges of one may have failed."""
+        return tuple({bad.file: bad for bad in sorted(self.bad_files, reverse=True)}.values())[::-1]
 
 
 class Committer(Protocol):

@@ -123,11 +123,12 @@ class Facts(NamedTuple):
     dead: bool = False
     incomplete: bool = False
     moved: bool = False
+    gone: bool = False
 
 
 def decide(documents: list[Facts], policy: ReusePolicy) -> tuple[list[RowAction], Counter[str]]:
     rows = [(bytes([i + 1]), *facts[1:]) for i, facts in enumerate(documents) for _ in range(facts.n_rows)]
-    columns = list(zip(*rows, strict=True)) or [()] * 6
+    columns = list(zip(*rows, strict=True)) or [()] * 7
     facts = RowFacts(np.array(columns[0], "S16"), *(np.array(column, bool) for column in columns[1:]))
     actions, counts = decide_rows(facts, policy)
     return [RowAction(action) for action in actions], counts
@@ -147,6 +148,9 @@ KEEPING = ReusePolicy(True, True, keeps_unseen=True)
         (Facts(1, dead=True), SAME, RowAction.KEEP_STALE, "stale"),
         (Facts(1, incomplete=True), SAME, RowAction.KEEP_STALE, "stale"),
         (Facts(1), SAME, RowAction.DELETE, "deleted"),
+        (Facts(1, seen=True, gone=True), SAME, RowAction.REPLACE, None),
+        (Facts(1, unchanged=True, seen=True, gone=True), SAME, RowAction.KEEP, None),
+        (Facts(1, gone=True), KEEPING, RowAction.KEEP_UNSEEN, "kept"),
         (Facts(1), KEEPING, RowAction.KEEP_UNSEEN, "kept"),
         (Facts(1, dead=True), KEEPING, RowAction.KEEP_STALE, "stale"),
         (Facts(1, seen=True, dead=True), OTHER_MODEL, RowAction.DELETE, "lost"),
@@ -167,7 +171,13 @@ def test_a_deleted_document_has_moved_if_its_vector_goes_on():
     assert +counts == Counter(live=4, deleted=2, moved=1, stale=1)
 
 
-@given(st.lists(st.builds(Facts, st.integers(1, 3), *[st.booleans()] * 5), max_size=20), POLICIES)
+def test_documents_that_are_deleted_with_their_file_are_counted_without_those_that_have_moved():
+    documents = [Facts(2, gone=True), Facts(1, gone=True, moved=True), Facts(1), Facts(1, seen=True, gone=True)]
+    _, counts = decide(documents, SAME)
+    assert +counts == Counter(live=4, deleted=3, moved=1, gone=1)
+
+
+@given(st.lists(st.builds(Facts, st.integers(1, 3), *[st.booleans()] * 6), max_size=20), POLICIES)
 def test_live_rows_are_decided_about_as_the_rules_say(documents, policy):
     expected, counts = [], defaultdict(int, live=len(documents))
     for facts in documents:
@@ -180,6 +190,7 @@ def test_live_rows_are_decided_about_as_the_rules_say(documents, policy):
         if action in names:
             counts[names[action] if policy.same_fingerprint or not kept else "lost"] += 1
         counts["moved"] += action == RowAction.DELETE and facts.moved
+        counts["gone"] += action == RowAction.DELETE and facts.gone and not facts.moved
         if not policy.same_fingerprint and (kept or kind == "unchanged"):
             action = RowAction.DELETE
         expected += [action] * facts.n_rows

@@ -38,7 +38,7 @@ from pipeline.tables.retention import roll_back
 from tests.support.histories import run_joined
 from tests.support.official import official_tokens, official_vector
 from tests.support.runs import run_pipeline, watch_encoder
-from tests.support.steps import LAYOUT, SteppedTable, draw_vector, make_dead_letter, make_document
+from tests.support.steps import LAYOUT, SteppedTable, draw_vector, make_document
 from tests.support.tables import assert_close, read_rows
 
 FILES = ("a.jsonl", "b.jsonl", "c.jsonl.gz")
@@ -344,9 +344,9 @@ class SteppedRuns(Histories):
             for name, doc in found.readable.items()
             if doc.file == file
         ]
-        dead_letters = [make_dead_letter(FILES[2], None, "truncated_file")] if found.is_cut else []
+        bad_files = [FILES[2]] if found.is_cut else []
         too_long = {text for text in TEXTS if is_too_long(text, self.model)}
-        outcome = self.steps.run(documents, dead_letters, too_long, dies=self.dies, keep_snapshots=99)
+        outcome = self.steps.run(documents, (), too_long, dies=self.dies, bad_files=bad_files, keep_snapshots=99)
         encoded = [text for text in outcome.encoded if text not in too_long]
         assert not {(self.model, text) for text in encoded} & self.journal, "the journal has it"
         self.journal = {(model, text) for model, text in self.journal if model != self.model}

@@ -22,7 +22,7 @@ import numpy as np
 import pytest
 
 from pipeline.encoders.handler import LoadedEncoder
-from pipeline.errors import ConfigError, RunError, TableError, ValidationError
+from pipeline.errors import ConfigError, InputError, RunError, TableError, ValidationError
 from pipeline.sources.planning import plan_input
 from pipeline.tables.manifest import Manifest, open_table
 from tests.support.corpora import as_records, change, some_texts, write_jsonl
@@ -270,11 +270,15 @@ def test_rows_of_a_file_that_is_cut_off_stay(tmp_path):
     write_gz([record for record in changed if record["id"] != "1"])
     (tmp_path / "a.jsonl.gz").write_bytes((tmp_path / "a.jsonl.gz").read_bytes()[: len(whole) // 2])
     write_jsonl(tmp_path / "b.jsonl", plain[3:])
-    rows, manifest, encoded = embed(tmp_path, **settings)
+    with pytest.raises(InputError, match=r"a\.jsonl\.gz is cut off.*--on_bad_file=skip"):
+        embed(tmp_path, **settings)
+    assert len(read_rows(str(tmp_path / "table"))) == 130
+    rows, manifest, _ = embed(tmp_path, **settings, on_bad_file="skip")
     n_read = manifest.counts["read"]["documents"] - 7
     assert 20 < n_read < 110, "the file should be cut in the middle"
-    assert dead_letters_of(tmp_path / "table") == [(None, "truncated_file")]
-    assert encoded == ["changed at the begin"]
+    assert not dead_letters_of(tmp_path / "table")
+    assert [(bad.file, bad.reason) for bad in manifest.bad_files] == [(settings["input"][0], "truncated_file")]
+    assert manifest.counts["reuse"]["changed"] == 1
     assert (manifest.counts["merge"]["stale"], manifest.counts["merge"]["deleted"]) == (120 - n_read, 3)
     assert_official(rows, [*change(zipped, n0="changed at the begin"), *plain[3:]], max_tokens=16)
     write_gz([record for record in changed if record["id"] != "1"])

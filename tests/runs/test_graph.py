@@ -45,7 +45,7 @@ def find_documents(proto: beam_runner_api_pb2.Pipeline) -> set[str]:
     while waiting:
         name = waiting.pop()
         if (
-            name.endswith((".bundle_counts", ".notes", ".spot_checks"))
+            name.endswith((".bundle_counts", ".notes", ".spot_checks", ".bad_files"))
             or "ParDo(WriteRecords)" in name
             or name in growing
         ):
@@ -102,6 +102,8 @@ def test_only_splits_paths_finished_files_and_counts_cross(id_field, tmp_path):
         *scans,
         *(("Flatten", f"{writer}/WriteRecords") for writer in writers),  # files and counts
         ("Flatten", "Read/Read"),
+        ("Flatten", "Read/UnreadableFiles"),
+        ("side input", "Read/BadFiles"),
         ("Flatten", "LookUp/LookUpDocuments"),
         ("side input", "LookUp/LookUpDocuments"),  # the notes' paths
         ("side input", "Embed/Finish"),  # the spot checks

@@ -9,26 +9,13 @@ import pytest
 import zstandard
 
 from pipeline.config import ReadConfig
-from pipeline.records import DeadLetter
-from pipeline.sources.compression import UnreadableFile, open_stream
+from pipeline.sources.compression import FileError, UnreadableFile, open_stream
 from pipeline.sources.decoders import find_compression
 from pipeline.sources.detection import inspect_file
-from pipeline.sources.planning import plan_input
-from pipeline.sources.read import read_range
 from pipeline.sources.source import InputFile
+from tests.support.sources import read_file, summarize
 
 MIB = 1 << 20
-
-
-def read_file(path, data, **settings):
-    path.write_bytes(data)
-    config = ReadConfig(input=(str(path),), **settings)
-    plan = plan_input(config)
-    return [i.outcome for split in plan.splits for r in split for i in read_range(r, config, ())]
-
-
-def summarize(outcomes):
-    return [(o.reason, o.origin.position) if isinstance(o, DeadLetter) else o.text for o in outcomes]
 
 
 def make_frame(data, window_log):
@@ -42,9 +29,9 @@ def test_zstd_windows(tmp_path, window_log, max_window):
     frame = make_frame(b"one\ntwo\n", window_log)
     assert zstandard.get_frame_parameters(frame).window_size == 1 << window_log == max_window * MIB
     assert summarize(read_file(tmp_path / "a.txt.zst", frame, max_window=max_window)) == ["one", "two"]
-    (dead_letter,) = read_file(tmp_path / "b.txt.zst", frame, max_window=max_window // 2)
-    assert (dead_letter.reason, dead_letter.id) == ("unreadable_file", None)
-    assert f"window of more than --max_window={max_window // 2} MiB; raise it" in dead_letter.message
+    (bad,) = read_file(tmp_path / "b.txt.zst", frame, max_window=max_window // 2)
+    assert bad.reason == "unreadable_file"
+    assert f"window of more than --max_window={max_window // 2} MiB; raise it" in bad.message
     with pytest.raises(UnreadableFile, match=r"b\.txt\.zst has a zstd frame with a window"):
         open_stream(str(tmp_path / "b.txt.zst"), "zstd", max_window=max_window // 2).read()
 
@@ -52,10 +39,10 @@ def test_zstd_windows(tmp_path, window_log, max_window):
 def test_xz_dictionaries(tmp_path):
     data = lzma.compress(b"one\n", preset=6)  # 8 MiB
     assert summarize(read_file(tmp_path / "a.txt.xz", data)) == ["one"]
-    (dead_letter,) = read_file(tmp_path / "a.txt.xz", data, max_window=4)
+    (bad,) = read_file(tmp_path / "a.txt.xz", data, max_window=4)
     assert (
-        dead_letter.reason == "unreadable_file"
-        and "an xz dictionary of more than --max_window=4" in dead_letter.message
+        bad.reason == "unreadable_file"
+        and "an xz dictionary of more than --max_window=4" in bad.message
     )
 
 
@@ -76,11 +63,9 @@ def test_a_name_promises_what_is_not_there(tmp_path, suffix):
     damaged = b"\x1f\x8c" + gzip.compress(os.urandom(500))[2:]
     outcomes = read_file(tmp_path / f"b.txt{suffix}", damaged)
     if suffix:
-        assert summarize(outcomes) == [("unreadable_file", 0)]
+        assert summarize(outcomes) == [("unreadable_file",)]
         assert f"b.txt{suffix} is damaged" in outcomes[0].message
-        assert summarize(read_file(tmp_path / f"b.txt{suffix}", damaged, encoding="latin-1")) == [
-            ("unreadable_file", 0)
-        ]
+        assert summarize(read_file(tmp_path / f"b.txt{suffix}", damaged, encoding="latin-1")) == [("unreadable_file",)]
 
 
 def test_magic_bytes():
@@ -89,8 +74,9 @@ def test_magic_bytes():
     assert find_compression(b"") == find_compression(b"\x1f") == ""
 
 
-def test_a_file_that_cannot_be_read_stays_what_its_name_says(tmp_path):
+def test_a_file_that_cannot_be_decoded_stays_what_its_name_says(tmp_path):
     file = InputFile(0, str(tmp_path / "gone.jsonl.gz"), "gone", 9, "jsonl", "gzip")
-    assert inspect_file(file, ReadConfig()) == file
+    with pytest.raises(FileError, match=r"gone\.jsonl\.gz"):
+        inspect_file(file, ReadConfig())
     (tmp_path / "gone.jsonl.gz").write_bytes(gzip.compress(b"{}")[:12])
     assert inspect_file(file, ReadConfig()) == file

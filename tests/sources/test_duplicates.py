@@ -44,8 +44,7 @@ def corpus(tmp_path):
 def nothing_known(plan):
     """What a distributed run reuses of a table that is not there yet."""
     form = RowFormat("tfrecord", TableLayout("float32", 8))
-    inputs = tuple(file.path for file in plan.files)
-    return DistributedReuse((), "", None, ReusePolicy(False, False), form, "", 1, inputs, "")
+    return DistributedReuse((), "", None, ReusePolicy(False, False), form, "", 1, plan.sources, "")
 
 
 def run(corpus, distributed, options=None, **settings):
@@ -61,7 +60,7 @@ def run(corpus, distributed, options=None, **settings):
 
     rows = [(name, str(key), text, wins) for name, rows in FILES.items() for key, text, wins in rows]
     with beam.Pipeline(runner=FnApiRunner(), options=options) as pipeline:
-        documents, dead_letters, bundle_counts = pipeline | read
+        documents, dead_letters, bundle_counts, _ = pipeline | read
         if distributed:
             compared = documents | CompareById(nothing_known(plan))
             documents = compared.documents

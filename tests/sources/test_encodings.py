@@ -11,10 +11,8 @@ from hypothesis import strategies as st
 
 from pipeline.config import ReadConfig
 from pipeline.errors import ConfigError
-from pipeline.records import DeadLetter
 from pipeline.sources.encoding import find_encoding, is_binary_text
-from pipeline.sources.planning import plan_input
-from pipeline.sources.read import read_range
+from tests.support.sources import read_file, summarize
 
 TEXTS = {
     "ascii": ["seven words of plain text in here", "and a second line"],
@@ -41,17 +39,6 @@ FORMATS = {
     "csv": lambda texts: "text,n\r\n" + "".join(f'"{text}",1\r\n' for text in texts),
     "tsv": lambda texts: "text\tn\n" + "".join(f"{text}\t1\n" for text in texts),
 }
-
-
-def read_file(path, data, **settings):
-    path.write_bytes(data)
-    config = ReadConfig(input=(str(path),), **settings)
-    plan = plan_input(config)
-    return [i.outcome for split in plan.splits for r in split for i in read_range(r, config, ())]
-
-
-def summarize(outcomes):
-    return [(o.reason, o.origin.position) if isinstance(o, DeadLetter) else o.text for o in outcomes]
 
 
 @pytest.mark.parametrize("encode", WIDE.values(), ids=WIDE)

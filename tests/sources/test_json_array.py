@@ -9,22 +9,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline.config import ReadConfig
-from pipeline.records import DeadLetter
 from pipeline.sources.compression import DamagedFile, TruncatedFile
 from pipeline.sources.json_array import iterate_elements
 from pipeline.sources.planning import plan_input
 from pipeline.sources.read import read_range
-
-
-def read_file(path, data, **settings):
-    path.write_bytes(data if isinstance(data, bytes) else data.encode())
-    config = ReadConfig(input=(str(path),), **settings)
-    plan = plan_input(config)
-    return [i.outcome for split in plan.splits for r in split for i in read_range(r, config, ())]
-
-
-def summarize(outcomes):
-    return [(o.reason, o.origin.position) if isinstance(o, DeadLetter) else o.text for o in outcomes]
+from tests.support.sources import read_file, summarize
 
 
 class SmallReads(io.BytesIO):

@@ -9,11 +9,9 @@ from warcio.warcwriter import WARCWriter
 
 from pipeline.config import ReadConfig
 from pipeline.errors import InputError
-from pipeline.records import DeadLetter
 from pipeline.sources.planning import choose_id_field, plan_input
-from pipeline.sources.read import read_range
-from pipeline.sources.sampling import infer_kept_fields, sample_input
 from tests.support.runs import read_rows, run_embed
+from tests.support.sources import read_file, summarize
 
 
 def make_warc(records, is_compressed=False):
@@ -25,19 +23,6 @@ def make_warc(records, is_compressed=False):
         more = {"http_headers": http} if http else {"warc_content_type": content_type}
         writer.write_record(writer.create_warc_record(uri, kind, payload=io.BytesIO(content), **more))
     return out.getvalue()
-
-
-def read_file(path, data, kept=(), **settings):
-    path.write_bytes(data)
-    config = ReadConfig(input=(str(path),), **settings)
-    plan = plan_input(config)
-    config = choose_id_field(plan, config)
-    kept = infer_kept_fields(sample_input(plan, config).rows, config)
-    return [i.outcome for split in plan.splits for r in split for i in read_range(r, config, kept)]
-
-
-def summarize(outcomes):
-    return [(o.reason, o.origin.position) if isinstance(o, DeadLetter) else o.text for o in outcomes]
 
 
 PAGES = [("conversion", f"http://a.org/{i}", f"Größe {i}\nline two".encode(), "text/plain") for i in range(3)]
@@ -91,15 +76,15 @@ def test_files_that_are_cut_off_or_damaged(tmp_path):
     assert summarize(read_file(tmp_path / "a.warc", data[:-20])) == [
         "Größe 0\nline two",
         "Größe 1\nline two",
-        ("truncated_file", 5 - 3),
+        ("truncated_file",),
     ]
     for bad in (b"WARC/9.9", b"nonsense"):
         damaged = data[:third] + bad + data[third + 8 :]
-        assert summarize(read_file(tmp_path / "a.warc", damaged))[2:] == [("unreadable_file", 2)]
+        assert summarize(read_file(tmp_path / "a.warc", damaged))[2:] == [("unreadable_file",)]
     damaged = data.replace(b"Content-Length: 18", b"Content-Length: 12", 1)
-    assert summarize(read_file(tmp_path / "a.warc", damaged)) == ["Größe 0\nli", ("unreadable_file", 1)]
+    assert summarize(read_file(tmp_path / "a.warc", damaged)) == ["Größe 0\nli", ("unreadable_file",)]
     damaged = data.replace(b"Content-Length: 18", b"Content-Length: ab", 1)
-    assert summarize(read_file(tmp_path / "a.warc", damaged)) == [("unreadable_file", 0)]
+    assert summarize(read_file(tmp_path / "a.warc", damaged)) == [("unreadable_file",)]
     cut = gzip.compress(data)[:-12]
     assert summarize(read_file(tmp_path / "a.wet.gz", cut))[-1][0] == "truncated_file"
 

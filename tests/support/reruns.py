@@ -126,6 +126,20 @@ CASES = {
         stay=documents("b", "c"),
         dead_letters=[make_dead_letter(A)],
     ),
+    "a file that cannot be read to its end": Case(
+        [*documents(*"abc"), *documents(*"xyz", file=B)],
+        [*documents("a"), *documents("x", file=B)],
+        [],
+        {"unchanged": 2, "stale": 2, "deleted": 2, "gone": 0},
+        stay=documents("b", "c"),
+        settings={"bad_files": (A,)},
+    ),
+    "a file that is no longer there": Case(
+        [*documents(*"abc"), *documents(*"xyz", file=B), *documents("m=q", file=B)],
+        [*documents("a", "b", "n=q"), *documents("x", file=A)],
+        [],
+        {"unchanged": 3, "deleted": 4, "moved": 1, "gone": 2},
+    ),
     "a document that left a file before it broke": Case(
         documents(*"abc"),
         [*documents("a"), *documents("b", file=B)],

@@ -28,7 +28,7 @@ from pipeline.config import EmbedConfig, ReindexConfig, VectorConfig, WriteConfi
 from pipeline.engines.runner import make_runner
 from pipeline.files import make_folder
 from pipeline.preprocess.chunking import hash_content
-from pipeline.records import BundleCounts, Chunk, DeadLetter, Document, Origin, Row
+from pipeline.records import BundleCounts, Chunk, DeadLetter, Document, Origin, Row, SkippedFile
 from pipeline.reuse import answer_requests, compare_by_id, copy, decide_by_content, decide_by_id, live_table, wire
 from pipeline.reuse.journal import journal_folder, list_folder, write_segment
 from pipeline.reuse.local import LookUpDocuments
@@ -119,6 +119,7 @@ class SteppedTable:
         bundles: int = 1,
         dies: bool = False,
         max_dead_fraction: float = 1.0,
+        bad_files: Sequence[str] = (),
         **reindex: Any,
     ) -> Outcome:
         """One run from documents to a published table.
@@ -130,6 +131,7 @@ class SteppedTable:
           bundles: in which documents are looked up.
           dies: whether the run leaves everything as it is when it fails, as a process does that is killed.
           max_dead_fraction: as the flag.
+          bad_files: names of input files that could not be read to their ends.
           reindex: fields of `ReindexConfig`; deletions stop nothing by default.
         """
         documents = list(documents)
@@ -143,9 +145,11 @@ class SteppedTable:
             make_folder(store.work)
             sweep_dead_attempts(store.work)
             live, version = store.read_live()
-            inputs = sorted({document.origin.path for document in documents})
+            bad = [SkippedFile(name, "truncated_file", f"{name} is cut off") for name in bad_files]
+            origins = [document.origin for document in documents] + [letter.origin for letter in dead_letters]
+            inputs = sorted({origin.path for origin in origins} | set(bad_files))
             plan = self._plan(store, live, version, name, config, scratch, max_dead_fraction, inputs)
-            attempt = Attempt(self, plan, fails)
+            attempt = Attempt(self, plan, fails, bad)
             self.encoded = attempt.encoded
             read = BundleCounts.of("read", {"records": len(documents) + len(dead_letters)})
             try:
@@ -183,7 +187,7 @@ class SteppedTable:
             folder = attempts_folder(store.work, name)
             reuse = prepare_distributed_reuse(store, live, wanted, form, folder, inputs, config)
         else:
-            reuse = prepare_local_reuse(store, live, wanted, form, scratch, config)
+            reuse = prepare_local_reuse(store, live, wanted, form, scratch, inputs, config)
         facts = {"file_format": form.name, "compression": form.compression, "layout": form.layout}
         facts |= {"embeam": "0", "fingerprint": fingerprint, "identity": {"model": self.model}, "settings": {}}
         previous = live.snapshot if live else ""
@@ -201,10 +205,12 @@ class Attempt:
       spot_checks: those of spot checks.
     """
 
-    def __init__(self, table: SteppedTable, plan: CommitPlan, fails: Collection[str]) -> None:
+    def __init__(
+        self, table: SteppedTable, plan: CommitPlan, fails: Collection[str], bad_files: Sequence[SkippedFile]
+    ) -> None:
         self.encoded: list[str] = []
         self.spot_checks: list[str] = []
-        self._table, self._plan, self._fails = table, plan, fails
+        self._table, self._plan, self._fails, self._bad_files = table, plan, fails, bad_files
         publication = plan.publication
         self._folder = attempts_folder(publication.table, publication.name)
         self._journal = journal_folder(publication.table, publication.facts["fingerprint"])
@@ -219,7 +225,8 @@ class Attempt:
         rows, spot_checks, dead = self._encode(found["main"])
         dead_letters = [*dead_letters, *dead]
         bundle_counts = [*found["bundle_counts"], count_letters(dead_letters)]
-        return Results(self._write(rows, dead_letters), bundle_counts, spot_checks, notes=found["notes"])
+        shards, bad_files = self._write(rows, dead_letters), self._bad_files
+        return Results(shards, bundle_counts, spot_checks, notes=found["notes"], bad_files=bad_files)
 
     def run_distributed(self, documents: list[Document], dead_letters: Sequence[DeadLetter]) -> Results:
         """The back end of distributed engines: groups by id and by text, in the order of the graph."""
@@ -258,9 +265,10 @@ class Attempt:
         dead_letters = [*dead_letters, *dead, *compared["dead_letters"], *answered["dead_letters"]]
         dropped = Outputs()
         incomplete = list(dict.fromkeys(flatten(map(decide_by_id.find_incomplete, dead_letters))))
+        incomplete += [bad.file for bad in self._bad_files]
         marks = (map(decide_by_id.mark_new, rows), flatten(map(decide_by_id.mark_dead, dead_letters)))
         groups = group(compared["open_rows"], decided["moved"], *marks)
-        dropped.add_bundle(decide_by_id.DecideRows(reuse.policy), groups, incomplete)
+        dropped.add_bundle(decide_by_id.DecideRows(reuse.policy, reuse.inputs), groups, incomplete)
         copied = Outputs()
         sides = [
             {i: [values[i]] if i in values else [] for i in numbers}
@@ -278,6 +286,7 @@ class Attempt:
             [*counts, count_letters(dead_letters)],
             spot_checks,
             samples=answered["samples"],
+            bad_files=self._bad_files,
         )
 
     def _encode(self, documents: Iterable[Document]) -> tuple[list[Row], list[Row], list[DeadLetter]]:

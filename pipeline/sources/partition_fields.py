@@ -1,0 +1,32 @@
+"""Fields that the names of a file's folders give to all its records: Hive's `year=2026/lang=en/part.parquet`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from pipeline.config import KeptField
+from pipeline.sources.names import NULL_PARTITION
+from pipeline.sources.source import InputFile
+from pipeline.sources.spelling import parse_spelling
+
+
+def read_partition(file: InputFile, kept_fields: Sequence[KeptField], as_strings: bool = False) -> dict[str, Any]:
+    """The fields of a file's folders; a field of the record itself with that name takes precedence.
+
+    Args:
+      file: the file.
+      kept_fields: the fields to keep, with their types; the values of other fields stay as they are spelled.
+      as_strings: whether the format's own values are strings, which are converted later.
+    """
+    kinds = {field.name: field.type for field in kept_fields}
+    fields: dict[str, Any] = {}
+    for name, value in file.partition:
+        is_text = as_strings or kinds.get(name, "string") == "string"
+        fields[name] = None if value == NULL_PARTITION else value if is_text else parse_spelling(value)
+    return fields
+
+
+def infer_partition(file: InputFile) -> dict[str, Any]:
+    """The fields of a file's folders with the types that their spelling suggests."""
+    return {name: None if value == NULL_PARTITION else parse_spelling(value) for name, value in file.partition}
