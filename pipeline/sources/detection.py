@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
+from typing import Union
 
 from pipeline.config import ReadConfig
 from pipeline.errors import ConfigError, InputError
@@ -62,41 +62,48 @@ def detect_format(path: str, input_format: str = "auto") -> tuple[str, str]:
     return kind, compression
 
 
-def inspect_files(files: Iterable[InputFile], config: ReadConfig) -> list[InputFile]:
+def inspect_files(
+    files: Iterable[InputFile], heads: Mapping[str, Union[bytes, FileError]], config: ReadConfig
+) -> list[InputFile]:
     """Corrects by the first bytes of files what their names say; a file that cannot be read stays as it is.
 
     Args:
       files: with format and compression by their names.
+      heads: path to what `read_heads` gives, for files.
       config: the encoding of text, and the dialect of CSV.
 
     Raises:
       ConfigError: if a dialect is given, and no file is CSV or TSV.
     """
     with ThreadPoolExecutor(THREADS) as threads:
-        found = list(threads.map(partial(inspect_file, config=config), files))
+        found = list(threads.map(lambda file: inspect_file(file, heads.get(file.path, b""), config), files))
     check_dialect(found, config)
     return found
 
 
-def inspect_file(file: InputFile, config: ReadConfig) -> InputFile:
+def inspect_file(file: InputFile, head: Union[bytes, FileError], config: ReadConfig) -> InputFile:
     """Finds a file's compression and encoding, the kind of its line ends, and whether JSON is an array.
+
+    Args:
+      file: as its name says.
+      head: its first bytes as they are stored.
+      config: the encoding of text.
 
     Raises:
       ConfigError: if the setting of the encoding cannot be true.
     """
     source = SOURCES[file.format]
-    if not source.reads_compressed:
+    if not source.reads_compressed or isinstance(head, FileError):
         return file
-    try:
-        head = read_head(file.path)
-        compression = source.find_compression(head)
-        # Without the magic bytes that its name promises a file is read as it is if it can be, else it is damaged.
-        if compression or may_begin_with(head, source, config):
-            file = file._replace(compression=compression)
-        if file.compression:
+    compression = source.find_compression(head)
+    # Without the magic bytes that its name promises a file is read as it is if it can be, else it is damaged.
+    if compression or may_begin_with(head, source, config):
+        file = file._replace(compression=compression)
+    if file.compression:
+        try:
             head = read_head(file.path, file.compression, config.max_window)
-    except FileError:  # reading reports it
-        return file
+        except FileError:  # reading reports it
+            return file
     if not source.is_text:
         return file
     encoding = find_encoding(head, config.encoding)

@@ -21,6 +21,7 @@ from pipeline.sources import SOURCES
 from pipeline.sources.bigquery import materialize_query, measure_table, require_id_field
 from pipeline.sources.bigquery_client import SCHEME, BigQueryName
 from pipeline.sources.detection import detect_format, inspect_files
+from pipeline.sources.heads import read_heads
 from pipeline.sources.source import FileRange, InputFile
 
 
@@ -70,7 +71,8 @@ def plan_input(config: ReadConfig) -> InputPlan:
         InputFile(index, file.path, file.name, file.size, *detect_format(file.path, config.input_format))
         for index, file in enumerate(file for file in ordered if file.size)
     ]
-    files = inspect_files(named, config)
+    paths = [file.path for file in named if not file.path.startswith(SCHEME)]
+    files = inspect_files(named, dict(zip(paths, read_heads(paths), strict=True)), config)
     check_files(files, config)
     ranges = [r for file in files for r in SOURCES[file.format].split_file(file, config)]
     splits = [tuple(ranges)] if config.limit and ranges else group_ranges(ranges, config.split_bytes)

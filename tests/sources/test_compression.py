@@ -13,6 +13,7 @@ from pipeline.records import DeadLetter
 from pipeline.sources.compression import UnreadableFile, open_stream
 from pipeline.sources.decoders import find_compression
 from pipeline.sources.detection import inspect_file
+from pipeline.sources.heads import read_heads
 from pipeline.sources.planning import plan_input
 from pipeline.sources.read import read_range
 from pipeline.sources.source import InputFile
@@ -90,7 +91,10 @@ def test_magic_bytes():
 
 
 def test_a_file_that_cannot_be_read_stays_what_its_name_says(tmp_path):
-    file = InputFile(0, str(tmp_path / "gone.jsonl.gz"), "gone", 9, "jsonl", "gzip")
-    assert inspect_file(file, ReadConfig()) == file
-    (tmp_path / "gone.jsonl.gz").write_bytes(gzip.compress(b"{}")[:12])
-    assert inspect_file(file, ReadConfig()) == file
+    path = str(tmp_path / "a.jsonl.gz")
+    file = InputFile(0, path, "a", 9, "jsonl", "gzip")
+    (gone,) = read_heads([path])
+    assert isinstance(gone, UnreadableFile) and inspect_file(file, gone, ReadConfig()) == file
+    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(b"{}")[:12])
+    (cut,) = read_heads([path])
+    assert inspect_file(file, cut, ReadConfig()) == file
