@@ -74,10 +74,10 @@ def is_binary_text(text: str) -> bool:
     """Whether half of a text or more is NULs and other control characters: it is binary, or wrongly decoded."""
     # This runs for every document, so a long text is first judged by some characters of it; an odd distance between
     # them meets the NULs of UTF-16 too.
-    sample = text[:: len(text) // _SAMPLE_CHARACTERS | 1]
-    return _count_controls(sample) > _BINARY_SHARE / 2 * len(sample) and _count_controls(text) >= _BINARY_SHARE * len(
-        text
-    )
+    sample = text if len(text) <= _SAMPLE_CHARACTERS else text[:: len(text) // _SAMPLE_CHARACTERS | 1]
+    if sample.isprintable() or _count_controls(sample) <= _BINARY_SHARE / 2 * len(sample):
+        return False
+    return _count_controls(text) >= _BINARY_SHARE * len(text)
 
 
 def _count_controls(text: str) -> int:

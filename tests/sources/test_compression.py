@@ -40,10 +40,7 @@ def test_xz_dictionaries(tmp_path):
     data = lzma.compress(b"one\n", preset=6)  # 8 MiB
     assert summarize(read_file(tmp_path / "a.txt.xz", data)) == ["one"]
     (bad,) = read_file(tmp_path / "a.txt.xz", data, max_window=4)
-    assert (
-        bad.reason == "unreadable_file"
-        and "an xz dictionary of more than --max_window=4" in bad.message
-    )
+    assert bad.reason == "unreadable_file" and "an xz dictionary of more than --max_window=4" in bad.message
 
 
 def test_skipped_frames_and_padding(tmp_path):

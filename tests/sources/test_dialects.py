@@ -65,6 +65,17 @@ def test_a_stray_quote_costs_one_line(tmp_path, n, closed):
     assert outcomes[0].text == '0,"To be'
 
 
+def test_text_behind_a_closing_quote_costs_one_line(tmp_path):
+    data = 'id,text\n1,"open\n2,plain\n3,"junk" x\n4,"ok"\n5,last\n'
+    assert summarize(read_file(tmp_path / "a.csv", data)) == [
+        ("malformed_csv", 0),
+        "plain",
+        ("malformed_csv", 2),
+        "ok",
+        "last",
+    ]
+
+
 def test_a_long_cell_that_is_no_row_is_bounded_by_lines(tmp_path):
     cell = "\n".join(f"line {i}" for i in range(1200))
     data = f'id,text\n1,"{cell}"\n2,fine\n'
