@@ -32,7 +32,7 @@ from pipeline.tables.stores import open_store
 MODEL_PATHS = ("encoder", "preprocessor")
 DEFINING = (
     *(field.name for kind in (PreprocessConfig, EncoderConfig, VectorConfig) for field in fields(kind)),
-    *("pair_field", "keep_fields", "output_format", "compression", "keep_text", "dead_letter_text"),
+    *("pair_field", "keep_fields", "output_format", "compression", "keep_text", "keep_source", "dead_letter_text"),
 )
 _LOGGER = logging.getLogger(__name__)
 
@@ -102,7 +102,9 @@ def resolve(config: EmbedConfig) -> ResolvedRun:
     store = open_store(config.write.output, config.write.work_dir)
     store.check(config)
     live, version = store.read_live()
-    found = resolve_dead_letters(config, store, live) if config.reindex.retry_dead_letters else resolve_input(config)
+    found = (
+        resolve_dead_letters(config, store, live) if config.reindex.retry_dead_letters else resolve_input(config, live)
+    )
     config = found.config
     spec = make_embedding_spec(config, find_device(config.workers))
     form = store.choose_form(config, spec.layout(found.kept))
@@ -117,8 +119,8 @@ def resolve_again(resolved: ResolvedRun) -> ResolvedRun:
     return resolve(resolved.config)
 
 
-def resolve_input(config: EmbedConfig) -> ResolvedInput:
-    """Looks at the files that `--input` names, and at their first records.
+def resolve_input(config: EmbedConfig, live: Manifest | None) -> ResolvedInput:
+    """Looks at the files that `--input` names, and at their first records; `live` is the table's manifest.
 
     Raises:
       EmbeamError: if there are none, or they lack what the settings name.
@@ -131,7 +133,7 @@ def resolve_input(config: EmbedConfig) -> ResolvedInput:
     for path in plan.empty_files:
         _LOGGER.warning("%s is empty", path)
     sample = sample_input(plan, config.read)
-    kept = tuple(infer_kept_fields(sample.rows, config.read))
+    kept = tuple(infer_kept_fields(sample.fields, config.read, live.layout.kept if live else ()))
     return ResolvedInput(config, plan, sample.n_documents, kept, sample.build_documents(config.read, kept))
 
 

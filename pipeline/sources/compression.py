@@ -42,6 +42,12 @@ class TruncatedFile(FileError):
     reason = "truncated_file"
 
 
+class WrongColumns(FileError):
+    """The file lacks a needed column, or has it twice."""
+
+    reason = "missing_field"
+
+
 class ByteReader(Protocol):
     """A stream that is read."""
 

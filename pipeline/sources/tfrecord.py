@@ -15,7 +15,7 @@ import google_crc32c
 
 from pipeline.config import ReadConfig
 from pipeline.sources.compression import ByteReader, FileError, TruncatedFile, open_stream
-from pipeline.sources.source import FileRange, Record, Source, describe_too_large, needed_fields
+from pipeline.sources.source import FileRange, InputFile, Record, Source, describe_too_large, needed_fields
 
 _HEADER = struct.Struct("<QI")
 _FOOTER = struct.Struct("<I")
@@ -40,6 +40,17 @@ class BrokenFraming(FileError):
 
 class TfrecordSource(Source):
     """TFRecord files; a file is read by one worker since records can only be found in order."""
+
+    def describe_fields(self, file: InputFile, config: ReadConfig) -> dict[str, str]:
+        from google.protobuf.message import DecodeError
+        from tensorflow.core.example.example_pb2 import Example
+
+        with open_stream(file.path, file.compression) as stream:
+            first = next(iterate_frames(stream, config.max_document_bytes), None)
+        try:
+            return dict.fromkeys(Example.FromString(first.data).features.feature if first else (), "")
+        except DecodeError:
+            return {}
 
     def read_records(self, file_range: FileRange, config: ReadConfig) -> Iterator[Record]:
         from google.protobuf.message import DecodeError

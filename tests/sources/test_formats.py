@@ -77,7 +77,7 @@ def write_tfrecord(rows, folder):
 
 
 def infer(plan, config):
-    return infer_kept_fields(sample_input(plan, config).rows, config)
+    return infer_kept_fields(sample_input(plan, config).fields, config)
 
 
 def read_outcomes(config, kept_fields=None):
