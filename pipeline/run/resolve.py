@@ -321,4 +321,5 @@ def choose_policy(
 ) -> ReusePolicy:
     """What a run may reuse of a table."""
     same_fingerprint = live is not None and live.fingerprint == spec.fingerprint
-    return ReusePolicy(same_fingerprint, live is not None and store.can_copy(live, form), config.reindex.keeps_deleted)
+    same_layout = live is not None and store.can_copy(live, form)
+    return ReusePolicy(same_fingerprint, same_layout, config.reindex.keeps_deleted, form.layout.sourced)
