@@ -23,17 +23,29 @@ POOLINGS = ("mean", "max", "cls")
 
 
 class KeptField(NamedTuple):
-    """A field of the input that is copied to the table; `type` is empty until it is inferred."""
+    """A field of the input that is copied to the table.
+
+    Attributes:
+      name: of the column.
+      type: one of `FIELD_TYPES`; empty until it is inferred.
+      path: of the field, where its name cannot be the column's: it has dots, as nested fields have.
+    """
 
     name: str
     type: str = ""
+    path: str = ""
+
+    @property
+    def source(self) -> str:
+        """The field's name in the input, or its path."""
+        return self.path or self.name
 
     @classmethod
     def parse(cls, text: str) -> KeptField:
         name, _, kind = text.partition(":")
         if not name or (kind and kind not in FIELD_TYPES):
             raise ConfigError(f"--keep_fields={text} is not name or name:type; the types are {', '.join(FIELD_TYPES)}")
-        return cls(name, kind)
+        return cls(name.replace(".", "_"), kind, name if "." in name else "")
 
 
 @dataclass(frozen=True)
@@ -141,11 +153,19 @@ class ReadConfig(CheckedConfig):
         128,
     )
     text_mode: str = setting("what one document is in a text file", "line", ("line", "paragraph", "file"))
-    id_field: str = setting("field that holds the document's id; without it ids are FILE@POSITION", "", metavar="NAME")
+    id_field: str = setting(
+        "field with the document's id, meta.id for a nested one; without it ids are FILE@POSITION", "", metavar="NAME"
+    )
     text_field: tuple[str, ...] = setting("field with the text; several are joined by a space: title,body", ("text",))
     pair_field: str = setting("field with a second segment (input_type_ids 1)", "", metavar="NAME")
     keep_fields: tuple[str, ...] = setting(
         "fields to copy into the table: name or name:type, comma-separated", (), metavar="FIELDS"
+    )
+    on_kept_mismatch: str = setting(
+        "what to do with a value of --keep_fields that does not fit its column's type: store null, and count it, or "
+        "make a dead letter of the document",
+        "null",
+        ("null", "dead_letter"),
     )
     limit: int = setting("read at most this many documents, for a trial run; 0 reads all of them", 0)
     max_document_bytes: int = setting("maximum size of a record; larger ones become dead letters", 10 * MIB)
@@ -178,14 +198,19 @@ class ReadConfig(CheckedConfig):
             )
         if not self.text_field:
             raise ConfigError("--text_field is empty; name the field that holds the text")
-        names = [f.name for f in self.kept_fields()]
+        kept = self.kept_fields()
+        names = [f.name for f in kept]
         reserved = {"id", "chunk", "n_chunks", "embedding", "scale", "n_tokens", "n_truncated", "content_hash", "text"}
-        for name in names:
+        for field in kept:
+            name = field.name
             if name in reserved:
                 fix = "use --keep_text" if name == "text" else "rename it in the input"
-                raise ConfigError(f"--keep_fields={name} would collide with the table's own field {name!r}; {fix}")
+                raise ConfigError(
+                    f"--keep_fields={field.source} would collide with the table's own field {name!r}; {fix}"
+                )
             if names.count(name) > 1:
-                raise ConfigError(f"--keep_fields names {name!r} twice; name it once")
+                dotted = next((f", since the dots of {f.path} become _" for f in kept if f.name == name and f.path), "")
+                raise ConfigError(f"--keep_fields names {name!r} twice{dotted}; name it once")
 
     def kept_fields(self) -> list[KeptField]:
         return [KeptField.parse(text) for text in self.keep_fields]
@@ -289,6 +314,7 @@ class WriteConfig(CheckedConfig):
     compression: str = setting("compression of the table's files", "none", ("none", "gzip"))
     shard_bytes: int = setting("size at which a new file is started", 256 * MIB)
     keep_text: bool = setting("store each document's text beside its vector", False)
+    keep_source: bool = setting("store the path of each document's file beside its vector", False)
     dead_letter_text: str = setting("what dead letters contain of the text", "full", ("full", "hash", "none"))
     max_dead_fraction: float = setting("stop when more than this share of the documents cannot be embedded", 0.1)
 
@@ -395,6 +421,8 @@ class EmbedConfig:
         choice = VectorChoice.parse(self.encoder.vector)
         if self.preprocess.on_long == "average" and choice.pooling == "tokens":
             raise ConfigError("--on_long=average cannot average token matrices; use --on_long=chunk with :tokens")
+        if self.write.keep_source and any(field.name == "source" for field in self.read.kept_fields()):
+            raise ConfigError("--keep_fields=source would collide with the column of --keep_source; leave one out")
         if self.read.pair_field and self.preprocess.on_long in ("chunk", "average"):
             raise ConfigError(
                 f"--on_long={self.preprocess.on_long} cannot split pairs; use --on_long=truncate or --on_long=reject"

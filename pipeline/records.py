@@ -228,6 +228,8 @@ def digest_id(document_id: str) -> bytes:
     return hashlib.blake2b(document_id.encode(), digest_size=16).digest()
 
 
+KEPT_NULLS = "kept_nulls"  # the stage of the counts, by kept field, of values that do not fit and are null
+
 REASONS = {
     "invalid_utf8": "the bytes are not valid UTF-8, or not in the encoding of the file (see --encoding)",
     "binary_text": "the text is mostly NULs or other control characters (see --encoding)",

@@ -10,7 +10,7 @@ import numpy as np
 
 from pipeline.encoders.parity import Parity
 from pipeline.errors import as_line
-from pipeline.records import REASONS, SkippedFile
+from pipeline.records import KEPT_NULLS, REASONS, SkippedFile
 from pipeline.report.progress_bar import format_seconds
 from pipeline.tables.folder_table import FolderTable
 from pipeline.tables.manifest import Manifest, snapshot_folder
@@ -41,6 +41,7 @@ def format_summary(manifest: Manifest, table: str) -> str:
         unit = "tokens" if manifest.layout.counts_tokens else "bytes"
         used = batch.get("used_tokens", 0) / padded
         lines.append(f"  batches      {int(batch.get('batches', 0)):,}, {used:.1%} of their {unit} are not padding")
+    lines += describe_kept_nulls(manifest)
     lines += describe_changes(manifest)
     lines += describe_gone_files(manifest)
     n_dead = sum(manifest.dead_letters.values())
@@ -108,12 +109,26 @@ def summarize(manifest: Manifest | None, table: str) -> dict[str, Any]:
         "bad_files": [bad._asdict() for bad in manifest.bad_files],
         "gone_files": manifest.gone_files.n,
         "deleted_with_gone_files": int(counts["merge"].get("gone", 0)),
+        "kept_nulls": {name: int(n) for name, n in manifest.counts.get(KEPT_NULLS, {}).items()},
         "tokens": int(counts["preprocess"].get("tokens", 0)),
         "truncated_tokens": int(counts["preprocess"].get("truncated_tokens", 0)),
         "padding_share": round(1 - used / padded, 4) if padded else 0.0,
         "encode_seconds": round(counts["encode"].get("encode_seconds", 0), 3),
         "seconds": manifest.seconds,
     }
+
+
+def describe_kept_nulls(manifest: Manifest) -> list[str]:
+    """The kept fields of which values did not fit and are null, and how to keep them."""
+    lines = []
+    for field in manifest.layout.kept:
+        if n := int(manifest.counts.get(KEPT_NULLS, {}).get(field.name, 0)):
+            wider = {"int": "float", "float": "string", "bool": "string"}.get(field.type)
+            fix = f"; --keep_fields={field.source}:{wider} may hold them" if wider else ""
+            what = "does" if n == 1 else "do"
+            values = f"{n:,} value{'s' * (n != 1)} of {field.source} {what} not fit {field.type} and"
+            lines.append(f"  kept fields  {values} {'is' if n == 1 else 'are'} null{fix}")
+    return lines
 
 
 def describe_changes(manifest: Manifest) -> list[str]:
@@ -165,6 +180,7 @@ def format_table(table: str, n_rows: int) -> str:
         f"fingerprint  {manifest.fingerprint}",
         *files,
         f"columns      {', '.join([*layout.columns(), 'embedding'])}",
+        *(line.strip() for line in describe_kept_nulls(manifest)),
         f"dead letters {dead}",
         *describe_bad_files(manifest.bad_files),
     ]

@@ -18,10 +18,11 @@ from pipeline.bundles import end_bundle
 from pipeline.preprocess.chunking import hash_content
 from pipeline.records import BundleCounts, DeadLetter, Document, digest_id
 from pipeline.reuse.decide import Change, ReusePolicy, compare_documents, count_changes
+from pipeline.reuse.digests import digest_documents
 from pipeline.reuse.live_table import KEYED, PLACED, DistributedReuse, list_live
 from pipeline.reuse.spot_checks import SpotCheckPicker
 from pipeline.reuse.wire import CHECK, LIVE, DocumentPacker, LiveRow, pack_open_row, unpack_live_row
-from pipeline.sinks.index import digest_kept, digest_source, parse_hashes
+from pipeline.sinks.index import digest_source, parse_hashes
 from pipeline.sources.duplicates import reject_duplicate
 
 BLOCK_DOCUMENTS = 1024
@@ -110,7 +111,7 @@ class CompareDocuments(beam.DoFn):
             return
         documents = [met.document for met in seen if met.document is not None]
         content = parse_hashes([hash_content(self._prefix + d.text, d.pair) for d in documents])
-        kept = np.array([digest_kept(d.kept) for d in documents], "<u8")
+        kept = digest_documents(documents, self._policy)
         owner = np.repeat(np.arange(len(seen)), [len(met.live) for met in seen])
         rows = np.array([(r.content, r.kept, r.n_chunks) for met in seen for r in met.live], _LIVE_FIELDS)
         changes = compare_documents(content, kept, owner, rows, self._policy)

@@ -20,7 +20,7 @@ class Change(IntEnum):
 
     NEW = 0  # there are none
     CHANGED = 1  # they were made from another text
-    UPDATED = 2  # they were made from its text; kept fields, columns or the file format differ
+    UPDATED = 2  # they were made from its text; kept fields, columns, the file format or the stored path differ
     REMADE = 3  # they were made from its text, by another encoder or with other settings
     UNCHANGED = 4
 
@@ -55,11 +55,13 @@ class ReusePolicy:
       same_fingerprint: the live vectors have the fingerprint of the run.
       same_layout: the live rows have the columns and the file format that the run writes.
       keeps_unseen: rows of documents that are gone from the input are kept.
+      by_source: rows name the input file of their document, so a document that has moved to another file is updated.
     """
 
     same_fingerprint: bool
     same_layout: bool
     keeps_unseen: bool = False
+    by_source: bool = False
 
     @property
     def rows_stay(self) -> bool:
@@ -74,7 +76,7 @@ def compare_documents(
 
     Args:
       content: `[m]` S16, the documents' content hashes.
-      kept: `[m]` uint64, digests of their kept fields.
+      kept: `[m]` uint64, digests of their kept fields, and of their files if the policy is `by_source`.
       owner: `[k]` ascending int, the document that each live row belongs to.
       live: `[k]` with the fields content, kept and n_chunks: those rows.
       policy: what may be reused.

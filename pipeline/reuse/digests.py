@@ -1,8 +1,14 @@
-"""Sets of 16-byte digests in arrays."""
+"""Digests of documents, and sets of 16-byte digests in arrays."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
+
+from pipeline.records import Document
+from pipeline.reuse.decide import ReusePolicy
+from pipeline.sinks.index import digest_kept
 
 
 class DigestSet:
@@ -33,6 +39,11 @@ class DigestSet:
         digests = np.concatenate([np.empty(0, "S16"), *self._levels])
         digests.sort(kind="stable")
         return digests
+
+
+def digest_documents(documents: Sequence[Document], policy: ReusePolicy) -> np.ndarray:
+    """Digests `[m]` uint64 of what rows hold of documents besides the text, as `compare_documents` takes them."""
+    return np.array([digest_kept(d.kept, d.origin.path if policy.by_source else "") for d in documents], "<u8")
 
 
 def is_in(digests: np.ndarray, ascending: np.ndarray) -> np.ndarray:

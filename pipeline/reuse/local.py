@@ -29,11 +29,11 @@ from pipeline.reuse.decide import (
     count_changes,
     decide_documents,
 )
-from pipeline.reuse.digests import DigestSet
+from pipeline.reuse.digests import DigestSet, digest_documents
 from pipeline.reuse.index import VectorIndex, open_index
 from pipeline.reuse.requests import RequestWriter
 from pipeline.reuse.spot_checks import SpotCheckPicker
-from pipeline.sinks.index import SourceNumbers, digest_kept, pack_records, parse_hashes
+from pipeline.sinks.index import SourceNumbers, pack_records, parse_hashes
 
 MARK = np.dtype([("row", "<u8"), ("source", "<u4"), ("unchanged", "?")])
 BUFFERED_DOCUMENTS = 1024
@@ -94,7 +94,7 @@ class DocumentLookUp:
         """Decides about documents; call it for all documents of a bundle, in order."""
         hashes = [hash_content(self._reuse.prefix + document.text, document.pair) for document in documents]
         content = parse_hashes(hashes)
-        kept = np.array([digest_kept(document.kept) for document in documents], "<u8")
+        kept = digest_documents(documents, self._reuse.policy)
         live = self._index.find_ids(np.array([digest_id(document.id) for document in documents], "S16"))
         owner = np.repeat(np.arange(len(documents)), [len(rows) for rows in live])
         rows = self._index.entries[np.concatenate([np.empty(0, np.int64), *live]).astype(np.int64)]

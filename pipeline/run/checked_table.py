@@ -72,7 +72,7 @@ class CheckedTable:
         self.dead_letters = Accounts(set(), {bad.file for bad in self.manifest.bad_files})
         # tf.Example has no numbers of 64 bits: what went into the digest is not what comes out of the table.
         rounds = self.manifest.file_format == "tfrecord" and any(f.type == "float" for f in self.layout.kept)
-        self.redigests = bool(self.layout.kept) and not rounds
+        self.redigests = bool(self.layout.kept or self.layout.sourced) and not rounds
         self.compares_kept = True
         may_be_null = {"n_truncated", *(field.name for field in self.layout.kept)}
         self.required = [column for column in self.layout.columns() if column not in may_be_null]

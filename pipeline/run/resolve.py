@@ -34,7 +34,7 @@ from pipeline.tables.stores import open_store
 MODEL_PATHS = ("encoder", "preprocessor")
 DEFINING = (
     *(field.name for kind in (PreprocessConfig, EncoderConfig, VectorConfig) for field in fields(kind)),
-    *("pair_field", "keep_fields", "output_format", "compression", "keep_text", "dead_letter_text"),
+    *("pair_field", "keep_fields", "output_format", "compression", "keep_text", "keep_source", "dead_letter_text"),
 )
 _LOGGER = logging.getLogger(__name__)
 
@@ -105,7 +105,7 @@ def resolve(config: EmbedConfig) -> ResolvedRun:
     store.check(config)
     live, version = store.read_live()
     retries = config.reindex.retry_dead_letters
-    found = resolve_dead_letters(config, store, live) if retries else resolve_input(config, store.work)
+    found = resolve_dead_letters(config, store, live) if retries else resolve_input(config, store.work, live)
     config = found.config
     spec = make_embedding_spec(config, find_device(config.workers))
     form = store.choose_form(config, spec.layout(found.kept))
@@ -120,12 +120,13 @@ def resolve_again(resolved: ResolvedRun) -> ResolvedRun:
     return resolve(resolved.config)
 
 
-def resolve_input(config: EmbedConfig, own_table: str) -> ResolvedInput:
+def resolve_input(config: EmbedConfig, own_table: str, live: Manifest | None) -> ResolvedInput:
     """Looks at the files that `--input` names, and at their first records.
 
     Args:
       config: of the run.
       own_table: the folder of its table, which is no input.
+      live: the table's manifest; None before the first run.
 
     Raises:
       EmbeamError: if there are none, or they lack what the settings name.
@@ -141,7 +142,7 @@ def resolve_input(config: EmbedConfig, own_table: str) -> ResolvedInput:
         _LOGGER.warning("%s is empty", as_line(path))
     config = replace(config, read=choose_id_field(plan, config.read))
     sample = sample_input(plan, config.read)
-    kept = tuple(infer_kept_fields(sample.rows, config.read))
+    kept = tuple(infer_kept_fields(sample.fields, config.read, live.layout.kept if live else ()))
     return ResolvedInput(config, plan, sample.n_documents, kept, sample.build_documents(config.read, kept))
 
 
@@ -366,4 +367,5 @@ def choose_policy(
 ) -> ReusePolicy:
     """What a run may reuse of a table."""
     same_fingerprint = live is not None and live.fingerprint == spec.fingerprint
-    return ReusePolicy(same_fingerprint, live is not None and store.can_copy(live, form), config.reindex.keeps_deleted)
+    same_layout = live is not None and store.can_copy(live, form)
+    return ReusePolicy(same_fingerprint, same_layout, config.reindex.keeps_deleted, form.layout.sourced)

@@ -89,12 +89,13 @@ def _is_current(table: CheckedTable, document: Document, entries: np.ndarray) ->
     prefix = table.manifest.settings["text_prefix"]
     content = bytes.fromhex(hash_content(prefix + document.text, document.pair))
     same_text = bool((entries["content"] == np.array(content, "S16")).all())
-    same_kept = not table.compares_kept or bool((entries["kept"] == digest_kept(document.kept)).all())
+    kept = digest_kept(document.kept, origin.path if table.layout.sourced else "")
+    same_kept = not table.compares_kept or bool((entries["kept"] == kept).all())
     if same_text and same_kept:
         return True
     table.counts["stale_documents"] += is_dead
     if not is_dead:
-        what = "another text" if not same_text else "other kept fields"
+        what = "another text" if not same_text else "other kept fields" + " or another file" * table.layout.sourced
         table.find("stale_row", document.id, f"{place} has {what} now; embeam embed replaces it")
     return same_text
 

@@ -187,7 +187,8 @@ def _check_row(table: CheckedTable, name: str, row: dict[str, Any]) -> tuple[byt
     _check_vector(table, name, row)
     kept = 0
     if table.redigests:
-        kept = digest_kept(pack_kept([row[field.name] for field in layout.kept]))
+        source = row["source"] if layout.sourced else ""
+        kept = digest_kept(pack_kept([row[field.name] for field in layout.kept]), source)
     return digest_id(row["id"]), content, kept, row["chunk"], n_chunks, 0
 
 

@@ -50,9 +50,15 @@ class SourceNumbers:
         return self.paths.setdefault(path, len(self.paths))
 
 
-def digest_kept(kept: bytes) -> int:
-    """64 bits that change with the kept fields' values."""
-    return int.from_bytes(hashlib.blake2b(kept, digest_size=8).digest(), "little") if kept else 0
+def digest_kept(kept: bytes, source: str = "") -> int:
+    """64 bits that change with the kept fields' values, and with the path of the input file where rows name it."""
+    facts = kept + b"\0" + show_path(source).encode() if source else kept
+    return int.from_bytes(hashlib.blake2b(facts, digest_size=8).digest(), "little") if facts else 0
+
+
+def show_path(path: str) -> str:
+    """A path as it stands in a row: always text that has a UTF-8 form."""
+    return path.encode("utf-8", "backslashreplace").decode()
 
 
 def digest_source(path: str) -> int:
@@ -70,12 +76,12 @@ def whole_digest(stored: bytes) -> bytes:
     return stored.ljust(16, b"\0")
 
 
-def index_rows(rows: Sequence[Row], sources: SourceNumbers) -> np.ndarray:
-    """Entries `[len(rows)]` of ENTRY."""
+def index_rows(rows: Sequence[Row], sources: SourceNumbers, sourced: bool = False) -> np.ndarray:
+    """Entries `[len(rows)]` of ENTRY; `sourced` says whether the rows name their input files."""
     entries = np.empty(len(rows), ENTRY)
     entries["id"] = [digest_id(row.id) for row in rows]
     entries["content"] = parse_hashes([row.content_hash for row in rows])
-    entries["kept"] = [digest_kept(row.kept) for row in rows]
+    entries["kept"] = [digest_kept(row.kept, row.source if sourced else "") for row in rows]
     entries["chunk"] = [row.chunk for row in rows]
     entries["n_chunks"] = [row.n_chunks for row in rows]
     entries["source"] = [sources.number(row.source) for row in rows]

@@ -11,6 +11,7 @@ import numpy as np
 
 from pipeline.config import KeptField
 from pipeline.records import Row
+from pipeline.sinks.index import show_path
 from pipeline.vectors.storing import restore_vectors
 
 Columns = dict[str, list[Any]]  # some rows as column name to values
@@ -41,7 +42,8 @@ class TableLayout:
     kept: tuple[KeptField, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
-        return asdict(self) | {"kept": [list(field) for field in self.kept]}
+        kept = [list(field) if field.path else list(field[:2]) for field in self.kept]
+        return asdict(self) | {"kept": kept}
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> TableLayout:
@@ -66,13 +68,15 @@ class TableLayout:
 
     def values(self, rows: list[Row]) -> Columns:
         """The values of `columns()` for some rows, column by column."""
-        plain = {"id", "chunk", "n_chunks", "scale", "n_tokens", "n_truncated", "content_hash", "source", "text"}
         kept = [json.loads(row.kept) for row in rows] if self.kept else []
         position = {field.name: i for i, field in enumerate(self.kept)}
-        return {
-            name: list(map(attrgetter(name), rows)) if name in plain else [values[position[name]] for values in kept]
+        columns = {
+            name: [values[position[name]] for values in kept] if name in position else list(map(attrgetter(name), rows))
             for name in self.columns()
         }
+        if self.sourced:
+            columns["source"] = list(map(show_path, columns["source"]))
+        return columns
 
     def restore(self, stored: bytes, n_rows: int, scales: list[float] | None) -> np.ndarray:
         """Float32 `[n_rows, D]` from the joined stored bytes of rows."""

@@ -177,12 +177,13 @@ class ShardWriter:
         self._shard_bytes = shard_bytes
         self._stream: Optional[HashingStream] = None
         self._shards: list[Shard] = []
+        self._is_sourced = isinstance(form, RowFormat) and form.layout.sourced
 
     def write(self, records: list[Any]) -> None:
         self._begin(self.form.order(records[0]))
         self._writer.write(records)
         if self._index is not None:
-            self._index.write(index_rows(records, self._index.sources))
+            self._index.write(index_rows(records, self._index.sources, self._is_sourced))
         self._end(len(records))
 
     def write_stored(self, stored: StoredRows, index: Index) -> None:

@@ -14,8 +14,9 @@ import pyarrow as pa
 
 from pipeline.config import ReadConfig
 from pipeline.errors import ConfigError, InputError, first_line
+from pipeline.sources.arrow_schema import describe_schema, find_leaves
+from pipeline.sources.arrow_values import batch_to_rows
 from pipeline.sources.bigquery_client import BigQueryName, billing_project, client, read_client
-from pipeline.sources.parquet import batch_to_rows
 from pipeline.sources.source import TO_THE_END, FileRange, InputFile, Record, Source, explain_missing, needed_fields
 
 MAX_STREAMS = 1000  # the service gives no more
@@ -27,12 +28,12 @@ class TableSession(NamedTuple):
     """A read session.
 
     Attributes:
-      columns: names of the columns that it gives.
+      schema: the columns that it gives.
       streams: names of its streams; none for an empty table.
       n_bytes: that it reads, about.
     """
 
-    columns: list[str]
+    schema: pa.Schema
     streams: list[str]
     n_bytes: int
 
@@ -56,6 +57,9 @@ class BigQuerySource(Source):
             FileRange(file._replace(name=stream), i, n, size)
             for i, (stream, size) in enumerate(zip(streams, sizes, strict=True))
         ]
+
+    def describe_fields(self, file: InputFile, config: ReadConfig) -> dict[str, str]:
+        return describe_schema(_create_session(BigQueryName.parse(file.path), [], "", 1).schema)
 
     def read_records(self, file_range: FileRange, config: ReadConfig) -> Iterator[Record]:
         file, number, n_streams = file_range.file, file_range.start, file_range.end
@@ -109,10 +113,11 @@ def open_session(name: BigQueryName, config: ReadConfig, max_streams: int) -> Ta
     Raises:
       InputError: if it cannot be read, or lacks the id or a text column.
     """
-    columns = _create_session(name, [], "", 1).columns
-    if missing := explain_missing(columns, config):
+    schema = _create_session(name, [], "", 1).schema
+    needed = [path for path in needed_fields(config) if find_leaves(list(schema), path) is not None]
+    if missing := explain_missing(schema.names, config, needed):
         raise InputError(f"{name}: {missing}")
-    selected = [column for column in needed_fields(config) if column in columns]
+    selected = list(dict.fromkeys(path.partition(".")[0] for path in needed))  # no column has a dot in its name
     return _create_session(name, selected, config.row_restriction, max_streams)
 
 
@@ -194,7 +199,7 @@ def _create_session(name: BigQueryName, selected: list[str], restriction: str, m
     except GoogleAPIError as error:
         raise InputError(f"--input={name} cannot be read: {first_line(error)}") from error
     streams = [stream.name for stream in session.streams]
-    return TableSession(_parse_schema(session).names, streams, session.estimated_total_bytes_scanned)
+    return TableSession(_parse_schema(session), streams, session.estimated_total_bytes_scanned)
 
 
 def _parse_schema(message: Any) -> pa.Schema:

@@ -22,6 +22,7 @@ from pipeline.sources.source import (
     describe_too_large,
     explain_missing,
     explain_repeated,
+    needed_fields,
 )
 from pipeline.sources.text import explain_bytes, show_bytes
 
@@ -114,7 +115,7 @@ def name_columns(
         )
     if not names:
         names = first.cells if has_header else [str(i + 1) for i in range(len(first.cells))]
-    if problem := explain_repeated(names, config) or explain_missing(names, config):
+    if problem := explain_repeated(names, needed_fields(config)) or explain_missing(names, config):
         raise WrongColumns(f"{file.path}: {problem}")
     return names, rest if has_header else chain([first], rest)
 

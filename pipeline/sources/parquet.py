@@ -3,14 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.config import ReadConfig
-from pipeline.sources.compression import ByteReader, DamagedFile, FileError, open_file
-from pipeline.sources.source import TO_THE_END, FileRange, InputFile, Record, Source, explain_missing, needed_fields
+from pipeline.sources.arrow_schema import count_leaves, describe_schema, find_leaves
+from pipeline.sources.arrow_values import batch_to_rows
+from pipeline.sources.compression import ByteReader, DamagedFile, FileError, WrongColumns, open_file
+from pipeline.sources.source import (
+    TO_THE_END,
+    FileRange,
+    InputFile,
+    Record,
+    Source,
+    explain_missing,
+    explain_repeated,
+    needed_fields,
+)
 
 _BATCH_ROWS = 1024
 
@@ -32,18 +42,19 @@ class ParquetSource(Source):
             return [FileRange.whole(file)]
         return group_row_groups(file, sizes, config.split_bytes)
 
+    def describe_fields(self, file: InputFile, config: ReadConfig) -> dict[str, str]:
+        with open_file(file.path) as stream:
+            return describe_schema(open_parquet(stream, file).schema_arrow)
+
     def read_records(self, file_range: FileRange, config: ReadConfig) -> Iterator[Record]:
         file = file_range.file
         with open_file(file.path) as stream:
             parquet = open_parquet(stream, file)
-            if missing := explain_missing(parquet.schema_arrow.names, config):
-                yield Record(0, file_range.n_bytes, reason="missing_field", message=missing)
-                return
+            columns = select_columns(parquet, file, config)
             metadata = parquet.metadata
             end = metadata.num_row_groups if file_range.end == TO_THE_END else file_range.end
             rows = [metadata.row_group(i).num_rows for i in range(end)]
             position, n_rows, done = sum(rows[: file_range.start]), sum(rows[file_range.start :]), 0
-            columns = [name for name in needed_fields(config) if name in parquet.schema_arrow.names]
             groups = list(range(file_range.start, end))
             batches = parquet.iter_batches(batch_size=_BATCH_ROWS, row_groups=groups, columns=columns)
             for batch in _guard(batches, file):
@@ -85,19 +96,23 @@ def open_parquet(stream: ByteReader, file: InputFile) -> pq.ParquetFile:
         raise DamagedFile(f"{file.path} is not a readable Parquet file: {error}") from error
 
 
-def batch_to_rows(batch: pa.RecordBatch) -> list[dict[str, Any]]:
-    """Rows as mappings; strings that are not UTF-8 come as bytes, for the field checks to reject one by one."""
-    try:
-        return batch.to_pylist()
-    except UnicodeDecodeError:
-        columns = [_strings_to_bytes(column) for column in batch.columns]
-        return pa.RecordBatch.from_arrays(columns, batch.schema.names).to_pylist()
+def select_columns(parquet: pq.ParquetFile, file: InputFile, config: ReadConfig) -> list[str]:
+    """The paths of the Parquet columns that hold the needed fields: of nested ones no more than is needed.
 
-
-def _strings_to_bytes(column: pa.Array) -> pa.Array:
-    if pa.types.is_dictionary(column.type):
-        column = column.dictionary_decode()
-    return column.cast(pa.large_binary()) if pa.types.is_string(column.type) else column
+    Raises:
+      WrongColumns: if an id or a text column is missing, or there are two columns of one needed name.
+    """
+    schema, names = parquet.schema_arrow, parquet.schema_arrow.names
+    found = {name: leaves for name in needed_fields(config) if (leaves := find_leaves(list(schema), name)) is not None}
+    if missing := explain_missing(names, config, found):
+        raise WrongColumns(f"{file.path}: {missing}")
+    outermost = sorted({name if name in names else name.partition(".")[0] for name in found})
+    if repeated := explain_repeated(names, outermost):
+        raise WrongColumns(f"{file.path}: {repeated}")
+    if sum(count_leaves(field.type) for field in schema) != len(parquet.schema):
+        return outermost
+    wanted = sorted({leaf for leaves in found.values() for leaf in leaves})
+    return [parquet.schema.column(leaf).path for leaf in wanted]
 
 
 def _guard(batches: Iterator[pa.RecordBatch], file: InputFile) -> Iterator[pa.RecordBatch]:

@@ -19,7 +19,7 @@ def read_partition(file: InputFile, kept_fields: Sequence[KeptField], as_strings
       kept_fields: the fields to keep, with their types; the values of other fields stay as they are spelled.
       as_strings: whether the format's own values are strings, which are converted later.
     """
-    kinds = {field.name: field.type for field in kept_fields}
+    kinds = {field.source: field.type for field in kept_fields}
     fields: dict[str, Any] = {}
     for name, value in file.partition:
         is_text = as_strings or kinds.get(name, "string") == "string"

@@ -166,7 +166,7 @@ def check_files(files: Iterable[InputFile], config: ReadConfig) -> None:
     """
     by_name: dict[str, str] = {}
     asked = [("id_field", config.id_field), ("pair_field", config.pair_field)]
-    asked += [("keep_fields", field.name) for field in config.kept_fields()]
+    asked += [("keep_fields", field.source) for field in config.kept_fields()]
     for file in files:
         if not SOURCES[file.format].has_fields:
             for flag, value in asked:

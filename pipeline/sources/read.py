@@ -14,7 +14,7 @@ from apache_beam.pvalue import TaggedOutput
 from pipeline import metrics
 from pipeline.config import KeptField, ReadConfig
 from pipeline.errors import ConfigError, InputError, as_line
-from pipeline.records import BundleCounts, DeadLetter, Document, SkippedFile
+from pipeline.records import KEPT_NULLS, BundleCounts, DeadLetter, Document, SkippedFile
 from pipeline.sources import SOURCES
 from pipeline.sources.compression import FileError
 from pipeline.sources.duplicates import reject_duplicate, scan_through_files, select_duplicates
@@ -36,10 +36,21 @@ class Item(NamedTuple):
     n_read: int
 
 
-def read_range(file_range: FileRange, config: ReadConfig, kept_fields: Sequence[KeptField]) -> Iterator[Item]:
+def read_range(
+    file_range: FileRange,
+    config: ReadConfig,
+    kept_fields: Sequence[KeptField],
+    kept_nulls: Optional[Counter[str]] = None,
+) -> Iterator[Item]:
     """Reads one range.
 
     A file that ends early or is damaged gives what can be read, and then a `SkippedFile` with `--on_bad_file=skip`.
+
+    Args:
+      file_range: what to read.
+      config: names of the fields and rules for records.
+      kept_fields: the fields to keep, with their types.
+      kept_nulls: counts, by kept field, the values that became null because they do not fit.
 
     Raises:
       InputError: at that place with `--on_bad_file=fail`.
@@ -53,7 +64,8 @@ def read_range(file_range: FileRange, config: ReadConfig, kept_fields: Sequence[
                 record = record._replace(values={**folders, **record.values})
             n_read = min(record.n_read, file_range.n_bytes)
             restored = None if record.reason else source.restore(record)
-            yield Item(restored or build_document(record, file, source, config, kept_fields), n_read)
+            outcome = restored or build_document(record, file, source, config, kept_fields, kept_nulls)
+            yield Item(outcome, n_read)
     except FileError as error:
         bad = SkippedFile.of(file.source or file.path, error)
         if config.on_bad_file == "fail":
@@ -82,9 +94,10 @@ class ReadSplit(beam.DoFn):
 
     def process(self, split: tuple[FileRange, ...], duplicates: Any = None) -> Iterator[Any]:
         counts: Counter[str] = Counter(records=0, bytes=0, documents=0, dead_letters=0, skipped_empty=0)
+        kept_nulls: Counter[str] = Counter()
         reported: Counter[str] = Counter()
         seconds, since = 0.0, time.perf_counter()
-        for outcome in self._read_outcomes(split, duplicates, counts):
+        for outcome in self._read_outcomes(split, duplicates, counts, kept_nulls):
             if isinstance(outcome, SkippedFile):
                 yield TaggedOutput("bad_files", outcome)
                 continue
@@ -98,6 +111,8 @@ class ReadSplit(beam.DoFn):
         self._report(counts, reported)
         seconds += time.perf_counter() - since
         yield TaggedOutput("bundle_counts", BundleCounts.of("read", {**counts, "read_seconds": seconds}))
+        if kept_nulls:
+            yield TaggedOutput("bundle_counts", BundleCounts.of(KEPT_NULLS, kept_nulls))
 
     def list_ids(self, split: tuple[FileRange, ...]) -> Iterator[tuple[FileRange, str, int]]:
         """Yields range, id and position of each document, for the search for duplicates."""
@@ -111,13 +126,13 @@ class ReadSplit(beam.DoFn):
                         return
 
     def _read_outcomes(
-        self, split: tuple[FileRange, ...], duplicates: Any, counts: Counter[str]
+        self, split: tuple[FileRange, ...], duplicates: Any, counts: Counter[str], kept_nulls: Counter[str]
     ) -> Iterator[Union[Document, DeadLetter, SkippedFile, None]]:
         n_left = self._config.limit or -1
         for file_range in split:
             cursor = select_duplicates(duplicates, file_range)
             bytes_before = counts["bytes"]
-            for outcome, n_read in read_range(file_range, self._config, self._kept_fields):
+            for outcome, n_read in read_range(file_range, self._config, self._kept_fields, kept_nulls):
                 counts["bytes"] = bytes_before + n_read
                 if isinstance(outcome, SkippedFile):
                     yield outcome

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from pipeline.config import KeptField, ReadConfig
@@ -12,29 +13,70 @@ from pipeline.errors import ConfigError, InputError
 from pipeline.records import Document
 from pipeline.sources import SOURCES
 from pipeline.sources.compression import FileError, WrongColumns
-from pipeline.sources.fields import build_document, infer_type
+from pipeline.sources.field_paths import MISSING, find_nearest, find_value, list_fields, name_fields, suggest_field
+from pipeline.sources.fields import build_document
+from pipeline.sources.kept import choose_type, find_kind
 from pipeline.sources.partition_fields import infer_partition, read_partition
 from pipeline.sources.planning import InputPlan
-from pipeline.sources.source import FileRange, InputFile, Record
+from pipeline.sources.source import FileRange, InputFile, Record, needed_fields
 from pipeline.sources.spelling import parse_spelling
 
 _LOGGER = logging.getLogger(__name__)
 SAMPLE_FILES = 10  # of each kind
-SAMPLE_ROWS = 200  # whose fields are inspected
+SAMPLE_ROWS = 200  # of each kind, which are kept, and whose fields are listed
 KEPT_CHARACTERS = 1 << 20  # of the records that are kept
 SAMPLE_RECORDS, SAMPLE_BYTES = 20_000, 4 << 20  # of each kind of file: whichever comes first, after `SAMPLE_ROWS`
+
+
+@dataclass
+class SampledFields:
+    """What the sampled records hold, of files that have fields.
+
+    Attributes:
+      n_records: how many good ones there are.
+      names: paths of their fields, as keys; of the first records only.
+      kinds: of the values of each needed field, as in `kept.HOLDS`; of a field that is nowhere there is no entry.
+    """
+
+    n_records: int = 0
+    names: dict[str, None] = field(default_factory=dict)
+    kinds: defaultdict[str, set[str]] = field(default_factory=lambda: defaultdict(set))
+
+    def add_record(self, record: Record, folders: dict[str, Any], needed: Sequence[str], from_strings: bool) -> None:
+        """Adds a good record of a file, with the fields of the file's folders."""
+        self.n_records += 1
+        if self.n_records <= SAMPLE_ROWS:
+            self.names.update(dict.fromkeys(list_fields({**folders, **record.values})))
+        for path in needed:
+            value = find_value(record.values, path)
+            if value is MISSING:
+                value = folders.get(path, MISSING)
+            elif from_strings:
+                value = parse_spelling(value)
+            if value is MISSING:
+                continue
+            kinds = self.kinds[path]
+            if value is not None:
+                kinds.add(find_kind(value))
+
+    def add_schema(self, described: dict[str, str], needed: Sequence[str]) -> None:
+        """Adds what a file says of its own fields."""
+        self.names.update(dict.fromkeys(described))
+        for path in needed:
+            if path in described:
+                self.kinds[path].update({described[path]} - {""})
 
 
 class InputSample(NamedTuple):
     """What the first records of an input show.
 
     Attributes:
-      rows: the fields of the first good records, of files that have fields.
+      fields: of the records.
       n_documents: about how many documents the input has.
       records: some of the first good records, and the files that they come from.
     """
 
-    rows: list[dict[str, Any]]
+    fields: SampledFields
     n_documents: int
     records: list[tuple[InputFile, Record]]
 
@@ -62,7 +104,7 @@ def sample_input(plan: InputPlan, config: ReadConfig) -> InputSample:
     kinds = defaultdict(list)
     for file in plan.files:
         kinds[file.format, file.compression].append(file)
-    sample = InputSample([], 0, [])
+    sample = InputSample(SampledFields(), 0, [])
     n_documents = 0.0
     for files in kinds.values():
         n_records, n_bytes = _sample_files(files[:SAMPLE_FILES], config, sample)
@@ -72,36 +114,34 @@ def sample_input(plan: InputPlan, config: ReadConfig) -> InputSample:
 
 def _sample_files(files: Sequence[InputFile], config: ReadConfig, sample: InputSample) -> tuple[int, int]:
     """Adds to the sample; returns how many records were read, and how many stored bytes."""
-    rows = sample.rows
+    needed = needed_fields(config)
     n_records = n_bytes = n_kept = n_characters = 0
     for file in files:
-        source = SOURCES[file.format]
+        source, folders = SOURCES[file.format], infer_partition(file)
+        try:
+            sample.fields.add_schema(source.describe_fields(file, config), needed)
+        except FileError:
+            continue
         for record in read_readable(FileRange.whole(file), config):
             n_records += 1
             if not record.reason and n_kept < SAMPLE_ROWS and n_characters < KEPT_CHARACTERS:
                 sample.records.append((file, record))
                 n_kept += 1
                 n_characters += sum(len(value) for value in record.values.values() if isinstance(value, (str, bytes)))
-            if (source.has_fields or file.partition) and len(rows) < SAMPLE_ROWS:
-                if record.reason == "missing_field" and config.on_bad_file == "fail":
-                    raise InputError(f"{file.path}: {record.message}")
-                if not record.reason:
-                    values = dict(record.values)
-                    rows.append(
-                        infer_partition(file) | (_parse_strings(values) if source.values_are_strings else values)
-                    )
+            if (source.has_fields or folders) and not record.reason:
+                sample.fields.add_record(record, folders, needed, source.values_are_strings)
             n_read = n_bytes + record.n_read
             if n_records >= SAMPLE_RECORDS or (n_read >= SAMPLE_BYTES and n_records >= SAMPLE_ROWS):
                 return n_records, max(n_read, 1)
         n_bytes += file.size
-    return n_records, n_bytes
+    return n_records, max(n_bytes, 1)
 
 
 def read_readable(file_range: FileRange, config: ReadConfig) -> Iterator[Record]:
     """The records of a range up to the first error.
 
     Raises:
-      InputError: if the columns of the file are not those that the settings ask for.
+      InputError: if the columns of the file are not those that the settings ask for, and such files are not skipped.
     """
     try:
         yield from SOURCES[file_range.file.format].read_records(file_range, config)
@@ -111,42 +151,61 @@ def read_readable(file_range: FileRange, config: ReadConfig) -> Iterator[Record]
         return
 
 
-def infer_kept_fields(rows: Sequence[dict[str, Any]], config: ReadConfig) -> list[KeptField]:
-    """Fills in the types of the kept fields from the first rows, and checks that the columns exist.
+def check_fields(fields: SampledFields, config: ReadConfig) -> None:
+    """Checks that the sampled records have the fields that the settings name.
 
-    A field whose type is given need not be in the first rows: it may come later.
-
-    Args:
-      rows: from `sample_input`.
-      config: the kept fields, of which some may have a type.
+    Some records may lack a field, and one of several text fields may be in later records only, unless it looks like a
+    misspelt name.
 
     Raises:
-      ConfigError: if the pair field or a kept field without a type is in none of the rows, or holds something that
-        cannot be kept.
+      ConfigError: if the id field, the pair field, a text field or a kept field without a type is in none of them.
     """
-    kept = config.kept_fields()
-    typed = {field.name for field in kept if field.type}
-    values = {name: [row[name] for row in rows if name in row] for name in [config.pair_field, *(f.name for f in kept)]}
-    for name, found in values.items():
-        if not name or not rows or found:
+    if not fields.n_records:
+        return
+    needed = [("id_field", config.id_field), ("pair_field", config.pair_field)]
+    needed += [("text_field", name) for name in config.text_field]
+    has_text = any(name in fields.kinds for name in config.text_field)
+    for flag, name in needed:
+        if name and name not in fields.kinds:
+            missing = f"--{flag}={name} is in none of the first {fields.n_records} rows; they have {_list(fields)}"
+            if flag != "text_field" or not has_text or find_nearest(name, fields.names):
+                raise ConfigError(f"{missing}; {suggest_field(flag, name, fields.names)}")
+            _LOGGER.warning("%s; texts without the field are made of the others", missing)
+    for kept in config.kept_fields():
+        if kept.source in fields.kinds:
             continue
-        there = ", ".join(sorted({str(key) for row in rows for key in row})[:20]) or "none"
-        missing = f"={name} is in none of the first {len(rows)} rows; they have {there}"
-        if name == config.pair_field:
-            raise ConfigError(f"--pair_field{missing}")
-        if name not in typed:
-            raise ConfigError(f"--keep_fields{missing}; if it comes later, give its type: --keep_fields={name}:string")
+        missing = f"={kept.source} is in none of the first {fields.n_records} rows; they have {_list(fields)}"
+        if not kept.type:
+            close = find_nearest(kept.source, fields.names)
+            hint = f"; did you mean --keep_fields={close}?" if close else ""
+            raise ConfigError(
+                f"--keep_fields{missing}{hint}; if it comes later, give its type: --keep_fields={kept.source}:string"
+            )
         _LOGGER.warning("--keep_fields%s; rows without the field hold null", missing)
-    return [field if field.type else KeptField(field.name, _infer_field(field.name, values)) for field in kept]
 
 
-def _infer_field(name: str, values: dict[str, list[Any]]) -> str:
-    kind = infer_type(values.get(name, []))
-    if not kind:
-        raise ConfigError(f"--keep_fields={name} holds lists, objects or dates; keep string, int, float or bool fields")
-    return kind
+def infer_kept_fields(fields: SampledFields, config: ReadConfig, live: Sequence[KeptField] = ()) -> list[KeptField]:
+    """Fills in the types of the kept fields from the sampled records.
+
+    A field of the live table keeps its column and its type if that holds the sampled values, so that the rows stay.
+
+    Args:
+      fields: from `sample_input`.
+      config: the kept fields, of which some may have a type.
+      live: the kept fields of the live table.
+
+    Raises:
+      ConfigError: if a field that a setting names is in none of the records.
+    """
+    check_fields(fields, config)
+    known = {kept.source: kept for kept in live}
+    found = []
+    for kept in config.kept_fields():
+        old = known.get(kept.source, kept)
+        kind = kept.type or choose_type(fields.kinds.get(kept.source, set()), old.type)
+        found.append(old._replace(type=kind))
+    return found
 
 
-def _parse_strings(row: dict[str, str]) -> dict[str, Any]:
-    """Converts cells of a text format to the values that their spelling suggests."""
-    return {name: parse_spelling(value) for name, value in row.items()}
+def _list(fields: SampledFields) -> str:
+    return name_fields(fields.names)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from itertools import pairwise
 from typing import Any, NamedTuple, Optional, Protocol, Union
 
 from pipeline.config import ReadConfig
 from pipeline.records import DeadLetter, Document
 from pipeline.sources.decoders import find_compression
+from pipeline.sources.field_paths import name_fields, suggest_field
 
 PREVIEW_BYTES = 1000
 TO_THE_END = -1
@@ -115,6 +116,14 @@ class Source(Protocol):
         is_row = file.compression or file.encoding or file.cr_line_ends or not self.has_byte_positions
         return "row" if is_row else "byte"
 
+    def describe_fields(self, file: InputFile, config: ReadConfig) -> dict[str, str]:
+        """The fields that a file says it has, by name or path, with the kind of their values; "" if that varies.
+
+        Raises:
+          FileError: if the file cannot be read.
+        """
+        return {}
+
     def restore(self, record: Record) -> Union[Document, DeadLetter, None]:
         """The document or dead letter that a record holds already; None for all other formats."""
         return None
@@ -136,24 +145,30 @@ def split_by_bytes(file: InputFile, split_bytes: int) -> list[FileRange]:
 
 
 def needed_fields(config: ReadConfig) -> list[str]:
-    """Names of all fields that a run looks at, each once."""
-    names = [config.id_field, *config.text_field, config.pair_field, *(f.name for f in config.kept_fields())]
+    """Names or paths of all fields that a run looks at, each once."""
+    names = [config.id_field, *config.text_field, config.pair_field, *(f.source for f in config.kept_fields())]
     return [name for name in dict.fromkeys(names) if name]
 
 
-def explain_missing(columns: list[str], config: ReadConfig) -> str:
-    """Says which of the id and text columns a file lacks; empty if it has them all."""
-    required = [name for name in (config.id_field, *config.text_field) if name]
-    missing = [name for name in required if name not in columns]
-    if not missing:
-        return ""
-    flag = "--id_field" if missing[0] == config.id_field else "--text_field"
-    return f"column {missing[0]!r} is missing, the file has {', '.join(columns) or 'none'}; see {flag}"
+def explain_missing(columns: Sequence[str], config: ReadConfig, nested: Collection[str] = ()) -> str:
+    """Says which of the id and text columns a file lacks; empty if it has them all.
+
+    Args:
+      columns: the names of the file's columns.
+      config: the names of the needed ones.
+      nested: paths of needed fields that are inside of columns.
+    """
+    for flag, names in (("id_field", [config.id_field]), ("text_field", config.text_field)):
+        for name in names:
+            if name and name not in columns and name not in nested:
+                fix = suggest_field(flag, name, columns)
+                return f"column {name!r} is missing, the file has {name_fields(columns)}; {fix}"
+    return ""
 
 
-def explain_repeated(columns: list[str], config: ReadConfig) -> str:
+def explain_repeated(columns: Sequence[str], needed: Iterable[str]) -> str:
     """Says which of the needed columns a file has more than once; empty if there are none."""
-    repeated = [name for name in needed_fields(config) if columns.count(name) > 1]
+    repeated = [name for name in needed if columns.count(name) > 1]
     if not repeated:
         return ""
     names = " and ".join(map(repr, repeated))

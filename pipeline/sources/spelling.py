@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from typing import Any
 
@@ -18,5 +19,6 @@ def parse_spelling(value: str) -> Any:
         except ValueError:
             continue
         # Leading zeros, plus signs and underscores are spellings of names, not of numbers: 007 is not 7.
-        return number if re.fullmatch(r"-?(0|[1-9]\d*)(\.\d+)?([eE][-+]?\d+)?", value) else value
+        is_number = re.fullmatch(r"-?(0|[1-9]\d*)(\.\d+)?([eE][-+]?\d+)?", value, re.ASCII)
+        return number if is_number and math.isfinite(number) else value
     return value

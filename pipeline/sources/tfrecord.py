@@ -16,7 +16,7 @@ import google_crc32c
 from pipeline.config import ReadConfig
 from pipeline.sources.compression import ByteReader, FileError, TruncatedFile, open_stream
 from pipeline.sources.decoders import find_compression
-from pipeline.sources.source import FileRange, Record, Source, describe_too_large, needed_fields
+from pipeline.sources.source import FileRange, InputFile, Record, Source, describe_too_large, needed_fields
 
 _HEADER = struct.Struct("<QI")
 _FOOTER = struct.Struct("<I")
@@ -54,6 +54,17 @@ class TfrecordSource(Source):
     def may_begin_with(self, head: bytes) -> bool:
         """Whether they are the length of a record and its checksum."""
         return len(head) >= _HEADER.size and mask_crc(google_crc32c.value(head[:8])) == _HEADER.unpack_from(head)[1]
+
+    def describe_fields(self, file: InputFile, config: ReadConfig) -> dict[str, str]:
+        from google.protobuf.message import DecodeError
+        from tensorflow.core.example.example_pb2 import Example
+
+        with open_stream(file.path, file.compression, max_window=config.max_window) as stream:
+            first = next(iterate_frames(stream, config.max_document_bytes), None)
+        try:
+            return dict.fromkeys(Example.FromString(first.data).features.feature if first else (), "")
+        except DecodeError:
+            return {}
 
     def read_records(self, file_range: FileRange, config: ReadConfig) -> Iterator[Record]:
         from google.protobuf.message import DecodeError

@@ -117,9 +117,10 @@ def build_indexes(rows: Iterable[dict[str, Any]], layout: TableLayout, folder: s
             sources = SourceNumbers()
             entries = []
             for row in block:
-                kept = digest_kept(pack_kept([row[field.name] for field in layout.kept]))
+                path = row["source"] or ""
+                kept = digest_kept(pack_kept([row[field.name] for field in layout.kept]), path)
                 content = bytes.fromhex(row["content_hash"])
-                source = sources.number(row["source"] or "")
+                source = sources.number(path)
                 n_chunks = row["n_chunks"] if layout.chunked else 1
                 entries.append((digest_id(row["id"]), content, kept, row["chunk"], n_chunks, source))
                 ids.write(json.dumps(row["id"]) + "\n")

@@ -100,7 +100,7 @@ def write_tfrecord(rows, folder, compression=""):
 
 
 def infer(plan, config):
-    return infer_kept_fields(sample_input(plan, config).rows, config)
+    return infer_kept_fields(sample_input(plan, config).fields, config)
 
 
 def read_outcomes(config, kept_fields=None):

@@ -25,7 +25,7 @@ def write_files(folder, **files):
 
 def infer(folder, pattern, **settings):
     config = ReadConfig(input=(str(folder / pattern),), **settings)
-    return infer_kept_fields(sample_input(plan_input(config), config).rows, config)
+    return infer_kept_fields(sample_input(plan_input(config), config).fields, config)
 
 
 def estimate(folder, pattern, **settings):
