@@ -15,6 +15,13 @@ from pipeline.tables.manifest import Manifest, snapshot_folder
 from pipeline.tables.read import iter_table, open_live
 from pipeline.tables.stores import find_table
 
+MOST_UNKNOWN = 0.1  # share of tokens that are [UNK]
+UNKNOWN_WARNING = (
+    "the encoder's vocabulary lacks the language or the script of these texts, so that their vectors say little; use an "
+    "encoder for it, or a multilingual one such as "
+    "--encoder=https://tfhub.dev/tensorflow/bert_multi_cased_L-12_H-768_A-12/4"
+)
+
 
 def format_summary(manifest: Manifest, table: str) -> str:
     """The report at the end of a run."""
@@ -33,6 +40,7 @@ def format_summary(manifest: Manifest, table: str) -> str:
         tokens, cut = preprocess.get("tokens", 0), preprocess.get("truncated_tokens", 0)
         share = cut / (tokens + cut) if tokens + cut else 0
         lines.append(f"  tokens       {int(tokens):,} encoded, {int(cut):,} cut ({share:.2%})")
+        lines += [f"  {line}" for line in describe_unknown(preprocess.get("unknown_tokens"), int(tokens))]
     if padded := batch.get("padded_tokens"):
         unit = "tokens" if manifest.layout.counts_tokens else "bytes"
         used = batch.get("used_tokens", 0) / padded
@@ -51,6 +59,22 @@ def format_summary(manifest: Manifest, table: str) -> str:
     lines.append("  seconds      " + ", ".join(f"{value:.1f} {name}" for name, value in seconds.items()))
     lines.append(f"  encoder      {describe_graph(manifest)}")
     return "\n".join(lines)
+
+
+def describe_unknown(n_unknown: float | None, n_tokens: int) -> list[str]:
+    """How many of some tokens are [UNK], and a warning if the encoder does not know the language; empty if none are.
+
+    Args:
+      n_unknown: None where it is not known.
+      n_tokens: all tokens.
+    """
+    if not n_unknown or not n_tokens:
+        return []
+    share = n_unknown / n_tokens
+    lines = [f"unknown      {int(n_unknown):,} of {n_tokens:,} tokens are [UNK] ({share:.2%})"]
+    if share > MOST_UNKNOWN:
+        lines.append(f"warning      {UNKNOWN_WARNING}")
+    return lines
 
 
 def locate_dead_letters(manifest: Manifest, table: str) -> str:
@@ -84,6 +108,10 @@ def summarize(manifest: Manifest | None, table: str) -> dict[str, Any]:
         "dead_letter_reasons": manifest.dead_letters,
         "tokens": int(counts["preprocess"].get("tokens", 0)),
         "truncated_tokens": int(counts["preprocess"].get("truncated_tokens", 0)),
+        "unknown_tokens": int(counts["preprocess"].get("unknown_tokens", 0)),
+        "unknown_share": round(
+            counts["preprocess"].get("unknown_tokens", 0) / (counts["preprocess"].get("tokens") or 1), 4
+        ),
         "padding_share": round(1 - used / padded, 4) if padded else 0.0,
         "encode_seconds": round(counts["encode"].get("encode_seconds", 0), 3),
         "seconds": manifest.seconds,
@@ -120,7 +148,7 @@ def describe_graph(manifest: Manifest) -> str:
 def format_table(table: str, n_rows: int) -> str:
     """What `embeam show` prints: a summary of the manifest, counts and the first rows."""
     manifest = open_live(table)[0]
-    layout = manifest.layout
+    layout, preprocess = manifest.layout, manifest.counts.get("preprocess", {})
     n_bytes = sum(file.n_bytes for file in manifest.files)
     files = []
     if manifest.files:  # else a database holds the rows
@@ -139,6 +167,7 @@ def format_table(table: str, n_rows: int) -> str:
         f"fingerprint  {manifest.fingerprint}",
         *files,
         f"columns      {', '.join([*layout.columns(), 'embedding'])}",
+        *describe_unknown(preprocess.get("unknown_tokens"), int(preprocess.get("tokens", 0))),
         f"dead letters {dead}",
     ]
     for row in islice(iter_table(table), n_rows):

@@ -29,6 +29,9 @@ class TableLayout:
       chunked: a document may have several rows, and each says how many.
       sourced: rows name the file that their document came from.
       kept: the kept fields, all with a type.
+      has_offsets: rows say which characters of their document they hold. (Older tables with chunks have no such
+        columns, and in each row the text of the whole document.)
+      keep_unknown: rows have n_unknown.
     """
 
     dtype: str
@@ -39,6 +42,8 @@ class TableLayout:
     chunked: bool = False
     sourced: bool = False
     kept: tuple[KeptField, ...] = ()
+    has_offsets: bool = False
+    keep_unknown: bool = False
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self) | {"kept": [list(field) for field in self.kept]}
@@ -52,10 +57,14 @@ class TableLayout:
         columns = {"id": "string", "chunk": "int"}
         if self.chunked:
             columns["n_chunks"] = "int"
+        if self.has_offsets:
+            columns |= {"char_start": "int", "char_end": "int"}
         if self.dtype == "int8":
             columns["scale"] = "float"
         if self.counts_tokens:
             columns |= {"n_tokens": "int", "n_truncated": "int"}
+        if self.keep_unknown:
+            columns["n_unknown"] = "int"
         columns["content_hash"] = "string"
         if self.sourced:
             columns["source"] = "string"
@@ -67,6 +76,7 @@ class TableLayout:
     def values(self, rows: list[Row]) -> Columns:
         """The values of `columns()` for some rows, column by column."""
         plain = {"id", "chunk", "n_chunks", "scale", "n_tokens", "n_truncated", "content_hash", "source", "text"}
+        plain |= {"char_start", "char_end", "n_unknown"}
         kept = [json.loads(row.kept) for row in rows] if self.kept else []
         position = {field.name: i for i, field in enumerate(self.kept)}
         return {

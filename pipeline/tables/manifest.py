@@ -24,7 +24,8 @@ from pipeline.files import check_scheme, exists, join, read_text
 from pipeline.sinks.layout import TableLayout
 from pipeline.tables import manifest_v2
 
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4  # 3 has other columns in tables with chunks only, which the layout says
+OLDEST_VERSION = 3
 POINTER = "CURRENT"
 MANIFEST = "manifest.json"
 SNAPSHOTS = "snapshots"
@@ -99,7 +100,7 @@ class Manifest:
         values = json.loads(text)
         if values["format_version"] == manifest_v2.VERSION:
             values = manifest_v2.upgrade_manifest(values)
-        if values["format_version"] < FORMAT_VERSION:
+        if values["format_version"] < OLDEST_VERSION:
             raise TableError(
                 f"its format version {values['format_version']} is older than any that this embeam reads; "
                 "make the table again in another folder"
@@ -112,6 +113,7 @@ class Manifest:
         values["layout"] = TableLayout.from_json(values["layout"])
         for name in ("files", "index_files", "dead_letter_files"):
             values[name] = tuple(TableFile(**entry) for entry in values[name])
+        values["format_version"] = FORMAT_VERSION
         known = {attribute.name for attribute in fields(cls)}
         return cls(**{name: values[name] for name in known & set(values)})  # another embeam may write more
 
