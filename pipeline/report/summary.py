@@ -17,9 +17,9 @@ from pipeline.tables.stores import find_table
 
 MOST_UNKNOWN = 0.1  # share of tokens that are [UNK]
 UNKNOWN_WARNING = (
-    "the encoder's vocabulary lacks the language or the script of these texts, so that their vectors say little; use an "
-    "encoder for it, or a multilingual one such as "
-    "--encoder=https://tfhub.dev/tensorflow/bert_multi_cased_L-12_H-768_A-12/4"
+    "the encoder's vocabulary lacks the language or the script of these texts, so their vectors say little; use an "
+    "encoder for it with --encoder, or a multilingual one, such as bert_multi_cased_L-12_H-768_A-12 of TF Hub with "
+    "--preprocessor=bert_multi_cased_preprocess"
 )
 
 
@@ -95,6 +95,7 @@ def summarize(manifest: Manifest | None, table: str) -> dict[str, Any]:
         return {"status": "staged", "table": table}
     counts = {stage: manifest.counts.get(stage, {}) for stage in ("read", "preprocess", "batch", "encode", "merge")}
     padded, used = (counts["batch"].get(name, 0) for name in ("padded_tokens", "used_tokens"))
+    tokens, unknown = (counts["preprocess"].get(name, 0) for name in ("tokens", "unknown_tokens"))
     return {
         "status": "published",
         "table": table,
@@ -106,12 +107,10 @@ def summarize(manifest: Manifest | None, table: str) -> dict[str, Any]:
         "deleted": int(counts["merge"].get("deleted", 0)),
         "dead_letters": sum(manifest.dead_letters.values()),
         "dead_letter_reasons": manifest.dead_letters,
-        "tokens": int(counts["preprocess"].get("tokens", 0)),
+        "tokens": int(tokens),
         "truncated_tokens": int(counts["preprocess"].get("truncated_tokens", 0)),
-        "unknown_tokens": int(counts["preprocess"].get("unknown_tokens", 0)),
-        "unknown_share": round(
-            counts["preprocess"].get("unknown_tokens", 0) / (counts["preprocess"].get("tokens") or 1), 4
-        ),
+        "unknown_tokens": int(unknown),
+        "unknown_share": round(unknown / tokens, 4) if tokens else 0.0,
         "padding_share": round(1 - used / padded, 4) if padded else 0.0,
         "encode_seconds": round(counts["encode"].get("encode_seconds", 0), 3),
         "seconds": manifest.seconds,

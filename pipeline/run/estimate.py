@@ -94,13 +94,25 @@ def measure_row(spec: EmbeddingSpec, form: RowFormat, chunks: Sequence[Chunk]) -
     for chunk in chunks:
         numbers = spec.dimension * (chunk.n_tokens if spec.vectors.tokens else 1)
         stored, scales = quantize_vectors(rng.standard_normal((1, numbers), np.float32), form.layout.dtype)
-        document = chunk.document
-        offsets = chunk.char_start, chunk.char_end
-        text = cut_own_text(document.text, *offsets) if form.layout.keep_text else None
-        counted = (chunk.n_tokens, chunk.n_truncated)
-        own = (document.id, chunk.number, stored.tobytes(), float(scales[0]), *counted, chunk.content_hash)
-        given = (document.kept, text, chunk.n_chunks, document.origin.path, False, *offsets, chunk.n_unknown)
-        rows.append(Row(*own, *given))
+        document, start, end = chunk.document, chunk.char_start, chunk.char_end
+        rows.append(
+            Row(
+                id=document.id,
+                chunk=chunk.number,
+                vector=stored.tobytes(),
+                scale=float(scales[0]),
+                n_tokens=chunk.n_tokens,
+                n_truncated=chunk.n_truncated,
+                content_hash=chunk.content_hash,
+                kept=document.kept,
+                text=cut_own_text(document.text, start, end) if form.layout.keep_text else None,
+                n_chunks=chunk.n_chunks,
+                source=document.origin.path,
+                char_start=start,
+                char_end=end,
+                n_unknown=chunk.n_unknown,
+            )
+        )
         n_bytes += len(rows[-1].vector)
         if n_bytes > SAMPLE_ROW_BYTES:
             break

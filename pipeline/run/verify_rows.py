@@ -180,7 +180,7 @@ def _check_row(table: CheckedTable, name: str, row: dict[str, Any]) -> tuple[byt
         return None
     settings = table.manifest.settings
     start, end = (row["char_start"], row["char_end"]) if layout.has_offsets else (None, None)
-    if end is not None and not 0 <= start <= end:
+    if start is not None and end is not None and not 0 <= start <= end:
         table.find("wrong_row", name, f"it has the characters {start} to {end} of its document")
         return None
     if layout.keep_text and end is not None and len(row["text"]) != end - start:
