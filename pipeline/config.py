@@ -201,6 +201,7 @@ class ReadConfig(CheckedConfig):
         kept = self.kept_fields()
         names = [f.name for f in kept]
         reserved = {"id", "chunk", "n_chunks", "embedding", "scale", "n_tokens", "n_truncated", "content_hash", "text"}
+        reserved |= {"char_start", "char_end", "n_unknown"}
         for field in kept:
             name = field.name
             if name in reserved:
@@ -231,8 +232,13 @@ class PreprocessConfig(CheckedConfig):
         "truncate",
         ("truncate", "chunk", "average", "reject"),
     )
-    chunk_overlap: int = setting("tokens that neighbouring chunks share", 0)
-    text_prefix: str = setting("prefix of every text, such as 'query: '", "", metavar="TEXT")
+    chunk_overlap: int = setting("tokens that neighbouring chunks share, at most: no word is cut for them", 0)
+    chunk_by: str = setting(
+        "where chunks end: tokens: at the last word that fits; sentence: at a sentence's end in the second half",
+        "tokens",
+        ("tokens", "sentence"),
+    )
+    text_prefix: str = setting("prefix of every text and of every chunk, such as 'query: '", "", metavar="TEXT")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -240,10 +246,17 @@ class PreprocessConfig(CheckedConfig):
             raise ConfigError(f"--max_tokens={self.max_tokens} leaves no room between [CLS] and [SEP]; use 3 or more")
         if self.chunk_overlap < 0:
             raise ConfigError(f"--chunk_overlap={self.chunk_overlap} is negative; use 0 or more")
-        if self.chunk_overlap and self.on_long not in ("chunk", "average"):
+        if self.chunk_overlap and not self.cuts_windows:
             raise ConfigError(
                 f"--chunk_overlap={self.chunk_overlap} needs chunks; add --on_long=chunk or --on_long=average"
             )
+        if self.chunk_by != "tokens" and not self.cuts_windows:
+            raise ConfigError(f"--chunk_by={self.chunk_by} needs chunks; add --on_long=chunk or --on_long=average")
+
+    @property
+    def cuts_windows(self) -> bool:
+        """Whether a long text becomes several inputs of the encoder."""
+        return self.on_long in ("chunk", "average")
 
 
 @dataclass(frozen=True)
@@ -313,8 +326,9 @@ class WriteConfig(CheckedConfig):
     output_format: str = setting("format of the table's files", "tfrecord", ("tfrecord", "parquet"))
     compression: str = setting("compression of the table's files", "none", ("none", "gzip"))
     shard_bytes: int = setting("size at which a new file is started", 256 * MIB)
-    keep_text: bool = setting("store each document's text beside its vector", False)
+    keep_text: bool = setting("store the text of each row beside its vector", False)
     keep_source: bool = setting("store the path of each document's file beside its vector", False)
+    keep_unknown: bool = setting("store how many tokens of each row are [UNK], in the column n_unknown", False)
     dead_letter_text: str = setting("what dead letters contain of the text", "full", ("full", "hash", "none"))
     max_dead_fraction: float = setting("stop when more than this share of the documents cannot be embedded", 0.1)
 
@@ -406,7 +420,7 @@ class WorkerConfig(CheckedConfig):
 
 @dataclass(frozen=True)
 class EmbedConfig:
-    """All settings of a run. `EmbedDocuments` uses the four parts in the middle, and `write.keep_text`."""
+    """All settings of a run. `EmbedDocuments` uses the four parts in the middle, and `write.keep_*`."""
 
     read: ReadConfig = ReadConfig()
     preprocess: PreprocessConfig = PreprocessConfig()
@@ -423,7 +437,7 @@ class EmbedConfig:
             raise ConfigError("--on_long=average cannot average token matrices; use --on_long=chunk with :tokens")
         if self.write.keep_source and any(field.name == "source" for field in self.read.kept_fields()):
             raise ConfigError("--keep_fields=source would collide with the column of --keep_source; leave one out")
-        if self.read.pair_field and self.preprocess.on_long in ("chunk", "average"):
+        if self.read.pair_field and self.preprocess.cuts_windows:
             raise ConfigError(
                 f"--on_long={self.preprocess.on_long} cannot split pairs; use --on_long=truncate or --on_long=reject"
             )

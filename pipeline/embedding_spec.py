@@ -17,7 +17,9 @@ from pipeline.encoders.spec import EncoderSpec, describe_encoder
 from pipeline.errors import ConfigError, EncoderError
 from pipeline.preprocess.batching import COMPILED_STEPS, LENGTH_STEPS, Buckets, bucket_lengths
 from pipeline.preprocess.chunking import PreprocessorRule, SplitRule, TextRule, WordpieceRule
-from pipeline.preprocess.wordpiece import agrees_with_preprocessor, find_vocabulary
+from pipeline.preprocess.sentences import SENTENCE_RULE
+from pipeline.preprocess.windows import WINDOW_RULE, is_separable
+from pipeline.preprocess.wordpiece import Vocabulary, agrees_with_preprocessor, find_vocabulary, load_tokenizer
 from pipeline.sinks.layout import TableLayout
 from pipeline.vectors.finishing import VectorRule
 
@@ -53,8 +55,9 @@ class EmbeddingSpec:
 
     def layout(self, kept: tuple[KeptField, ...] = ()) -> TableLayout:
         rule = self.vectors
-        flags = (rule.tokens, rule.counts_tokens, rule.keep_text)
-        return TableLayout(rule.vectors.dtype, self.dimension, *flags, rule.chunked, kept=kept)
+        flags = (rule.tokens, rule.counts_tokens, rule.keep_text, rule.chunked)
+        own = {"has_offsets": rule.chunked, "keep_unknown": rule.keep_unknown and rule.counts_tokens}
+        return TableLayout(rule.vectors.dtype, self.dimension, *flags, kept=kept, **own)
 
 
 def make_embedding_spec(config: EmbedConfig, device: Device | None = None) -> EmbeddingSpec:
@@ -101,6 +104,7 @@ def make_embedding_spec(config: EmbedConfig, device: Device | None = None) -> Em
         tokens=encoder.choice.pooling == "tokens",
         counts_tokens=encoder.takes == "tokens",
         keep_text=config.write.keep_text,
+        keep_unknown=config.write.keep_unknown,
     )
     buckets = Buckets(lengths, config.batching.batch_tokens or choose_batch_tokens(encoder, device))
     return EmbeddingSpec(encoder, split, buckets, rule, dimension, identity)
@@ -144,8 +148,6 @@ def choose_split_rule(
             f"--max_tokens={max_tokens} exceeds the encoder's {encoder.positions} positions; "
             "lower it; --on_long=chunk keeps all of a long text"
         )
-    if config.chunk_overlap > max_tokens - 3:
-        raise ConfigError(f"--chunk_overlap={config.chunk_overlap} leaves nothing new in {max_tokens} tokens; lower it")
     cutting = {"max_tokens": max_tokens, "on_long": config.on_long, "prefix": config.text_prefix}
     if config.preprocessor:
         model = describe_saved_model(resolve_handle(config.preprocessor), config.preprocessor)
@@ -164,6 +166,11 @@ def choose_split_rule(
             f"--preprocessor={config.preprocessor} has {len(vocabulary.pieces):,} pieces and the encoder "
             f"{encoder.vocabulary_size:,}; they do not belong together"
         )
+    if config.cuts_windows:
+        check_windows(config, vocabulary, max_tokens)
+        cutting |= {"windows": WINDOW_RULE, "chunk_by": config.chunk_by}
+        if config.chunk_by == "sentence":
+            cutting["sentences"] = SENTENCE_RULE
     pieces = hashlib.sha256("\n".join(vocabulary.pieces).encode("utf-8", "surrogateescape")).hexdigest()
     identity = {
         "kind": "wordpiece",
@@ -172,7 +179,32 @@ def choose_split_rule(
         "overlap": config.chunk_overlap,
         **cutting,
     }
-    return WordpieceRule(vocabulary, max_tokens, config.on_long, config.chunk_overlap, config.text_prefix), identity
+    by_sentence = config.chunk_by == "sentence"
+    rule = WordpieceRule(vocabulary, max_tokens, config.on_long, config.chunk_overlap, config.text_prefix, by_sentence)
+    return rule, identity
+
+
+def check_windows(config: PreprocessConfig, vocabulary: Vocabulary, max_tokens: int) -> None:
+    """Raises ConfigError if the prefix or the overlap leaves no room in a window, or the prefix is not separate."""
+    prefix, n_prefix = config.text_prefix, 0
+    if prefix:
+        if not is_separable(prefix):
+            raise ConfigError(
+                f"--text_prefix={prefix!r} runs into the first word of each chunk; end it with a space, as in "
+                f"{prefix + ' '!r}"
+            )
+        n_prefix = len(load_tokenizer(vocabulary).tokenize([prefix])[0])
+    room = max_tokens - 2 - n_prefix
+    if room < 1:
+        raise ConfigError(
+            f"--text_prefix={prefix!r} has {n_prefix} tokens and leaves no room for text in {max_tokens}; shorten it, "
+            "or raise --max_tokens"
+        )
+    if config.chunk_overlap >= room:
+        beside = f" beside the prefix's {n_prefix}" if n_prefix else ""
+        raise ConfigError(
+            f"--chunk_overlap={config.chunk_overlap} leaves nothing new in {max_tokens} tokens{beside}; lower it"
+        )
 
 
 def _use_preprocessor_as_is(

@@ -63,6 +63,9 @@ class Chunk(NamedTuple):
       n_first: how many leading tokens have type id 0 (the rest have 1).
       n_content: tokens that are not [CLS] or [SEP]: the chunk's weight in an average.
       n_truncated: tokens of the document that reach no chunk; None where tokens are not counted.
+      char_start: where its own text begins in the document's, in code points.
+      char_end: where it ends; None where the chunk is not a window of a text.
+      n_unknown: tokens that are [UNK]; None where that is not known.
     """
 
     document: Document
@@ -73,6 +76,9 @@ class Chunk(NamedTuple):
     n_first: int
     n_content: int
     n_truncated: Optional[int]
+    char_start: Optional[int] = None
+    char_end: Optional[int] = None
+    n_unknown: Optional[int] = None
 
     @property
     def n_tokens(self) -> int:
@@ -134,10 +140,13 @@ class Row(NamedTuple):
       n_truncated: tokens that were cut; None where that is not known.
       content_hash: hash over all of the document that reaches the encoder.
       kept: JSON list of the kept fields' values.
-      text: of the document, if the table keeps it.
+      text: of the chunk, if the table keeps it: `cut_own_text`.
       n_chunks: how many rows the document has when it is whole.
       source: path of the file that the document came from.
       shared: as in `Document`.
+      char_start: as in `Chunk`.
+      char_end: as in `Chunk`.
+      n_unknown: as in `Chunk`.
     """
 
     id: str
@@ -152,6 +161,14 @@ class Row(NamedTuple):
     n_chunks: int = 1
     source: str = ""
     shared: bool = False
+    char_start: Optional[int] = None
+    char_end: Optional[int] = None
+    n_unknown: Optional[int] = None
+
+
+def cut_own_text(text: str, char_start: Optional[int], char_end: Optional[int]) -> str:
+    """The text of a chunk, from the text of its document; all of it where the chunk is not a window."""
+    return text if char_end is None else text[char_start:char_end]
 
 
 class DeadLetter(NamedTuple):

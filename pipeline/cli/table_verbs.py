@@ -123,7 +123,7 @@ def run_plan(known: argparse.Namespace) -> None:
 def format_plan(dry_run: DryRun, output: str) -> str:
     """What `embeam plan` prints."""
     from pipeline.records import REASONS, SkippedFile
-    from pipeline.report.summary import describe_bad_files, format_bytes
+    from pipeline.report.summary import describe_bad_files, describe_unknown, format_bytes
     from pipeline.tables.manifest import GoneFiles
 
     f = dry_run
@@ -140,6 +140,7 @@ def format_plan(dry_run: DryRun, output: str) -> str:
         if f.tokens is not None and f.cut_tokens is not None:
             share = f.cut_tokens / (f.tokens + f.cut_tokens or 1)
             lines.append(f"  tokens       {about}{f.tokens:,}, and {f.cut_tokens:,} cut ({share:.2%})")
+            lines += [f"  {line}" for line in describe_unknown(f.unknown_tokens, f.tokens)]
         lines.append(f"  batches      {about}{f.padding:.1%} padding in {f.chunks:,} inputs of the encoder")
         lines.append(f"  time         {describe_time(f)}")
     if f.skipped_empty:

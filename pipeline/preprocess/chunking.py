@@ -18,17 +18,13 @@ from pipeline.bundles import end_bundle
 from pipeline.encoders.runtime import load_tensorflow
 from pipeline.encoders.saved_model import resolve_handle
 from pipeline.errors import ConfigError
+from pipeline.preprocess.windows import cut_text
 from pipeline.preprocess.wordpiece import Vocabulary, load_tokenizer
 from pipeline.records import BundleCounts, Chunk, DeadLetter, Document
 
 BUFFERED_DOCUMENTS = 1024  # the tokeniser's kernel costs about 0.2 ms a call, whatever it is given
 BUFFERED_CHARACTERS = 4_000_000
-
-
-def window_starts(n: int, window: int, overlap: int) -> list[int]:
-    """Starts of windows over n tokens: neighbours share `overlap` tokens, and each window has new ones."""
-    stride = window - overlap
-    return [0, *range(stride, n - overlap, stride)] if n > window else [0]
+UNKNOWN = "[UNK]"
 
 
 def trim_pair(n_first: int, n_second: int, room: int) -> tuple[int, int]:
@@ -72,13 +68,23 @@ class Splitter(Protocol):
 
 @dataclass(frozen=True)
 class WordpieceRule:
-    """How documents are cut for a WordPiece encoder. `load()` makes the splitter, on a worker."""
+    """How documents are cut for a WordPiece encoder. `load()` makes the splitter, on a worker.
+
+    Attributes:
+      vocabulary: of the encoder.
+      max_tokens: the most tokens of a chunk, [CLS] and [SEP] included.
+      on_long: truncate, reject, or chunk or average: cut into windows.
+      overlap: tokens that neighbouring windows share.
+      prefix: put before the text of every chunk.
+      by_sentence: windows end at sentence ends where they can.
+    """
 
     vocabulary: Vocabulary
     max_tokens: int
     on_long: str = "truncate"
     overlap: int = 0
     prefix: str = ""
+    by_sentence: bool = False
 
     def load(self) -> Splitter:
         return WordpieceSplitter(self)
@@ -90,38 +96,59 @@ class WordpieceSplitter:
         self._tokenizer = load_tokenizer(rule.vocabulary)
         self._cls = np.int32(rule.vocabulary.id_of("[CLS]")).tobytes()
         self._sep = np.int32(rule.vocabulary.id_of("[SEP]")).tobytes()
+        self._unknown = rule.vocabulary.id_of(UNKNOWN)
+        self._room = rule.max_tokens - 2
+        self._prefix, _ = self._tokenizer.tokenize([rule.prefix])
 
     def split(self, documents: Sequence[Document]) -> Iterator[Union[Chunk, DeadLetter]]:
         texts = [self.rule.prefix + document.text for document in documents]
         pairs = [document.pair for document in documents if document.pair is not None]
         ids, splits = self._tokenizer.tokenize(texts + pairs)
         buffer, ends = ids.tobytes(), splits.tolist()
+        unknown = self._count_unknown(ids, splits)
         next_pair = len(texts)
         for i, (document, text) in enumerate(zip(documents, texts, strict=True)):
             tokens = buffer[4 * ends[i] : 4 * ends[i + 1]]
             content_hash = hash_content(text, document.pair)
             if document.pair is None:
-                yield from self._split_single(document, content_hash, tokens)
+                yield from self._split_single(document, content_hash, tokens, unknown[i])
             else:
                 pair = buffer[4 * ends[next_pair] : 4 * ends[next_pair + 1]]
                 next_pair += 1
                 yield self._join_pair(document, content_hash, tokens, pair)
 
-    def _split_single(self, document: Document, content_hash: str, tokens: bytes) -> Iterator[Union[Chunk, DeadLetter]]:
-        n, window = len(tokens) // 4, self.rule.max_tokens - 2
-        if n <= window or self.rule.on_long == "truncate":
-            kept = min(n, window)
+    def _count_unknown(self, ids: np.ndarray, splits: np.ndarray) -> list[int]:
+        """[UNK] among the tokens of each text that fit into one chunk."""
+        found = np.flatnonzero(ids == self._unknown)
+        if not len(found):
+            return [0] * (len(splits) - 1)
+        begins = splits[:-1]
+        low, high = np.searchsorted(found, (begins, np.minimum(splits[1:], begins + self._room)))
+        counts: list[int] = (high - low).tolist()
+        return counts
+
+    def _split_single(
+        self, document: Document, content_hash: str, tokens: bytes, n_unknown: int
+    ) -> Iterator[Union[Chunk, DeadLetter]]:
+        n, room = len(tokens) // 4, self._room
+        if n <= room or self.rule.on_long == "truncate":
+            kept = min(n, room)
             ids = self._cls + tokens[: 4 * kept] + self._sep
-            yield Chunk(document, content_hash, 0, 1, ids, kept + 2, kept, n - kept)
+            end = len(document.text)
+            yield Chunk(document, content_hash, 0, 1, ids, kept + 2, kept, n - kept, 0, end, n_unknown)
         elif self.rule.on_long == "reject":
             yield self._reject(document, content_hash, n + 2)
         else:
-            starts = window_starts(n, window, self.rule.overlap)
-            for index, start in enumerate(starts):
-                part = tokens[4 * start : 4 * (start + window)]
-                size = len(part) // 4
-                ids = self._cls + part + self._sep
-                yield Chunk(document, content_hash, index, len(starts), ids, size + 2, size, 0)
+            yield from self._cut_windows(document, content_hash)
+
+    def _cut_windows(self, document: Document, content_hash: str) -> Iterator[Chunk]:
+        rule, tokenize, size = self.rule, self._tokenizer.tokenize, self._room - len(self._prefix)
+        windows = list(cut_text(document.text, tokenize, size, rule.overlap, rule.by_sentence))
+        for number, (start, end, own) in enumerate(windows):
+            part = np.concatenate((self._prefix, own))
+            ids, n = self._cls + part.tobytes() + self._sep, len(part)
+            n_unknown = int(np.count_nonzero(part == self._unknown))
+            yield Chunk(document, content_hash, number, len(windows), ids, n + 2, n, 0, start, end, n_unknown)
 
     def _join_pair(
         self, document: Document, content_hash: str, first: bytes, second: bytes
@@ -132,7 +159,9 @@ class WordpieceSplitter:
         if n_cut and self.rule.on_long == "reject":
             return self._reject(document, content_hash, n_first + n_second + 3)
         ids = self._cls + first[: 4 * kept_first] + self._sep + second[: 4 * kept_second] + self._sep
-        return Chunk(document, content_hash, 0, 1, ids, kept_first + 2, kept_first + kept_second, n_cut)
+        n_unknown = int(np.count_nonzero(np.frombuffer(ids, "<i4") == self._unknown))
+        n = kept_first + kept_second
+        return Chunk(document, content_hash, 0, 1, ids, kept_first + 2, n, n_cut, n_unknown=n_unknown)
 
     def _reject(self, document: Document, content_hash: str, n_tokens: int) -> DeadLetter:
         message = f"{n_tokens} tokens exceed --max_tokens={self.rule.max_tokens} and --on_long=reject"
@@ -278,6 +307,8 @@ class SplitDocuments(beam.DoFn):
                 self._counts["chunks"] += 1
                 self._counts["tokens"] += output.n_content
                 self._counts["truncated_tokens"] += output.n_truncated or 0
+                if output.n_unknown is not None:
+                    self._counts["unknown_tokens"] += output.n_unknown
                 yield output
         if spot_checks:
             yield from (output for output in self._splitter.split(spot_checks) if isinstance(output, Chunk))

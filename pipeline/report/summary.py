@@ -18,6 +18,12 @@ from pipeline.tables.read import iter_table, open_live
 from pipeline.tables.stores import find_table
 
 SHOWN_FILES = 20
+MOST_UNKNOWN = 0.1  # share of tokens that are [UNK]
+UNKNOWN_WARNING = (
+    "the encoder's vocabulary lacks the language or the script of these texts, so their vectors say little; use an "
+    "encoder for it with --encoder, or a multilingual one, such as bert_multi_cased_L-12_H-768_A-12 of TF Hub with "
+    "--preprocessor=bert_multi_cased_preprocess"
+)
 
 
 def format_summary(manifest: Manifest, table: str) -> str:
@@ -37,6 +43,7 @@ def format_summary(manifest: Manifest, table: str) -> str:
         tokens, cut = preprocess.get("tokens", 0), preprocess.get("truncated_tokens", 0)
         share = cut / (tokens + cut) if tokens + cut else 0
         lines.append(f"  tokens       {int(tokens):,} encoded, {int(cut):,} cut ({share:.2%})")
+        lines += [f"  {line}" for line in describe_unknown(preprocess.get("unknown_tokens"), int(tokens))]
     if padded := batch.get("padded_tokens"):
         unit = "tokens" if manifest.layout.counts_tokens else "bytes"
         used = batch.get("used_tokens", 0) / padded
@@ -77,6 +84,22 @@ def describe_bad_files(
     return [f"bad files    {len(bad_files):,} {what}", *shown, *more]
 
 
+def describe_unknown(n_unknown: float | None, n_tokens: int) -> list[str]:
+    """How many of some tokens are [UNK], and a warning if the encoder does not know the language; empty if none are.
+
+    Args:
+      n_unknown: None where it is not known.
+      n_tokens: all tokens.
+    """
+    if not n_unknown or not n_tokens:
+        return []
+    share = n_unknown / n_tokens
+    lines = [f"unknown      {int(n_unknown):,} of {n_tokens:,} tokens are [UNK] ({share:.2%})"]
+    if share > MOST_UNKNOWN:
+        lines.append(f"warning      {UNKNOWN_WARNING}")
+    return lines
+
+
 def locate_dead_letters(manifest: Manifest, table: str) -> str:
     """A glob of a run's dead-letter files: below the table's folder as the user named it, else the full path."""
     found = find_table(table, manifest.settings.get("work_dir", ""))
@@ -95,6 +118,7 @@ def summarize(manifest: Manifest | None, table: str) -> dict[str, Any]:
         return {"status": "staged", "table": table}
     counts = {stage: manifest.counts.get(stage, {}) for stage in ("read", "preprocess", "batch", "encode", "merge")}
     padded, used = (counts["batch"].get(name, 0) for name in ("padded_tokens", "used_tokens"))
+    tokens, unknown = (counts["preprocess"].get(name, 0) for name in ("tokens", "unknown_tokens"))
     return {
         "status": "published",
         "table": table,
@@ -110,8 +134,10 @@ def summarize(manifest: Manifest | None, table: str) -> dict[str, Any]:
         "gone_files": manifest.gone_files.n,
         "deleted_with_gone_files": int(counts["merge"].get("gone", 0)),
         "kept_nulls": {name: int(n) for name, n in manifest.counts.get(KEPT_NULLS, {}).items()},
-        "tokens": int(counts["preprocess"].get("tokens", 0)),
+        "tokens": int(tokens),
         "truncated_tokens": int(counts["preprocess"].get("truncated_tokens", 0)),
+        "unknown_tokens": int(unknown),
+        "unknown_share": round(unknown / tokens, 4) if tokens else 0.0,
         "padding_share": round(1 - used / padded, 4) if padded else 0.0,
         "encode_seconds": round(counts["encode"].get("encode_seconds", 0), 3),
         "seconds": manifest.seconds,
@@ -161,7 +187,7 @@ def describe_graph(manifest: Manifest) -> str:
 def format_table(table: str, n_rows: int) -> str:
     """What `embeam show` prints: a summary of the manifest, counts and the first rows."""
     manifest = open_live(table)[0]
-    layout = manifest.layout
+    layout, preprocess = manifest.layout, manifest.counts.get("preprocess", {})
     n_bytes = sum(file.n_bytes for file in manifest.files)
     files = []
     if manifest.files:  # else a database holds the rows
@@ -181,6 +207,7 @@ def format_table(table: str, n_rows: int) -> str:
         *files,
         f"columns      {', '.join([*layout.columns(), 'embedding'])}",
         *(line.strip() for line in describe_kept_nulls(manifest)),
+        *describe_unknown(preprocess.get("unknown_tokens"), int(preprocess.get("tokens", 0))),
         f"dead letters {dead}",
         *describe_bad_files(manifest.bad_files),
     ]

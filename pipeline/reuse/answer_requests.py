@@ -12,7 +12,7 @@ from apache_beam.pvalue import TaggedOutput
 
 import pipeline.coders  # noqa: F401  tells Beam how rows and dead letters are encoded
 from pipeline.errors import RunError
-from pipeline.records import DeadLetter, Document, Row
+from pipeline.records import DeadLetter, Document, Row, cut_own_text
 from pipeline.reuse.copy import CollectRows
 from pipeline.reuse.live_table import KEYED, DistributedReuse, read_wanted
 from pipeline.reuse.requests import ReuseRequest
@@ -62,7 +62,7 @@ def give_row(row: Row, document: Document, keep_text: bool) -> Row:
     return row._replace(
         id=document.id,
         kept=document.kept,
-        text=document.text if keep_text else None,
+        text=cut_own_text(document.text, row.char_start, row.char_end) if keep_text else None,
         source=document.origin.path,
         shared=False,
     )

@@ -13,6 +13,7 @@ import hashlib
 import struct
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from operator import attrgetter
 from typing import NamedTuple, Optional
 
 import numpy as np
@@ -27,9 +28,11 @@ from pipeline.sinks.table_format import StoredRows
 from pipeline.table_folders import JOURNAL
 
 SUFFIX = ".seg"
-_MAGIC = b"embeam1\n"
+_MAGIC = b"embeam2\n"
 _LENGTH = struct.Struct("<Q")
 _NONE = -1
+_ADDED = ("char_start", "char_end", "n_unknown")
+_OPTIONAL = ("n_tokens", "n_truncated", *_ADDED)
 RECORD = np.dtype(
     [
         ("content", "S16"),
@@ -39,8 +42,11 @@ RECORD = np.dtype(
         ("n_truncated", "<i8"),  # -1 for none
         ("scale", "<f4"),
         ("size", "<u4"),  # bytes of the vector
+        *((name, "<i8") for name in _ADDED),  # -1 for none
     ]
 )
+# What each beginning of a segment says about its records; those of an earlier version lack some fields.
+_RECORDS = {_MAGIC: RECORD, b"embeam1\n": np.dtype([field for field in RECORD.descr if field[0] not in _ADDED])}
 
 
 class Segment(NamedTuple):
@@ -56,8 +62,7 @@ class Segment(NamedTuple):
         return {
             "chunk": some["chunk"].tolist(),
             "n_chunks": some["n_chunks"].tolist(),
-            "n_tokens": [None if n == _NONE else n for n in some["n_tokens"].tolist()],
-            "n_truncated": [None if n == _NONE else n for n in some["n_truncated"].tolist()],
+            **{name: [None if n == _NONE else n for n in some[name].tolist()] for name in _OPTIONAL},
             "scale": some["scale"].tolist(),
             "embedding": [self.data[self.starts[i] : self.starts[i + 1]] for i in positions],
         }
@@ -74,8 +79,8 @@ def pack_segment(rows: Sequence[Row]) -> bytes:
     records["content"] = parse_hashes([row.content_hash for row in rows])
     records["chunk"] = [row.chunk for row in rows]
     records["n_chunks"] = [row.n_chunks for row in rows]
-    records["n_tokens"] = [_NONE if row.n_tokens is None else row.n_tokens for row in rows]
-    records["n_truncated"] = [_NONE if row.n_truncated is None else row.n_truncated for row in rows]
+    for name in _OPTIONAL:
+        records[name] = [_NONE if value is None else value for value in map(attrgetter(name), rows)]
     records["scale"] = [row.scale for row in rows]
     records["size"] = [len(row.vector) for row in rows]
     return _MAGIC + _LENGTH.pack(len(rows)) + records.tobytes() + b"".join(row.vector for row in rows)
@@ -96,12 +101,17 @@ def read_segment(path: str) -> Optional[Segment]:
     except Exception:  # each file system raises its own exceptions
         return None
     name = path.replace("\\", "/").rpartition("/")[2].removesuffix(SUFFIX)
-    if hashlib.blake2b(data, digest_size=20).hexdigest() != name or not data.startswith(_MAGIC):
+    stored = _RECORDS.get(data[: len(_MAGIC)])
+    if hashlib.blake2b(data, digest_size=20).hexdigest() != name or stored is None:
         return None
     begin = len(_MAGIC) + _LENGTH.size
     (n,) = _LENGTH.unpack_from(data, len(_MAGIC))
-    records = np.frombuffer(data, RECORD, n, begin)
-    starts = begin + n * RECORD.itemsize + np.concatenate([[0], np.cumsum(records["size"], dtype=np.int64)])
+    found = np.frombuffer(data, stored, n, begin)
+    records = np.full(n, _NONE, RECORD) if stored != RECORD else found
+    if stored != RECORD:
+        for field in found.dtype.names or ():
+            records[field] = found[field]
+    starts = begin + n * stored.itemsize + np.concatenate([[0], np.cumsum(records["size"], dtype=np.int64)])
     return Segment(records, data, starts)
 
 

@@ -13,7 +13,7 @@ from typing import Any, Optional
 import numpy as np
 
 from pipeline.config import KeptField
-from pipeline.records import Row, pack_kept
+from pipeline.records import Row, cut_own_text, pack_kept
 from pipeline.reuse.complete import LiveDecisions, RequestPlan
 from pipeline.reuse.index import VectorIndex
 from pipeline.reuse.journal import Segment
@@ -192,6 +192,7 @@ def build_row(columns: Columns, i: int, request: ReuseRequest, layout: TableLayo
     def value(name: str, otherwise: Any) -> Any:
         return columns[name][i] if name in columns else otherwise
 
+    offsets = value("char_start", None), value("char_end", None)
     return Row(
         id=document.id,
         chunk=value("chunk", 0),
@@ -201,9 +202,12 @@ def build_row(columns: Columns, i: int, request: ReuseRequest, layout: TableLayo
         n_truncated=value("n_truncated", None),
         content_hash=request.content_hash,
         kept=document.kept,
-        text=document.text if layout.keep_text else None,
+        text=cut_own_text(document.text, *offsets) if layout.keep_text else None,
         n_chunks=value("n_chunks", 1),
         source=document.origin.path,
+        char_start=offsets[0],
+        char_end=offsets[1],
+        n_unknown=value("n_unknown", None),
     )
 
 
@@ -226,6 +230,7 @@ def convert_rows(columns: Columns, sources: list[str], old: TableLayout, new: Ta
                 text=(columns["text"][i] if "text" in columns else "") if new.keep_text else None,
                 n_chunks=columns["n_chunks"][i],
                 source=source,
+                **{name: columns[name][i] for name in ("char_start", "char_end", "n_unknown") if name in columns},
             )
         )
     return rows
@@ -238,7 +243,7 @@ def _kept_value(columns: Columns, i: int, field: KeptField, types: dict[str, str
 def bare_rows(segment: Segment, positions: np.ndarray) -> list[Row]:
     """Some rows of a segment of the journal, which have no id."""
     columns = segment.columns(positions.tolist())
-    names = ("chunk", "scale", "n_tokens", "n_truncated", "n_chunks")
+    names = ("chunk", "scale", "n_tokens", "n_truncated", "n_chunks", "char_start", "char_end", "n_unknown")
     content = segment.records["content"][positions]
     return [
         Row(

@@ -74,7 +74,13 @@ class CheckedTable:
         rounds = self.manifest.file_format == "tfrecord" and any(f.type == "float" for f in self.layout.kept)
         self.redigests = bool(self.layout.kept or self.layout.sourced) and not rounds
         self.compares_kept = True
-        may_be_null = {"n_truncated", *(field.name for field in self.layout.kept)}
+        may_be_null = {
+            "n_truncated",
+            "n_unknown",
+            "char_start",
+            "char_end",
+            *(field.name for field in self.layout.kept),
+        }
         self.required = [column for column in self.layout.columns() if column not in may_be_null]
         self._report = report
 

@@ -18,6 +18,7 @@ import numpy as np
 
 from pipeline.config import EmbedConfig
 from pipeline.errors import EmbeamError
+from pipeline.preprocess.chunking import WordpieceRule
 from pipeline.records import DeadLetter, Document, SkippedFile, digest_id
 from pipeline.reuse.complete import LiveDecisions, decide_live
 from pipeline.reuse.decide import DocumentAction
@@ -76,6 +77,7 @@ class DryRun:
       chunks: inputs of the encoder.
       tokens: tokens that are encoded, without [CLS] and [SEP]; None where the encoder tokenises itself.
       cut_tokens: tokens that reach no chunk.
+      unknown_tokens: tokens that are [UNK]; None where that is not known.
       padding: share of padding in the batches.
       seconds: time in the encoder, on one worker; None if its speed is unknown.
       speed: where `seconds` comes from: `measured` in an earlier run, `rough` or `unknown`; `idle`: nothing to encode.
@@ -109,6 +111,7 @@ class DryRun:
     chunks: int
     tokens: Optional[int]
     cut_tokens: Optional[int]
+    unknown_tokens: Optional[int]
     padding: float
     seconds: Optional[float]
     speed: str
@@ -310,6 +313,7 @@ def combine(resolved: ResolvedRun, plan: ReusePlan, seen: Seen, measured: Measur
         chunks=round(scaled.counts.get("chunks", 0)),
         tokens=round(scaled.counts.get("tokens", 0)) if spec.vectors.counts_tokens else None,
         cut_tokens=round(scaled.counts.get("cut", 0)) if spec.vectors.counts_tokens else None,
+        unknown_tokens=round(scaled.counts.get("unknown", 0)) if isinstance(spec.split, WordpieceRule) else None,
         padding=max(0.0, 1 - scaled.counts["used"] / scaled.padded) if scaled.padded else 0.0,
         seconds=scaled.seconds,
         speed=scaled.speed,

@@ -18,7 +18,7 @@ from pipeline.encoders.runtime import has_gpu, load_tensorflow
 from pipeline.errors import EmbeamError
 from pipeline.preprocess.batching import Batcher
 from pipeline.preprocess.chunking import is_encodable
-from pipeline.records import Chunk, DeadLetter, Document, Row, pack_kept
+from pipeline.records import Chunk, DeadLetter, Document, Row, cut_own_text, pack_kept
 from pipeline.reuse.local import BUFFERED_CHARACTERS, BUFFERED_DOCUMENTS
 from pipeline.sinks.index import ENTRY
 from pipeline.sinks.writing import RowFormat
@@ -41,7 +41,8 @@ class Measured(NamedTuple):
 
     Attributes:
       documents: how many there are.
-      counts: their chunks, rows, content tokens, tokens that are cut, and tokens in batches (bytes for text encoders).
+      counts: their chunks, rows, content tokens, tokens that are cut or [UNK], and tokens in batches (bytes for text
+        encoders).
       lengths: chunks by the padded length of their bucket.
       made: content hash to the number of rows, or to the dead letter.
       row_bytes: of one row and its index entry; 0 if there is none.
@@ -76,6 +77,7 @@ def measure_texts(spec: EmbeddingSpec, form: RowFormat, documents: Sequence[Docu
             counts["rows"] += rule.chunked or chunk.number == 0
             counts["tokens"] += chunk.n_content
             counts["cut"] += chunk.n_truncated or 0
+            counts["unknown"] += chunk.n_unknown or 0
             counts["used"] += size
             lengths[spec.buckets.length_for(size)] += 1
             made[chunk.content_hash] = chunk.n_chunks if rule.chunked else 1
@@ -92,11 +94,25 @@ def measure_row(spec: EmbeddingSpec, form: RowFormat, chunks: Sequence[Chunk]) -
     for chunk in chunks:
         numbers = spec.dimension * (chunk.n_tokens if spec.vectors.tokens else 1)
         stored, scales = quantize_vectors(rng.standard_normal((1, numbers), np.float32), form.layout.dtype)
-        document = chunk.document
-        text = document.text if form.layout.keep_text else None
-        counted = (chunk.n_tokens, chunk.n_truncated)
-        own = (document.id, chunk.number, stored.tobytes(), float(scales[0]), *counted, chunk.content_hash)
-        rows.append(Row(*own, document.kept, text, chunk.n_chunks, document.origin.path))
+        document, start, end = chunk.document, chunk.char_start, chunk.char_end
+        rows.append(
+            Row(
+                id=document.id,
+                chunk=chunk.number,
+                vector=stored.tobytes(),
+                scale=float(scales[0]),
+                n_tokens=chunk.n_tokens,
+                n_truncated=chunk.n_truncated,
+                content_hash=chunk.content_hash,
+                kept=document.kept,
+                text=cut_own_text(document.text, start, end) if form.layout.keep_text else None,
+                n_chunks=chunk.n_chunks,
+                source=document.origin.path,
+                char_start=start,
+                char_end=end,
+                n_unknown=chunk.n_unknown,
+            )
+        )
         n_bytes += len(rows[-1].vector)
         if n_bytes > SAMPLE_ROW_BYTES:
             break

@@ -180,7 +180,14 @@ def _check_row(table: CheckedTable, name: str, row: dict[str, Any]) -> tuple[byt
         table.find("wrong_row", name, f"it is chunk {row['chunk']} of {n_chunks}")
         return None
     settings = table.manifest.settings
-    if layout.keep_text and not settings["pair_field"]:
+    start, end = (row["char_start"], row["char_end"]) if layout.has_offsets else (None, None)
+    if start is not None and end is not None and not 0 <= start <= end:
+        table.find("wrong_row", name, f"it has the characters {start} to {end} of its document")
+        return None
+    if layout.keep_text and end is not None and len(row["text"]) != end - start:
+        message = f"it has {len(row['text']):,} characters of text, and says that they are {start} to {end}"
+        table.find("wrong_row", name, message)
+    elif layout.keep_text and not settings["pair_field"] and (n_chunks == 1 or not layout.has_offsets):
         text_hash = hash_content(settings["text_prefix"] + row["text"], None)
         if text_hash != row["content_hash"]:
             table.find("wrong_row", name, f"{row['id']!r} has a text that is not the one of its content hash")

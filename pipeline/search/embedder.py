@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable
+from typing import Any
 
 import numpy as np
 
@@ -14,6 +15,7 @@ from pipeline.errors import ConfigError, TableError
 from pipeline.preprocess.batching import Batcher
 from pipeline.preprocess.chunking import is_encodable
 from pipeline.records import Chunk, DeadLetter, Document
+from pipeline.report.summary import shorten_line
 from pipeline.tables.read import open_live
 from pipeline.vectors.finishing import ChunkAverager
 from pipeline.vectors.storing import shape_vectors
@@ -27,23 +29,25 @@ class Embedder:
         self._splitter = spec.split.load()
         self._encoder = LoadedEncoder(load_encoder(spec.encoder))
 
-    def embed(self, texts: Sequence[str], pairs: Sequence[str | None] | None = None) -> np.ndarray:
+    def embed(self, texts: Iterable[str], pairs: Iterable[str | None] | None = None) -> np.ndarray:
         """Embeds texts.
 
         Args:
-          texts: the texts; the table's text prefix is put before each.
-          pairs: second segments, for a table of pairs.
+          texts: the texts, as a list, a tuple, a NumPy array or any other iterable of strings, but not one string; the
+            table's text prefix is put before each.
+          pairs: second segments, for a table of pairs; None for a text without one.
 
         Returns:
           float32 `[len(texts), D]`, cut and normalised as the table's, but not rounded to its dtype.
 
         Raises:
-          ConfigError: if a text cannot be one vector of this table.
+          ConfigError: if these are no texts, or one cannot be one vector of this table.
         """
-        seconds = [None] * len(texts) if pairs is None else pairs
-        if len(seconds) != len(texts):
-            raise ConfigError(f"{len(texts)} texts have {len(seconds)} pairs; give one for each, or None")
-        documents = [Document(str(i), text, pair) for i, (text, pair) in enumerate(zip(texts, seconds, strict=True))]
+        firsts = list_texts("texts", texts)
+        seconds = [None] * len(firsts) if pairs is None else list_texts("pairs", pairs, or_none=True)
+        if len(seconds) != len(firsts):
+            raise ConfigError(f"{len(firsts)} texts have {len(seconds)} pairs; give one for each, or None")
+        documents = [Document(str(i), text, pair) for i, (text, pair) in enumerate(zip(firsts, seconds, strict=True))]
         for document in documents:
             if not (is_encodable(document.text) and is_encodable(document.pair or "")):
                 raise ConfigError(f"text {document.id} is not valid UTF-8: {document.text!r}; fix its encoding")
@@ -61,7 +65,7 @@ class Embedder:
             if batch := batcher.add(chunk, size):
                 batches.append(batch)
         assert self.spec.encoder.dimension is not None  # `make_embedding_spec` has measured it
-        vectors = np.zeros((len(texts), self.spec.encoder.dimension), np.float32)
+        vectors = np.zeros((len(documents), self.spec.encoder.dimension), np.float32)
         averager = ChunkAverager()
         for batch in [*batches, *batcher.drain()]:
             encoded = self._encoder.encode(batch)
@@ -77,6 +81,39 @@ class Embedder:
         vectors[int(chunk.document.id)] = vector
 
 
+def list_texts(name: str, values: Any, or_none: bool = False) -> list[Any]:
+    """Some texts as a list of str.
+
+    Args:
+      name: of the argument, for messages.
+      values: what a caller has given.
+      or_none: whether a text may be None.
+
+    Raises:
+      ConfigError: if they are not an iterable of strings.
+    """
+    if isinstance(values, str | bytes) or not isinstance(values, Iterable):
+        raise ConfigError(f"{name} is {_describe(values)}, not a list of strings; write [text] for one text")
+    texts = list(values)
+    for i, text in enumerate(texts):
+        if not (isinstance(text, str) or (or_none and text is None)):
+            raise ConfigError(f"{name}[{i}] is {_describe(text)}, not a string; give strings only")
+    return [None if text is None else str(text) for text in texts]  # NumPy's strings are a subclass
+
+
+def drop_windows(identity: dict[str, Any]) -> dict[str, Any]:
+    """An identity without the rules by which long texts are cut, where `Embedder` embeds no such text."""
+    preprocessing = identity["preprocessing"]
+    if preprocessing.get("on_long") != "chunk":
+        return identity
+    rules = ("windows", "chunk_by", "sentences")
+    return identity | {"preprocessing": {key: value for key, value in preprocessing.items() if key not in rules}}
+
+
+def _describe(value: Any) -> str:
+    return f"{shorten_line(repr(value), 40)} ({type(value).__name__})"
+
+
 def load_embedder(table: str) -> Embedder:
     """Loads the encoder, preprocessing and vector settings of a table.
 
@@ -87,8 +124,9 @@ def load_embedder(table: str) -> Embedder:
     if manifest.layout.tokens:
         raise TableError(f"{table} holds a matrix per text; it cannot be searched with one vector")
     spec = make_embedding_spec(EmbedConfig.from_flat(manifest.settings))
-    if spec.fingerprint != manifest.fingerprint:
-        changed = [key for key in spec.identity if spec.identity[key] != manifest.identity.get(key)]
+    ours, theirs = drop_windows(spec.identity), drop_windows(manifest.identity)
+    if ours != theirs:
+        changed = [key for key in ours if ours[key] != theirs.get(key)]
         raise TableError(
             f"{table} was made with another {' and '.join(changed)} than --encoder={manifest.settings['encoder']} has "
             "now; vectors of both cannot be compared; run embeam embed again"

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from pipeline.errors import ConfigError
 from pipeline.report.summary import shorten_line
 from pipeline.search.embedder import load_embedder
 from pipeline.tables.read import iter_columns
@@ -31,7 +32,12 @@ def find_nearest(table: str, text: str, top: int = 5, pair: str | None = None) -
 
     Returns:
       The nearest rows by cosine similarity, nearest first; ties in the order of the table.
+
+    Raises:
+      ConfigError: if the text is blank.
     """
+    if not text.strip():
+        raise ConfigError(f"the query is {text!r}, a blank text; name the words to search for")
     query = load_embedder(table).embed([text], [pair])[0].astype(np.float64)
     query /= np.linalg.norm(query) or 1
     best: list[tuple[float, int, dict[str, Any]]] = []

@@ -52,13 +52,8 @@ class SourceNumbers:
 
 def digest_kept(kept: bytes, source: str = "") -> int:
     """64 bits that change with the kept fields' values, and with the path of the input file where rows name it."""
-    facts = kept + b"\0" + show_path(source).encode() if source else kept
+    facts = kept + b"\0" + source.encode() if source else kept
     return int.from_bytes(hashlib.blake2b(facts, digest_size=8).digest(), "little") if facts else 0
-
-
-def show_path(path: str) -> str:
-    """A path as it stands in a row: always text that has a UTF-8 form."""
-    return path.encode("utf-8", "backslashreplace").decode()
 
 
 def digest_source(path: str) -> int:

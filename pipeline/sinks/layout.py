@@ -11,7 +11,6 @@ import numpy as np
 
 from pipeline.config import KeptField
 from pipeline.records import Row
-from pipeline.sinks.index import show_path
 from pipeline.vectors.storing import restore_vectors
 
 Columns = dict[str, list[Any]]  # some rows as column name to values
@@ -30,6 +29,9 @@ class TableLayout:
       chunked: a document may have several rows, and each says how many.
       sourced: rows name the file that their document came from.
       kept: the kept fields, all with a type.
+      has_offsets: rows say which characters of their document they hold. (Older tables with chunks have no such
+        columns, and in each row the text of the whole document.)
+      keep_unknown: rows have n_unknown.
     """
 
     dtype: str
@@ -40,6 +42,8 @@ class TableLayout:
     chunked: bool = False
     sourced: bool = False
     kept: tuple[KeptField, ...] = ()
+    has_offsets: bool = False
+    keep_unknown: bool = False
 
     def to_json(self) -> dict[str, Any]:
         kept = [list(field) if field.path else list(field[:2]) for field in self.kept]
@@ -54,10 +58,14 @@ class TableLayout:
         columns = {"id": "string", "chunk": "int"}
         if self.chunked:
             columns["n_chunks"] = "int"
+        if self.has_offsets:
+            columns |= {"char_start": "int", "char_end": "int"}
         if self.dtype == "int8":
             columns["scale"] = "float"
         if self.counts_tokens:
             columns |= {"n_tokens": "int", "n_truncated": "int"}
+        if self.keep_unknown:
+            columns["n_unknown"] = "int"
         columns["content_hash"] = "string"
         if self.sourced:
             columns["source"] = "string"
@@ -70,13 +78,10 @@ class TableLayout:
         """The values of `columns()` for some rows, column by column."""
         kept = [json.loads(row.kept) for row in rows] if self.kept else []
         position = {field.name: i for i, field in enumerate(self.kept)}
-        columns = {
+        return {
             name: [values[position[name]] for values in kept] if name in position else list(map(attrgetter(name), rows))
             for name in self.columns()
         }
-        if self.sourced:
-            columns["source"] = list(map(show_path, columns["source"]))
-        return columns
 
     def restore(self, stored: bytes, n_rows: int, scales: list[float] | None) -> np.ndarray:
         """Float32 `[n_rows, D]` from the joined stored bytes of rows."""

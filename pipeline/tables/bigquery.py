@@ -133,9 +133,8 @@ class BigqueryReader(DatabaseReader):
     def fetch(self, contents: Sequence[str]) -> list[dict[str, Any]]:
         from google.cloud import bigquery
 
-        wanted = ("content_hash", "chunk", "n_chunks", "n_tokens", "n_truncated")
-        names = [name for name in wanted if name in self.layout.columns()]
-        query = f"SELECT {', '.join(names)}, embedding FROM {self.name.sql} WHERE content_hash IN UNNEST(@contents)"
+        names = ", ".join(self.fetched)
+        query = f"SELECT {names}, embedding FROM {self.name.sql} WHERE content_hash IN UNNEST(@contents)"
         parameters = [bigquery.ArrayQueryParameter("contents", "STRING", list(contents))]
         with explained(self.name):
             found = client(self.name.project).query(query, bigquery.QueryJobConfig(query_parameters=parameters))

@@ -43,12 +43,15 @@ DESCRIPTIONS = {
     "id": "The document's id",
     "chunk": "Number of the chunk in its document, from 0",
     "n_chunks": "How many chunks the document has",
+    "char_start": "Where the chunk's text begins in the document's, in characters",
+    "char_end": "Where it ends",
     "embedding": "The vector",
     "n_tokens": "Tokens that were encoded, [CLS] and [SEP] included",
     "n_truncated": "Tokens that were cut; null where that is not known",
+    "n_unknown": "Tokens that are [UNK]; null where that is not known",
     "content_hash": "Hash over all of the document that reaches the encoder",
     "source": "File or table that the document came from",
-    "text": "The document's text",
+    "text": "The row's text: the chunk's own, or the document's",
     "fingerprint": "Hash over everything that changes a vector",
     "run_id": "The run that wrote the row; NAME_runs has its manifest",
     "embedded_at": "When that run began to write",
@@ -56,6 +59,7 @@ DESCRIPTIONS = {
 KEPT_DESCRIPTION = "Field of the input that was copied"
 _IDS = "ids.jsonl"
 _FETCHED_ROWS = 1000
+_FETCHED = ("content_hash", "chunk", "n_chunks", "char_start", "char_end", "n_tokens", "n_truncated", "n_unknown")
 
 
 def check_database_config(config: EmbedConfig) -> None:
@@ -175,6 +179,11 @@ class DatabaseReader:
 
     layout: TableLayout
     folder: str
+
+    @property
+    def fetched(self) -> list[str]:
+        """The columns that `fetch` reads, besides the vector."""
+        return [name for name in _FETCHED if name in self.layout.columns()]
 
     def fetch(self, contents: Sequence[str]) -> list[dict[str, Any]]:
         """The rows with some content hashes, `embedding` as little-endian float32 bytes."""

@@ -126,11 +126,9 @@ class DuckdbReader(DatabaseReader):
     table: str
 
     def fetch(self, contents: Sequence[str]) -> list[dict[str, Any]]:
-        names = [name for name in ("content_hash", "chunk", "n_chunks", "n_tokens", "n_truncated")
-                 if name in self.layout.columns()]  # fmt: skip
         with connect(self.path, read_only=True) as connection:
             query = connection.execute(
-                f"SELECT {', '.join(names)}, embedding FROM {quote(self.table)} WHERE content_hash IN "
+                f"SELECT {', '.join(self.fetched)}, embedding FROM {quote(self.table)} WHERE content_hash IN "
                 "(SELECT unnest(?))",
                 [list(contents)],
             )

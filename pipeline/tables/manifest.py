@@ -27,7 +27,8 @@ from pipeline.sinks.layout import TableLayout
 from pipeline.table_folders import ATTEMPTS, MANIFEST, POINTER, SNAPSHOTS
 from pipeline.tables import manifest_v2
 
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4  # 3 has other columns in tables with chunks only, which the layout says
+OLDEST_VERSION = 3
 DATABASES = ("duckdb://", "bq://")  # schemes of tables that are not folders
 SHOWN_FILES = 5  # of those that are gone
 _SNAPSHOT_NAME = re.compile(r"[\w.-]+")
@@ -127,7 +128,7 @@ class Manifest:
         values = json.loads(text)
         if values["format_version"] == manifest_v2.VERSION:
             values = manifest_v2.upgrade_manifest(values)
-        if values["format_version"] < FORMAT_VERSION:
+        if values["format_version"] < OLDEST_VERSION:
             raise TableError(
                 f"its format version {values['format_version']} is older than any that this embeam reads; "
                 "make the table again in another folder"
@@ -143,6 +144,7 @@ class Manifest:
         values["bad_files"] = tuple(SkippedFile(**entry) for entry in values.get("bad_files", ()))
         gone = values.get("gone_files", {"n": 0, "first": ()})
         values["gone_files"] = GoneFiles(gone["n"], tuple(gone["first"]))
+        values["format_version"] = FORMAT_VERSION
         known = {attribute.name for attribute in fields(cls)}
         return cls(**{name: values[name] for name in known & set(values)})  # another embeam may write more
 

@@ -13,7 +13,7 @@ import numpy as np
 from pipeline import metrics
 from pipeline.bundles import end_bundle
 from pipeline.config import VectorConfig
-from pipeline.records import BundleCounts, Chunk, DeadLetter, Encoded, Encoding, Origin, Row
+from pipeline.records import BundleCounts, Chunk, DeadLetter, Encoded, Encoding, Origin, Row, cut_own_text
 from pipeline.vectors.storing import quantize_vectors, shape_vectors
 
 BATCHES_AHEAD = 2  # in the encoder or waiting for it: batches come in bursts, as many documents are tokenised at once
@@ -29,7 +29,8 @@ class VectorRule:
       chunked: a document may have several rows.
       tokens: every chunk has a matrix `[n_tokens, D]`.
       counts_tokens: False for text encoders, whose rows have null token counts.
-      keep_text: rows have their document's text.
+      keep_text: rows have their text.
+      keep_unknown: rows say how many of their tokens are [UNK].
     """
 
     vectors: VectorConfig = VectorConfig()
@@ -38,6 +39,7 @@ class VectorRule:
     tokens: bool = False
     counts_tokens: bool = True
     keep_text: bool = False
+    keep_unknown: bool = False
 
 
 Result = tuple[Chunk, Optional[np.ndarray], str]  # a chunk, its vector or None, its error or ""
@@ -75,7 +77,10 @@ class ChunkAverager:
 def average_chunks(parts: list[Result]) -> Result:
     """Averages all chunks of one document in their own order, so that sums do not depend on the order of batches."""
     first = parts[0][0]
-    whole = first._replace(n_content=sum(chunk.n_content for chunk, _, _ in parts))
+    counts = [chunk.n_unknown for chunk, _, _ in parts]
+    n_unknown = None if None in counts else sum(filter(None, counts))
+    n_content = sum(chunk.n_content for chunk, _, _ in parts)
+    whole = first._replace(n_content=n_content, n_unknown=n_unknown, char_start=None, char_end=None)
     errors = [f"chunk {chunk.number}: {error}" for chunk, _, error in parts if error]
     if errors:
         return whole, None, errors[0]
@@ -122,10 +127,13 @@ def finish_chunks(results: list[Result], rule: VectorRule) -> Iterator[Row | Dea
             chunk.n_truncated,
             chunk.content_hash,
             document.kept,
-            document.text if rule.keep_text else None,
+            cut_own_text(document.text, chunk.char_start, chunk.char_end) if rule.keep_text else None,
             chunk.n_chunks if rule.chunked else 1,
             document.origin.path,
             document.shared,
+            chunk.char_start,
+            chunk.char_end,
+            chunk.n_unknown,
         )
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from typing import Any
 
 import numpy as np
@@ -12,24 +11,10 @@ from hypothesis import strategies as st
 
 from pipeline.encoders.inputs import pack_chunks
 from pipeline.preprocess import chunking
-from pipeline.preprocess.chunking import SplitDocuments, TextRule, WordpieceRule, hash_content, trim_pair, window_starts
+from pipeline.preprocess.chunking import SplitDocuments, TextRule, WordpieceRule, hash_content, trim_pair
 from pipeline.preprocess.wordpiece import Vocabulary
 from pipeline.records import Chunk, DeadLetter, Document, Origin
 from tests.support.official import vocabulary
-
-WINDOWS = st.integers(1, 40).flatmap(lambda size: st.tuples(st.just(size), st.integers(0, size - 1)))
-
-
-@given(st.integers(0, 300), WINDOWS)
-def test_windows_cover_every_token_share_the_overlap_and_bring_something_new(n, window_and_overlap):
-    window, overlap = window_and_overlap
-    starts = window_starts(n, window, overlap)
-    windows = [range(start, min(start + window, n)) for start in starts]
-    assert sorted(set(itertools.chain(*windows))) == list(range(n))
-    for before, after in itertools.pairwise(windows):
-        assert len(before) == window  # only the last one may be short
-        assert len(set(before) & set(after)) == overlap
-        assert set(after) - set(before)
 
 
 @given(st.integers(0, 60), st.integers(0, 60), st.integers(0, 60))

@@ -15,7 +15,7 @@ from pipeline.records import Document, Origin, Row, digest_id
 from pipeline.reuse import journal_writer, local
 from pipeline.reuse.digests import DigestSet
 from pipeline.reuse.index import SEGMENT, VectorIndex, build_index
-from pipeline.reuse.journal import list_folder, read_segment, write_segment
+from pipeline.reuse.journal import RECORD, list_folder, pack_segment, read_segment, write_segment
 from pipeline.reuse.journal_writer import JournalWriter, flush_journals
 from pipeline.reuse.live_table import list_segment
 from pipeline.reuse.merge import bare_rows
@@ -145,7 +145,9 @@ def test_nothing_is_known_of_a_new_table(tmp_path):
 def test_a_segment_gives_back_its_rows(tmp_path):
     rows = [
         make_row("", 1),
-        make_row("", 2, 1, 3)._replace(n_tokens=None, n_truncated=7, vector=b"longer than the first"),
+        make_row("", 2, 1, 3)._replace(
+            n_tokens=None, n_truncated=7, vector=b"longer than the first", char_start=0, char_end=9, n_unknown=2
+        ),
     ]
     path = write_segment(str(tmp_path), rows)
     assert write_segment(str(tmp_path), rows) == path and list_folder(str(tmp_path)) == [path]
@@ -156,11 +158,27 @@ def test_a_segment_gives_back_its_rows(tmp_path):
         "n_chunks": [3, 1],
         "n_tokens": [None, 3],
         "n_truncated": [7, None],
+        "char_start": [0, None],
+        "char_end": [9, None],
+        "n_unknown": [2, None],
         "scale": [0.5, 0.5],
         "embedding": [b"longer than the first", rows[0].vector],
     }
     assert bare_rows(segment, np.arange(2)) == [row._replace(kept=b"", source="") for row in rows]
     assert [unpack_known(place)[1:] for _, place in list_segment(path)] == [(0, 0, 1), (1, 1, 3)]
+
+
+def test_a_segment_of_an_earlier_version_has_no_places(tmp_path):
+    """Such a segment lacks three numbers of each record, and says so in its first bytes."""
+    data = pack_segment([make_row("", 1), make_row("", 2)])
+    n_old = RECORD.fields["char_start"][1] if RECORD.fields else 0
+    records = b"".join(data[i : i + n_old] for i in range(16, 16 + 2 * RECORD.itemsize, RECORD.itemsize))
+    data = b"embeam1\n" + data[8:16] + records + data[16 + 2 * RECORD.itemsize :]
+    path = tmp_path / (hashlib.blake2b(data, digest_size=20).hexdigest() + ".seg")
+    path.write_bytes(data)
+    segment = read_segment(str(path))
+    assert segment is not None
+    assert bare_rows(segment, np.arange(2)) == [make_row("", i)._replace(kept=b"", source="") for i in (1, 2)]
 
 
 def test_a_segment_that_is_incomplete_or_damaged_is_none(tmp_path):

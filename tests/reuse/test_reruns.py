@@ -15,7 +15,7 @@ import pytest
 
 from pipeline.config import KeptField
 from pipeline.errors import RunError, TableError
-from pipeline.records import Document
+from pipeline.records import Document, pack_kept
 from pipeline.tables.manifest import open_table
 from tests.support.reruns import CASES, A, B, assert_rows, dated, documents, list_dead
 from tests.support.steps import LAYOUT, Outcome, SteppedTable, draw_vector, make_dead_letter, make_document
@@ -162,6 +162,51 @@ def test_a_text_that_shrinks_leaves_no_chunk_behind(table):
     outcome = table.run([make_document("a", "short"), make_document("c", long)])
     assert outcome.encoded == ["short"]
     assert set(outcome.rows) == {("a", 0), ("c", 0), ("c", 1), ("c", 2)}
+
+
+@pytest.mark.parametrize("output_format", ["tfrecord", "parquet"])
+def test_every_row_of_a_chunk_has_its_own_slice_of_the_text(table, tmp_path, output_format):
+    """New rows, and those that get a vector of the live table, the journal or a document with the same text."""
+    table.layout = replace(YEAR, chunked=True, keep_text=True, has_offsets=True, keep_unknown=True)
+    table.output_format = output_format
+
+    def long(name: str, year: int, text: str = "") -> Document:
+        words = f"  {text or name} 漢字 \U0001f388,  é\u0301 and\n\nfour  five six seven {text or name} "
+        return make_document(name, words, kept=pack_kept([year]))
+
+    table.run([long("updated", 1), long("stays", 1), long("old name", 1)])
+
+    def fail(text: str, model: str) -> np.ndarray:
+        if text.startswith("unlucky"):
+            raise RuntimeError("the machine is lost")
+        return draw_vector(text, model)
+
+    after = [long("updated", 2), long("stays", 1), long("new name", 1, "old name"), long("lucky", 1)]
+    after += [long("twin", 1, "shared"), long("other twin", 3, "shared"), long("unlucky", 1)]
+    table.encoder = fail
+    with pytest.raises(RuntimeError, match="lost"):
+        table.run(after, dies=True)
+    table.encoder = draw_vector
+    outcome = table.run(after)
+    assert outcome.encoded == [long("unlucky", 1).text], "the journal has the others"
+    fresh = replace(table, output=str(tmp_path / "fresh")).run(after)
+    assert set(outcome.rows) == set(fresh.rows) and len(outcome.rows) == 4 * len(after)
+    texts = {one.id: one.text for one in after}
+    for (name, chunk), row in outcome.rows.items():
+        assert row["text"] == texts[name][row["char_start"] : row["char_end"]]
+        assert row["text"].split() == texts[name].split()[3 * chunk : 3 * chunk + 3] and row["n_unknown"] == chunk
+        other = fresh.rows[name, chunk]
+        assert np.array_equal(row.pop("embedding"), other.pop("embedding")) and row == other
+
+
+def test_what_a_table_did_not_count_is_null_in_rows_that_are_reused(table):
+    table.layout = replace(LAYOUT, chunked=True, has_offsets=True)
+    table.run([make_document("a", "one two three four")])
+    table.layout = replace(table.layout, keep_unknown=True, keep_text=True)
+    outcome = table.run([make_document("a", "one two three four"), make_document("b", "five")])
+    assert outcome.encoded == ["five"]
+    found = {key: (row["n_unknown"], row["text"]) for key, row in outcome.rows.items()}
+    assert found == {("a", 0): (None, "one two three"), ("a", 1): (None, "four"), ("b", 0): (0, "five")}
 
 
 def test_a_document_that_lacks_a_chunk_is_encoded_again(table):

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import tempfile
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
@@ -319,9 +320,13 @@ class Attempt:
         step = CHUNK_WORDS if layout.chunked else len(words)
         parts = [words[i : i + step] for i in range(0, len(words), step)]
         content_hash = hash_content(text, document.pair)
+        spans = [word.span() for word in re.finditer(r"\S+", text)]
         for i, part in enumerate(parts):
             n = len(part) + 2
             chunk = Chunk(document, content_hash, i, len(parts), bytes(4 * n), n, len(part), 0)
+            if layout.has_offsets:
+                some = spans[i * step : i * step + len(part)]
+                chunk = chunk._replace(char_start=some[0][0], char_end=some[-1][1], n_unknown=i)
             try:
                 if document.text in self._fails:
                     raise ValueError("out of luck")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 import pytest
@@ -128,47 +129,48 @@ def test_long_texts_are_truncated_as_the_official_preprocessor_does(max_tokens):
     assert_official_segments(rows, by_id(texts), "sequence_output:mean", max_tokens)
 
 
-def list_windows(ids: tuple[int, ...], size: int, overlap: int) -> list[tuple[int, ...]]:
-    """Windows of `size` tokens, each starting `overlap` tokens before the end of the last, until all are covered."""
-    windows = [ids[:size]]
-    end = size
-    while end < len(ids):
-        start = end - overlap
-        windows.append(ids[start : start + size])
-        end = start + size
-    return windows
+def embed_windows(texts: list[str], **settings: Any) -> dict[tuple[str, int], dict[str, Any]]:
+    """Rows of chunks of 16 tokens, each with its own text."""
+    return embed_directly(as_documents(texts), on_long="chunk", max_tokens=16, keep_text=True, **settings).rows
 
 
-@pytest.mark.parametrize("overlap", [0, 3])
 @pytest.mark.parametrize("vector", ["pooled_output", "sequence_output:tokens"])
-def test_chunks_are_windows_over_the_official_tokens(overlap, vector):
+@pytest.mark.parametrize(
+    "settings", [{}, {"chunk_overlap": 3}, {"chunk_by": "sentence"}, {"text_prefix": "the: "}], ids=str
+)
+def test_a_chunk_is_a_slice_of_its_text_and_has_the_official_vector_of_it(settings, vector):
     texts = ["", *some_texts(25, seed=7)]
-    settings = {"on_long": "chunk", "chunk_overlap": overlap, "max_tokens": 16, "vector": vector}
-    rows = embed_directly(as_documents(texts), **settings).rows
-    expected = {
-        (str(i), j): window
-        for i, text in enumerate(texts)
-        for j, window in enumerate(list_windows(official_tokens(text), 14, overlap))
-    }
-    assert set(rows) == set(expected)
+    rows = embed_windows(texts, vector=vector, **settings)
     assert len(rows) > 2 * len(texts)
-    for key, window in expected.items():
-        assert_close(rows[key]["embedding"], expected_vector(pack_ids(window), vector), key)
-        assert (rows[key]["n_tokens"], rows[key]["n_truncated"]) == (len(window) + 2, 0)
+    prefix = settings.get("text_prefix", "")
+    for key, row in rows.items():
+        assert row["text"] == texts[int(key[0])][row["char_start"] : row["char_end"]]
+        ids = official_tokens(prefix + row["text"])
+        assert_close(row["embedding"], expected_vector(pack_ids(ids), vector), key)
+        assert (row["n_tokens"], row["n_truncated"]) == (len(ids) + 2, 0) and len(ids) <= 14
+    for i, text in enumerate(texts):
+        own = [rows[key] for key in sorted(rows) if key[0] == str(i)]
+        assert [row["n_chunks"] for row in own] == [len(own)] * len(own)
+        ends = [0, *(row["char_end"] for row in own)]
+        starts = [*(row["char_start"] for row in own), len(text)]
+        for end, start in zip(ends, starts, strict=True):  # what is between two chunks has no tokens
+            assert not official_tokens(text[end:start]), text
 
 
 @pytest.mark.parametrize("overlap", [0, 5])
 def test_an_average_weighs_windows_by_their_tokens(overlap):
     texts = ["", *some_texts(40, seed=8)]
+    chunks = embed_windows(texts, chunk_overlap=overlap)
     settings = {"on_long": "average", "chunk_overlap": overlap, "max_tokens": 16, "batch_tokens": 60}
-    rows = embed_directly(as_documents(texts), **settings).rows
+    rows = embed_directly(as_documents(texts), keep_text=True, **settings).rows
     assert set(rows) == {(str(i), 0) for i in range(len(texts))}
     for i, text in enumerate(texts):
-        windows = list_windows(official_tokens(text), 14, overlap)
+        windows = [official_tokens(chunks[key]["text"]) for key in sorted(chunks) if key[0] == str(i)]
         vectors = np.array([expected_vector(pack_ids(window), "pooled_output") for window in windows], np.float64)
         weights = np.array([max(1, len(window)) for window in windows])[:, None]
         assert_close(rows[str(i), 0]["embedding"], (vectors * weights).sum(0) / weights.sum(), text)
         assert rows[str(i), 0]["n_tokens"] == sum(len(window) + 2 for window in windows)
+        assert rows[str(i), 0]["text"] == text and "char_start" not in rows[str(i), 0]
 
 
 def test_rejected_long_texts_become_dead_letters_and_no_others_do():
