@@ -51,10 +51,10 @@ class EmbeddingSpec:
         """The sha256 over `identity`."""
         return hashlib.sha256(json.dumps(self.identity, sort_keys=True).encode()).hexdigest()
 
-    def layout(self, kept: tuple[KeptField, ...] = ()) -> TableLayout:
+    def layout(self, kept: tuple[KeptField, ...] = (), sourced: bool = False) -> TableLayout:
         rule = self.vectors
         flags = (rule.tokens, rule.counts_tokens, rule.keep_text)
-        return TableLayout(rule.vectors.dtype, self.dimension, *flags, rule.chunked, kept=kept)
+        return TableLayout(rule.vectors.dtype, self.dimension, *flags, rule.chunked, sourced, kept)
 
 
 def make_embedding_spec(config: EmbedConfig, device: Device | None = None) -> EmbeddingSpec:
