@@ -171,7 +171,7 @@ def test_its_manifest_has_the_names_of_this_version(tmp_path):
     fresh = OldTable(str(tmp_path / "fresh"), REJECT, tmp_path)
     fresh.run([*records[1:], {"id": "gone", "text": "a document of the first snapshot only"}])
     new, _ = fresh.run([*records, {"id": "late", "text": "a text that is new"}])
-    assert set(old.settings) == set(new.settings) and set(old.counts) == set(new.counts)
+    assert set(old.settings) <= set(new.settings) and set(old.counts) == set(new.counts)
     for stage, counts in old.counts.items():
         assert set(counts) - {"encoder_error", "dead_letters", "changed"} <= set(new.counts[stage]), stage
     assert old.counts["encode"]["spot_checks"] == 3
@@ -186,6 +186,9 @@ def test_an_unchanged_corpus_encodes_nothing(table):
     before = read_rows(table.output)
     manifest, encoded = table.run(lucky_records())
     assert encoded == [] and manifest.format_version == FORMAT_VERSION
+    if "://" in table.output:  # its rows name the files, which were in another folder
+        assert manifest.counts["reuse"]["updated"] == len({key for key, _ in before})
+        return
     assert manifest.counts["reuse"]["unchanged"] == len({key for key, _ in before})
     assert_same_rows(read_rows(table.output), before)
 
