@@ -53,11 +53,11 @@ class EmbeddingSpec:
         """The sha256 over `identity`."""
         return hashlib.sha256(json.dumps(self.identity, sort_keys=True).encode()).hexdigest()
 
-    def layout(self, kept: tuple[KeptField, ...] = ()) -> TableLayout:
+    def layout(self, kept: tuple[KeptField, ...] = (), sourced: bool = False) -> TableLayout:
         rule = self.vectors
         flags = (rule.tokens, rule.counts_tokens, rule.keep_text, rule.chunked)
         own = {"has_offsets": rule.chunked, "keep_unknown": rule.keep_unknown and rule.counts_tokens}
-        return TableLayout(rule.vectors.dtype, self.dimension, *flags, kept=kept, **own)
+        return TableLayout(rule.vectors.dtype, self.dimension, *flags, sourced=sourced, kept=kept, **own)
 
 
 def make_embedding_spec(config: EmbedConfig, device: Device | None = None) -> EmbeddingSpec:

@@ -213,7 +213,7 @@ def format_table(table: str, n_rows: int) -> str:
     ]
     for row in islice(iter_table(table), n_rows):
         lines.append("")
-        lines += [f"  {name:<13}{_shorten(value)}" for name, value in row.items()]
+        lines += [f"  {name:<12} {_shorten(value)}" for name, value in row.items()]
     return "\n".join(lines)
 
 

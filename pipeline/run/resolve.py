@@ -108,7 +108,7 @@ def resolve(config: EmbedConfig) -> ResolvedRun:
     found = resolve_dead_letters(config, store, live) if retries else resolve_input(config, store.work, live)
     config = found.config
     spec = make_embedding_spec(config, find_device(config.workers))
-    form = store.choose_form(config, spec.layout(found.kept))
+    form = store.choose_form(config, spec.layout(found.kept, config.write.keep_source))
     row_size = measure_rows(spec, form, found.sample)
     return ResolvedRun(config, store, found.plan, found.n_documents, found.kept, spec, form, live, version, row_size)
 

@@ -136,7 +136,7 @@ def is_blank(text: str) -> bool:
 def _is_invisible(character: str) -> bool:
     if character.isspace() or character in _FILLERS:
         return True
-    if character.isalnum():
+    if character.isascii() and character.isprintable():  # only to be fast
         return False
     return all(
         part.isspace() or unicodedata.category(part) in _INVISIBLE

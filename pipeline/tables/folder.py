@@ -6,7 +6,7 @@ import json
 import logging
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from pipeline.config import EmbedConfig
 from pipeline.files import create_file, exists, join, measure_files, read_checksum, read_text
@@ -76,7 +76,6 @@ class FolderStore(FolderTable):
         return theirs == (form.name, form.compression, form.layout)
 
     def choose_form(self, config: EmbedConfig, layout: TableLayout) -> RowFormat:
-        layout = replace(layout, sourced=config.write.keep_source)
         return RowFormat(config.write.output_format, layout, config.write.compression)
 
     def committer(self, plan: CommitPlan) -> FolderCommit:

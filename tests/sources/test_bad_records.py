@@ -74,7 +74,7 @@ def test_jsonl_with_half_of_a_surrogate_pair_in_its_id(tmp_path):
 def test_jsonl_numbers_of_any_size(tmp_path):
     numbers = [str(2**63 - 1), str(-(2**63)), str(2**63), str(-(2**63) - 1), "9" * 6000]
     data = "".join(f'{{"text": "{i}", "n": {number}}}\n' for i, number in enumerate(numbers)).encode()
-    outcomes = read_file(tmp_path / "a.jsonl", data, [KeptField("n", "int")])
+    outcomes = read_file(tmp_path / "a.jsonl", data, [KeptField("n", "int")], on_kept_mismatch="dead_letter")
     assert [outcome.kept for outcome in outcomes[:2]] == [f"[{number}]".encode() for number in numbers[:2]]
     assert [reason for reason, _ in summarize(outcomes[2:])] == ["wrong_type"] * 3
 
@@ -98,14 +98,15 @@ def test_jsonl_numbers_of_any_size(tmp_path):
         ({"id": "a", "text": "t", "n": 2**63}, "wrong_type"),
         ({"id": "a", "text": "t", "x": "0.5"}, "wrong_type"),
         ({"id": "a", "text": "t", "b": 2}, "wrong_type"),
-        ({"id": "a", "text": "t", "s": {"deep": 1}}, "wrong_type"),
+        ({"id": "a", "text": "t", "s": "\ud83d"}, "wrong_type"),
         ({"id": "a", "text": " "}, "empty_text"),
     ],
 )
 def test_fields_that_are_missing_or_of_the_wrong_type(tmp_path, row, reason):
     kept = [KeptField("n", "int"), KeptField("x", "float"), KeptField("b", "bool"), KeptField("s", "string")]
     data = b'{"id": 7, "text": "good", "x": 1}\n' + json.dumps(row).encode()
-    good, bad = read_file(tmp_path / "a.jsonl", data, kept, id_field="id", pair_field="pair")
+    strict = {"on_kept_mismatch": "dead_letter"}
+    good, bad = read_file(tmp_path / "a.jsonl", data, kept, id_field="id", pair_field="pair", **strict)
     assert (good.id, good.kept, good.pair) == ("7", b"[null,1.0,null,null]", None)
     assert (bad.reason, bad.origin.position) == (reason, 34)
     assert bad.id == ("a" if row.get("id") == "a" else None)
@@ -136,7 +137,7 @@ def test_csv_rows_that_do_not_fit(tmp_path):
 def test_csv_values_of_kept_fields(tmp_path):
     kept = [KeptField("n", "int"), KeptField("x", "float"), KeptField("b", "bool"), KeptField("s", "string")]
     data = b"text,n,x,b,s\nt,1,2.5,TRUE,\nt,,,,007\nt,one,1,1,s\nt,1,x,1,s\nt,1,1,maybe,s\n"
-    outcomes = read_file(tmp_path / "a.csv", data, kept)
+    outcomes = read_file(tmp_path / "a.csv", data, kept, on_kept_mismatch="dead_letter")
     assert [json.loads(o.kept) for o in outcomes[:2]] == [[1, 2.5, True, ""], [None, None, None, "007"]]
     assert summarize(outcomes[2:]) == [("wrong_type", 2), ("wrong_type", 3), ("wrong_type", 4)]
 

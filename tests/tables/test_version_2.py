@@ -197,6 +197,9 @@ def test_an_unchanged_corpus_encodes_nothing(table):
         assert table.run(lucky_records())[1] == []
         return
     assert encoded == []
+    if "://" in table.output:  # its rows name the files, which were in another folder
+        assert manifest.counts["reuse"]["updated"] == len({key for key, _ in before})
+        return
     assert manifest.counts["reuse"]["unchanged"] == len({key for key, _ in before})
     assert_same_rows(read_rows(table.output), before)
 
