@@ -218,7 +218,7 @@ def test_one_change_encodes_one_text(table):
 def test_its_dead_letters_are_tried_again(table):
     before = read_rows(table.output)
     if table.settings["on_long"] == "chunk":
-        with pytest.raises(ConfigError, match="preprocessing.windows None"):
+        with pytest.raises(ConfigError, match=r"preprocessing\.windows None"):
             table.run([], retry_dead_letters=True)
         return
     manifest, encoded = table.run([], retry_dead_letters=True)
