@@ -95,6 +95,16 @@ def test_a_kept_field_that_changes(table, form):
     assert_rows(outcome.rows, after)
 
 
+def test_a_document_that_moves_gets_its_new_source(table):
+    table.layout = replace(LAYOUT, sourced=True)
+    table.run(documents(*"abc"))
+    moved = [*documents("a", "b"), *documents("c", file=B)]
+    outcome = table.run(moved)
+    assert outcome.encoded == [] and outcome.count("unchanged", "updated") == {"unchanged": 2, "updated": 1}
+    assert {name: row["source"] for (name, _), row in outcome.rows.items()} == {"a": A, "b": A, "c": B}
+    assert table.run(moved).count("unchanged") == {"unchanged": 3}
+
+
 @pytest.mark.parametrize("output_format", ["tfrecord", "parquet"])
 def test_other_columns_need_no_encoder(table, output_format):
     """Kept fields added and taken away again, and the text beside the vector; rows that stay get nulls."""

@@ -153,7 +153,8 @@ def test_arrow_types_become_plain_values(tmp_path):
     outcomes, kept, nulls = read(path, keep_fields=tuple(names))
     first, second = (dict(zip(names, row, strict=True)) for row in kept_values(outcomes))
     assert first == {
-        "s": "ok", "list": '["ok"]', "struct": '{"x":"ok"}', "dict": "ok", "ns": "2024-02-01T12:00:00.000000001", "far": first["far"],
+        "s": "ok", "list": '["ok"]', "struct": '{"x":"ok"}', "dict": "ok", "ns": "2024-02-01T12:00:00.000000001",
+        "far": first["far"],
         "day": "2026-01-31", "money": "1.50", "pause": "PT1.5S", "raw": "01ff", "map": '{"a":2,"b":1}', "none": None,
     }  # fmt: skip
     assert first["far"].endswith("Z") and int(first["far"][:5]) > 9999
