@@ -126,7 +126,7 @@ def test_the_slice_of_a_window_has_its_tokens(lower_case, text, size_and_overlap
 
 @pytest.mark.exhaustive
 @both_cases
-@settings(max_examples=5000)
+@settings(max_examples=1500)
 @given(LONG, SIZES, st.booleans())
 def test_the_slice_of_a_window_has_its_tokens_in_many_texts(lower_case, text, size_and_overlap, by_sentence):
     assert_slices(text, *size_and_overlap, by_sentence, lower_case)

@@ -167,6 +167,7 @@ TEXTS = {
 # What else must be said for a flag's values to make sense.
 BESIDE = {
     "chunk_overlap": {"on_long": "chunk"},
+    "chunk_by": {"on_long": "chunk"},
     "encoder_processes": {"accelerator": "nvidia-l4"},
     "provisioning": {"accelerator": "nvidia-l4"},
     "query_dataset": {"query": "SELECT 1"},
