@@ -56,7 +56,7 @@ def has_rows(table):
 def test_a_signal_ends_a_run_soon_and_cleanly(corpus, table, number, flags, to_group):
     """Soon: it would publish if it went on to the end."""
     before = remember(table)
-    process = start_cli(*embed_flags(corpus, table, *flags))
+    process = start_cli(*embed_flags(corpus, table, "--deletes=keep", *flags))  # else the file that is gone is told
     try:
         wait_for(lambda: has_rows(table), process)
         os.killpg(process.pid, number) if to_group else process.send_signal(number)

@@ -137,6 +137,7 @@ def test_nothing_comes_together_as_a_whole_but_counts_and_names_of_files(tmp_pat
         "Reuse/AnswerByContent",  # as many samples
         "Shards",
         "BundleCounts",
+        "Read/BadFiles",  # names of input files that cannot be read
     }
 
 
