@@ -180,7 +180,7 @@ def list_segments(table: Path) -> list[Path]:
 def count_rows(segment: Path) -> int:
     """Rows of a segment, by its head."""
     data = segment.read_bytes()[:16]
-    assert data[:8] == b"embeam1\n"
+    assert data[:8] == b"embeam2\n"
     return int(struct.unpack("<Q", data[8:])[0])
 
 

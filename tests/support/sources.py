@@ -24,7 +24,7 @@ def read_file(
     plan = plan_input(config)
     config = choose_id_field(plan, config)
     if kept_fields is None:
-        kept_fields = infer_kept_fields(sample_input(plan, config).rows, config) if config.keep_fields else ()
+        kept_fields = infer_kept_fields(sample_input(plan, config).fields, config) if config.keep_fields else ()
     read = [item.outcome for split in plan.splits for r in split for item in read_range(r, config, kept_fields)]
     return [*plan.bad_files, *read]
 
