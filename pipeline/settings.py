@@ -34,15 +34,18 @@ class CheckedConfig:
                 raise ConfigError(f"--{name}={getattr(self, name)} must be at least 1")
 
 
+def _is_text_encoding(name: str) -> bool:
+    try:
+        return "\n".encode(name).decode(name) == "\n"
+    except (LookupError, UnicodeError):  # unknown, or not an encoding of text
+        return False
+
+
 def check_encoding(name: str) -> None:
     """Raises ConfigError if Python has no text encoding of this name."""
-    try:
-        is_known = "\n".encode(name).decode(name) == "\n"
-    except (LookupError, UnicodeError):  # unknown, or not an encoding of text
-        is_known = False
-    if not is_known:
+    if not _is_text_encoding(name):
         known = ["utf-8", "utf-8-sig", "latin-1", *(one.replace("_", "-") for pair in aliases.items() for one in pair)]
-        close = difflib.get_close_matches(name.lower(), known, 1)
+        close = [one for one in difflib.get_close_matches(name.lower(), known, 2) if _is_text_encoding(one)]
         hint = f"did you mean {close[0]}?" if close else "use one such as utf-8, utf-16, latin-1 or cp1252"
         raise ConfigError(f"--encoding={name} is not a text encoding that Python knows; {hint}")
 

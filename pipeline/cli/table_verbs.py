@@ -145,6 +145,9 @@ def format_plan(dry_run: DryRun, output: str) -> str:
         lines.append(f"  time         {describe_time(f)}")
     if f.skipped_empty:
         lines.append(f"  skipped      {f.skipped_empty:,} blank texts")
+    lines += [
+        f"  kept fields  {n:,} values of {name} do not fit its type and become null" for name, n in f.kept_nulls.items()
+    ]
     lines.append(f"  dead letters {sum(f.dead_letters.values()):,}")
     lines += [f"    {n:>9,} {reason}: {REASONS[reason]}" for reason, n in f.dead_letters.items()]
     if f.gone:

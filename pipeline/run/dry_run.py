@@ -19,7 +19,7 @@ import numpy as np
 from pipeline.config import EmbedConfig
 from pipeline.errors import EmbeamError
 from pipeline.preprocess.chunking import WordpieceRule
-from pipeline.records import DeadLetter, Document, SkippedFile, digest_id
+from pipeline.records import KEPT_NULLS, DeadLetter, Document, SkippedFile, digest_id
 from pipeline.reuse.complete import LiveDecisions, decide_live
 from pipeline.reuse.decide import DocumentAction
 from pipeline.reuse.digests import DigestSet, is_in
@@ -73,6 +73,7 @@ class DryRun:
       kept: documents that are gone from the input and whose rows stay.
       lost: documents whose rows were made by another encoder and cannot be made again.
       skipped_empty: blank texts that are left out.
+      kept_nulls: values of kept fields that do not fit and become null, by column.
       dead_letters: by reason; those of texts that are too long are judged by the sample.
       chunks: inputs of the encoder.
       tokens: tokens that are encoded, without [CLS] and [SEP]; None where the encoder tokenises itself.
@@ -107,6 +108,7 @@ class DryRun:
     kept: int
     lost: int
     skipped_empty: int
+    kept_nulls: dict[str, int]
     dead_letters: dict[str, int]
     chunks: int
     tokens: Optional[int]
@@ -186,6 +188,7 @@ class Seen(NamedTuple):
     Attributes:
       read: counts of the reading, as in the manifest.
       counts: documents by change and action, as in the manifest.
+      kept_nulls: values of kept fields that become null, by column.
       dead: dead letters of the reading, by reason.
       examples: the first of them for each reason.
       dead_letters: the documents and files that they belong to.
@@ -201,6 +204,7 @@ class Seen(NamedTuple):
 
     read: Counter[str]
     counts: Counter[str]
+    kept_nulls: Counter[str]
     dead: Counter[str]
     examples: dict[str, DeadLetter]
     dead_letters: Accounts
@@ -220,6 +224,7 @@ def look_up_all(resolved: ResolvedRun, reuse: LocalReuse, scratch: str) -> Seen:
     look_up, marks = DocumentLookUp(index, reuse), MarkWriter(marks_file(note))
     sample, dead_letters = ThinnedSample(), Accounts(set(), set())
     read: Counter[str] = Counter()
+    kept_nulls: Counter[str] = Counter()
     dead: Counter[str] = Counter()
     examples: dict[str, DeadLetter] = {}
     bad_files: dict[str, SkippedFile] = {}
@@ -239,7 +244,7 @@ def look_up_all(resolved: ResolvedRun, reuse: LocalReuse, scratch: str) -> Seen:
                 bad_files.setdefault(outcome.file, outcome)
                 dead_letters.incomplete_files.add(outcome.file)
             else:
-                read.update(json.loads(outcome.counts))
+                (kept_nulls if outcome.stage == KEPT_NULLS else read).update(json.loads(outcome.counts))
 
     for block in split_blocks(documents()):
         found = look_up.look_up(block)
@@ -257,6 +262,7 @@ def look_up_all(resolved: ResolvedRun, reuse: LocalReuse, scratch: str) -> Seen:
     return Seen(
         read,
         look_up.counts,
+        kept_nulls,
         dead,
         examples,
         dead_letters,
@@ -309,6 +315,7 @@ def combine(resolved: ResolvedRun, plan: ReusePlan, seen: Seen, measured: Measur
         to_encode=to_encode,
         **{name: decisions.counts[name] for name in ("deleted", "stale", "kept", "lost")},
         skipped_empty=seen.read["skipped_empty"],
+        kept_nulls=dict(seen.kept_nulls),
         dead_letters={reason: n for reason, n in sorted(dead.items()) if n},
         chunks=round(scaled.counts.get("chunks", 0)),
         tokens=round(scaled.counts.get("tokens", 0)) if spec.vectors.counts_tokens else None,

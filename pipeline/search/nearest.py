@@ -9,6 +9,7 @@ import numpy as np
 from pipeline.errors import ConfigError
 from pipeline.report.summary import shorten_line
 from pipeline.search.embedder import load_embedder
+from pipeline.sources.fields import is_blank
 from pipeline.tables.read import iter_columns
 
 
@@ -36,7 +37,7 @@ def find_nearest(table: str, text: str, top: int = 5, pair: str | None = None) -
     Raises:
       ConfigError: if the text is blank.
     """
-    if not text.strip():
+    if is_blank(text):
         raise ConfigError(f"the query is {text!r}, a blank text; name the words to search for")
     query = load_embedder(table).embed([text], [pair])[0].astype(np.float64)
     query /= np.linalg.norm(query) or 1

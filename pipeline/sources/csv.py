@@ -115,9 +115,19 @@ def name_columns(
         )
     if not names:
         names = first.cells if has_header else [str(i + 1) for i in range(len(first.cells))]
-    if problem := explain_repeated(names, needed_fields(config)) or explain_missing(names, config):
+    if problem := explain_repeated(names, needed_fields(config)):
         raise WrongColumns(f"{file.path}: {problem}")
+    if problem := explain_missing(names, config):
+        raise WrongColumns(f"{file.path}: {problem}{_suggest_dialect(names, has_header)}")
     return names, rest if has_header else chain([first], rest)
+
+
+def _suggest_dialect(names: Sequence[str], has_header: bool) -> str:
+    """What else may be wrong where a column is missing: the delimiter, or that there is no header row."""
+    delimiter = next((one for one in ";\t|," if one in names[0]), "") if len(names) == 1 else ""
+    if delimiter:
+        return f"; its only column holds {delimiter!r}, see --delimiter"
+    return "; for a file without a header row add --columns=NAMES or --header=none" if has_header else ""
 
 
 def parse_rows(lines: Iterator[Line], dialect: Dialect, file: InputFile, config: ReadConfig) -> Iterator[Row]:

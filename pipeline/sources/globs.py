@@ -125,7 +125,7 @@ def find_files(given: str, exclusions: Exclusions, own_table: str = "") -> list[
         why = f"matches no file; check the path{excluded}, and quote globs in the shell"
         if left_out:
             why = "matches only files of tables of embeam; name the files of a corpus"
-        elif paths and is_local(path) and os.path.isdir(path):
+        elif is_local(path) and os.path.isdir(path):
             why = f"is a folder without files to read; hidden ones are not read, check it{excluded}"
         raise InputError(f"--input={show_name(given)} {why}")
     return [

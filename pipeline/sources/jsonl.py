@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from typing import Any, Union
 
 from pipeline.config import ReadConfig
+from pipeline.sources.kept import name_kind
 from pipeline.sources.lines import read_lines
 from pipeline.sources.source import FileRange, InputFile, Record, Source, split_by_bytes
 from pipeline.sources.text import reject_bytes, reject_large
@@ -64,7 +65,7 @@ def check_object(value: Any) -> dict[str, Any]:
       ValueError: if it is not.
     """
     if not isinstance(value, dict):
-        raise ValueError(f"a JSON {type(value).__name__}, not an object; write every document as an object")
+        raise ValueError(f"{name_kind(value)}, not an object; write every document as an object")
     return value
 
 

@@ -181,7 +181,7 @@ def test_duplicate_and_missing_columns_of_parquet_are_named(tmp_path):
     path = write(tmp_path / "a.parquet", twice)
     with pytest.raises(InputError, match="several columns with the name 'text': text, text, id"):
         read(path)
-    config = ReadConfig(input=(str(path),), text_field=("txet",))
+    config = ReadConfig(input=(str(path),), text_field=("txet",), on_bad_file="skip")
     plan = plan_input(config)
     (item,) = read_range(plan.splits[0][0], config, ())
     assert item.outcome.reason == "missing_field" and "did you mean --text_field=text?" in item.outcome.message

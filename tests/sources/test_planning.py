@@ -60,7 +60,7 @@ def test_a_glob_that_matches_nothing(tmp_path, pattern):
 def test_no_input_and_folders(tmp_path):
     with pytest.raises(InputError, match="--input is missing"):
         plan_input(ReadConfig())
-    with pytest.raises(InputError, match="matches no file"):
+    with pytest.raises(InputError, match="is a folder without files to read"):
         plan(tmp_path, ".")
 
 
