@@ -11,10 +11,11 @@ import pytest
 from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
-from pipeline.preprocess import windows
+from pipeline.preprocess import pieces
 from pipeline.preprocess.chunking import WordpieceRule
+from pipeline.preprocess.pieces import is_one_word, is_separable
 from pipeline.preprocess.sentences import ends_sentence
-from pipeline.preprocess.windows import Window, choose_windows, cut_texts, is_one_word, is_separable
+from pipeline.preprocess.windows import Window, choose_windows, cut_texts
 from pipeline.preprocess.wordpiece import Vocabulary
 from pipeline.records import Chunk, Document
 from tests.preprocess.test_tokenizer import TEXTS, both_cases, tokenizer
@@ -160,7 +161,7 @@ def test_windows_do_not_depend_on_blocks(text, size, block):
     """A text is read block by block; pieces are the same wherever a block ends."""
     whole = [tuple(map(str, window)) for window in cut(text, size)]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(windows, "_BLOCK", block)
+        patch.setattr(pieces, "_BLOCK", block)
         parts = [tuple(map(str, window)) for window in cut(text, size)]
     assert parts == whole
 
@@ -204,26 +205,26 @@ def split_plainly(text: str) -> list[str]:
 
 def cut_plainly(text: str, size: int, overlap: int, by_sentence: bool, lower_case: bool) -> list[tuple]:
     """The windows of a text whose pieces have at most `size` tokens: every piece tokenised, every sum counted anew."""
-    pieces = []
+    parts = []
     at = 0
     for piece in split_plainly(text):
         ids = tokenizer(lower_case).tokenize([piece])[0].tolist()
         if ids:
-            pieces.append((at, at + len(piece), ids))
+            parts.append((at, at + len(piece), ids))
         at += len(piece)
-    assume(all(len(ids) <= size for _, _, ids in pieces))
+    assume(all(len(ids) <= size for _, _, ids in parts))
     ends = set(scan_sentence_ends(text))
-    n = lambda first, end: sum(len(ids) for _, _, ids in pieces[first:end])  # noqa: E731
+    n = lambda first, end: sum(len(ids) for _, _, ids in parts[first:end])  # noqa: E731
     found = []
     first = stop = 0
-    while stop < len(pieces):
-        fitting = [end for end in range(first + 1, len(pieces) + 1) if n(first, end) <= size]
-        sentences = [end for end in fitting if end > stop and pieces[end - 1][1] in ends]
+    while stop < len(parts):
+        fitting = [end for end in range(first + 1, len(parts) + 1) if n(first, end) <= size]
+        sentences = [end for end in fitting if end > stop and parts[end - 1][1] in ends]
         sentences = [end for end in sentences if n(first, end) * 2 >= size and n(first, end) > overlap]
-        stop = sentences[-1] if by_sentence and sentences and fitting[-1] < len(pieces) else fitting[-1]
-        begin, end = pieces[first][0], pieces[stop - 1][1]
+        stop = sentences[-1] if by_sentence and sentences and fitting[-1] < len(parts) else fitting[-1]
+        begin, end = parts[first][0], parts[stop - 1][1]
         end = begin + len(text[begin:end].rstrip(SPACES))
-        found.append((begin, end, [one for _, _, ids in pieces[first:stop] for one in ids]))
+        found.append((begin, end, [one for _, _, ids in parts[first:stop] for one in ids]))
         shared = [at for at in range(first + 1, stop + 1) if n(at, stop) <= overlap and n(at, stop + 1) <= size]
         first = shared[0]
     return found
@@ -246,7 +247,7 @@ def test_windows_are_those_of_a_plain_loop_that_tokenises_every_piece(lower_case
     assert [(start, end, ids.tolist()) for start, end, ids in found] == expected
 
 
-@settings(max_examples=60)
+@settings(max_examples=25)
 @given(st.lists((LONG | PROSE).filter(lambda text: len(tokenize(text)) > 0), min_size=1, max_size=5), SIZES)
 def test_texts_that_are_cut_together_are_cut_as_each_alone(texts, size_and_overlap):
     for text, found in zip(texts, cut_together(texts, *size_and_overlap, True), strict=True):
