@@ -17,8 +17,9 @@ from pipeline.encoders.spec import EncoderSpec, describe_encoder
 from pipeline.errors import ConfigError, EncoderError
 from pipeline.preprocess.batching import COMPILED_STEPS, LENGTH_STEPS, Buckets, bucket_lengths
 from pipeline.preprocess.chunking import PreprocessorRule, SplitRule, TextRule, WordpieceRule
+from pipeline.preprocess.pieces import is_separable
 from pipeline.preprocess.sentences import SENTENCE_RULE
-from pipeline.preprocess.windows import WINDOW_RULE, is_separable
+from pipeline.preprocess.windows import WINDOW_RULE
 from pipeline.preprocess.wordpiece import Vocabulary, agrees_with_preprocessor, find_vocabulary, load_tokenizer
 from pipeline.sinks.layout import TableLayout
 from pipeline.vectors.finishing import VectorRule

@@ -18,7 +18,7 @@ from pipeline.bundles import end_bundle
 from pipeline.encoders.runtime import load_tensorflow
 from pipeline.encoders.saved_model import resolve_handle
 from pipeline.errors import ConfigError
-from pipeline.preprocess.windows import cut_text
+from pipeline.preprocess.windows import Window, cut_texts
 from pipeline.preprocess.wordpiece import Vocabulary, load_tokenizer
 from pipeline.records import BundleCounts, Chunk, DeadLetter, Document
 
@@ -106,16 +106,36 @@ class WordpieceSplitter:
         ids, splits = self._tokenizer.tokenize(texts + pairs)
         buffer, ends = ids.tobytes(), splits.tolist()
         unknown = self._count_unknown(ids, splits)
+        windows = self._cut_long(documents, ids, splits)
         next_pair = len(texts)
         for i, (document, text) in enumerate(zip(documents, texts, strict=True)):
             tokens = buffer[4 * ends[i] : 4 * ends[i + 1]]
             content_hash = hash_content(text, document.pair)
-            if document.pair is None:
-                yield from self._split_single(document, content_hash, tokens, unknown[i])
-            else:
+            if document.pair is not None:
                 pair = buffer[4 * ends[next_pair] : 4 * ends[next_pair + 1]]
                 next_pair += 1
                 yield self._join_pair(document, content_hash, tokens, pair)
+            elif self._is_cut(document, ends[i + 1] - ends[i]):
+                yield from self._make_chunks(document, content_hash, next(windows))
+            else:
+                yield self._truncate(document, content_hash, tokens, unknown[i])
+
+    def _is_cut(self, document: Document, n_tokens: int) -> bool:
+        return document.pair is None and n_tokens > self._room and self.rule.on_long in ("chunk", "average")
+
+    def _cut_long(self, documents: Sequence[Document], ids: np.ndarray, splits: np.ndarray) -> Iterator[list[Window]]:
+        """The windows of each document that is cut."""
+        rule, n_prefix = self.rule, len(self._prefix)
+        counts = np.diff(splits).tolist()
+        cut = [i for i, document in enumerate(documents) if self._is_cut(document, counts[i])]
+        if not cut:
+            return iter(())
+        parts = [ids[splits[i] + n_prefix : splits[i + 1]] for i in cut]
+        own_splits = np.concatenate(([0], np.cumsum([len(part) for part in parts])))
+        texts = [documents[i].text for i in cut]
+        size = self._room - n_prefix
+        tokens = np.concatenate(parts)
+        return cut_texts(texts, tokens, own_splits, self._tokenizer, size, rule.overlap, rule.by_sentence)
 
     def _count_unknown(self, ids: np.ndarray, splits: np.ndarray) -> list[int]:
         """[UNK] among the tokens of each text that fit into one chunk."""
@@ -127,28 +147,23 @@ class WordpieceSplitter:
         counts: list[int] = (high - low).tolist()
         return counts
 
-    def _split_single(
+    def _truncate(
         self, document: Document, content_hash: str, tokens: bytes, n_unknown: int
-    ) -> Iterator[Union[Chunk, DeadLetter]]:
+    ) -> Union[Chunk, DeadLetter]:
         n, room = len(tokens) // 4, self._room
-        if n <= room or self.rule.on_long == "truncate":
-            kept = min(n, room)
-            ids = self._cls + tokens[: 4 * kept] + self._sep
-            end = len(document.text)
-            yield Chunk(document, content_hash, 0, 1, ids, kept + 2, kept, n - kept, 0, end, n_unknown)
-        elif self.rule.on_long == "reject":
-            yield self._reject(document, content_hash, n + 2)
-        else:
-            yield from self._cut_windows(document, content_hash)
+        if n > room and self.rule.on_long == "reject":
+            return self._reject(document, content_hash, n + 2)
+        kept = min(n, room)
+        ids = self._cls + tokens[: 4 * kept] + self._sep
+        return Chunk(document, content_hash, 0, 1, ids, kept + 2, kept, n - kept, 0, len(document.text), n_unknown)
 
-    def _cut_windows(self, document: Document, content_hash: str) -> Iterator[Chunk]:
-        rule, tokenize, size = self.rule, self._tokenizer.tokenize, self._room - len(self._prefix)
-        windows = list(cut_text(document.text, tokenize, size, rule.overlap, rule.by_sentence))
+    def _make_chunks(self, document: Document, content_hash: str, windows: list[Window]) -> Iterator[Chunk]:
+        head, n_windows = self._cls + self._prefix.tobytes(), len(windows)
+        n_prefix, n_unknown = len(self._prefix), np.count_nonzero(self._prefix == self._unknown)
         for number, (start, end, own) in enumerate(windows):
-            part = np.concatenate((self._prefix, own))
-            ids, n = self._cls + part.tobytes() + self._sep, len(part)
-            n_unknown = int(np.count_nonzero(part == self._unknown))
-            yield Chunk(document, content_hash, number, len(windows), ids, n + 2, n, 0, start, end, n_unknown)
+            ids, n = head + own.tobytes() + self._sep, n_prefix + len(own)
+            unknown = int(n_unknown + np.count_nonzero(own == self._unknown))
+            yield Chunk(document, content_hash, number, n_windows, ids, n + 2, n, 0, start, end, unknown)
 
     def _join_pair(
         self, document: Document, content_hash: str, first: bytes, second: bytes

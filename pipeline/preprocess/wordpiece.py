@@ -106,13 +106,18 @@ def load_tokenizer(vocabulary: Vocabulary) -> Tokenizer:
 
 
 class Tokenizer:
-    """Turns texts into token ids, without [CLS], [SEP], cutting or padding."""
+    """Turns texts into token ids, without [CLS], [SEP], cutting or padding.
+
+    Attributes:
+      is_continuation: `[V]` which token ids do not begin a word; punctuation is a word, so no word begins with `##`.
+    """
 
     def __init__(self, vocabulary: Vocabulary) -> None:
         import tensorflow as tf
         import tensorflow_text as text
 
         pieces = list(vocabulary.pieces)
+        self.is_continuation = np.array([piece.startswith("##") for piece in pieces])
         self._different = re.compile(f"[{_DIFFERENT if vocabulary.lower_case else _DIFFERENT_CASED}]")
         self._fast: Any = text.FastBertTokenizer(
             vocab=pieces, lower_case_nfd_strip_accents=vocabulary.lower_case, token_out_type=tf.int32

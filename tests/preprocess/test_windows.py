@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import pytest
-from hypothesis import example, given, settings
+from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
-from pipeline.preprocess import windows
+from pipeline.preprocess import pieces
 from pipeline.preprocess.chunking import WordpieceRule
-from pipeline.preprocess.sentences import find_sentence_ends
-from pipeline.preprocess.windows import choose_windows, cut_text, is_separable
+from pipeline.preprocess.pieces import is_one_word, is_separable
+from pipeline.preprocess.sentences import ends_sentence
+from pipeline.preprocess.windows import Window, choose_windows, cut_texts
 from pipeline.preprocess.wordpiece import Vocabulary
 from pipeline.records import Chunk, Document
 from tests.preprocess.test_tokenizer import TEXTS, both_cases, tokenizer
@@ -27,6 +28,25 @@ def tokenize(text: str) -> list[int]:
     return tokenizer().tokenize([text])[0].tolist()
 
 
+def cut_together(
+    texts: Sequence[str], size: int, overlap: int = 0, by_sentence: bool = False, lower_case: bool = True
+) -> list[list[Window]]:
+    kernel = tokenizer(lower_case)
+    ids, splits = kernel.tokenize(texts)
+    return list(cut_texts(texts, ids, splits, kernel, size, overlap, by_sentence))
+
+
+def cut(text: str, *rule: int, lower_case: bool = True) -> list[Window]:
+    (found,) = (
+        cut_together([text], *rule, lower_case=lower_case) if len(tokenizer(lower_case).tokenize([text])[0]) else [[]]
+    )
+    return found
+
+
+def list_sentence_ends(text: str) -> list[int]:
+    return [at for at in range(len(text) + 1) if ends_sentence(text, at)]
+
+
 # --- which pieces a window has ---------------------------------------------------------------------------------------
 
 SIZES = st.integers(1, 40).flatmap(lambda size: st.tuples(st.just(size), st.integers(0, size - 1)))
@@ -34,8 +54,12 @@ SIZES = st.integers(1, 40).flatmap(lambda size: st.tuples(st.just(size), st.inte
 
 def choose(counts: Sequence[int], size: int, overlap: int, ends: Sequence[bool] = ()) -> list[tuple[int, int]]:
     splits = np.concatenate(([0], np.cumsum(counts, dtype=np.int64)))
-    last_end = np.maximum.accumulate(np.where(ends, np.arange(1, len(counts) + 1), 0)) if len(ends) else None
-    return list(choose_windows(splits, np.array(counts) > size, size, overlap, last_end))
+
+    def find_last_end(first: int, end: int) -> int | None:
+        return max((i for i in range(end - first) if ends[first + i]), default=None)
+
+    alone = np.array(counts) > size
+    return list(choose_windows(splits, alone, size, overlap, find_last_end if len(ends) else None))
 
 
 @given(st.lists(st.integers(1, 45), min_size=1, max_size=120), SIZES, st.data())
@@ -94,8 +118,7 @@ LONG = st.lists(st.one_of(TEXTS, MARKS, SCRIPTS, st.just(" the ")), min_size=1, 
 
 def assert_slices(text: str, size: int, overlap: int, by_sentence: bool, lower_case: bool) -> None:
     kernel = tokenizer(lower_case)
-    whole = kernel.tokenize([text])[0]
-    found = list(cut_text(text, kernel.tokenize, size, overlap, by_sentence)) if len(whole) else []
+    found = cut(text, size, overlap, by_sentence, lower_case=lower_case)
     slices = [text[window.start : window.end] for window in found]
     ids, splits = kernel.tokenize(slices)
     is_one = lambda window: window.end - window.start == 1  # noqa: E731
@@ -136,10 +159,10 @@ def test_the_slice_of_a_window_has_its_tokens_in_many_texts(lower_case, text, si
 @given(LONG.filter(len), st.integers(1, 30), st.integers(1, 9))
 def test_windows_do_not_depend_on_blocks(text, size, block):
     """A text is read block by block; pieces are the same wherever a block ends."""
-    whole = [tuple(map(str, window)) for window in cut_text(text, tokenizer().tokenize, size, 0, False)]
+    whole = [tuple(map(str, window)) for window in cut(text, size)]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(windows, "_BLOCK", block)
-        parts = [tuple(map(str, window)) for window in cut_text(text, tokenizer().tokenize, size, 0, False)]
+        patch.setattr(pieces, "_BLOCK", block)
+        parts = [tuple(map(str, window)) for window in cut(text, size)]
     assert parts == whole
 
 
@@ -156,9 +179,91 @@ def test_every_character_that_separates_does_so_beside_any_other(lower_case):
         assert np.array_equal(together[0], apart[0]) and np.array_equal(together[1], apart[1][::3])
 
 
+@both_cases
+def test_every_character_of_known_words_is_one_word_alone_and_among_others(lower_case):
+    known = [c for c in map(chr, itertools.chain(range(0xD800), range(0xE000, 0x30000))) if is_one_word(c)]
+    letters = [c for c in known if not is_separable(c)]
+    assert len(letters) > 12_000 and len(known) > 90_000
+    kernel = tokenizer(lower_case)
+    for form in ("{}", "a{}", "{}a", "{}{}", "é{}1", "カ{}가"):
+        ids, splits = kernel.tokenize([form.replace("{}", c) for c in (known if form == "{}" else letters)])
+        begun = np.concatenate(([0], np.cumsum(~kernel.is_continuation[ids])))
+        assert (np.diff(begun[splits]) == 1).all()
+
+
+def split_plainly(text: str) -> list[str]:
+    """The pieces of a text, character by character."""
+    pieces: list[str] = []
+    for i, character in enumerate(text):
+        is_break = is_separable(character) and character not in SPACES
+        if i and (character in SPACES or not (is_break or is_separable(text[i - 1]))):
+            pieces[-1] += character
+        else:
+            pieces.append(character)
+    return pieces
+
+
+def cut_plainly(text: str, size: int, overlap: int, by_sentence: bool, lower_case: bool) -> list[tuple]:
+    """The windows of a text whose pieces have at most `size` tokens: every piece tokenised, every sum counted anew."""
+    parts = []
+    at = 0
+    for piece in split_plainly(text):
+        ids = tokenizer(lower_case).tokenize([piece])[0].tolist()
+        if ids:
+            parts.append((at, at + len(piece), ids))
+        at += len(piece)
+    assume(all(len(ids) <= size for _, _, ids in parts))
+    ends = set(scan_sentence_ends(text))
+    n = lambda first, end: sum(len(ids) for _, _, ids in parts[first:end])  # noqa: E731
+    found = []
+    first = stop = 0
+    while stop < len(parts):
+        fitting = [end for end in range(first + 1, len(parts) + 1) if n(first, end) <= size]
+        sentences = [end for end in fitting if end > stop and parts[end - 1][1] in ends]
+        sentences = [end for end in sentences if n(first, end) * 2 >= size and n(first, end) > overlap]
+        stop = sentences[-1] if by_sentence and sentences and fitting[-1] < len(parts) else fitting[-1]
+        begin, end = parts[first][0], parts[stop - 1][1]
+        end = begin + len(text[begin:end].rstrip(SPACES))
+        found.append((begin, end, [one for _, _, ids in parts[first:stop] for one in ids]))
+        shared = [at for at in range(first + 1, stop + 1) if n(at, stop) <= overlap and n(at, stop + 1) <= size]
+        first = shared[0]
+    return found
+
+
+PROSE = st.lists(
+    st.sampled_from(
+        [*"aé1.?!…\"')’”,-。！‼\u2017\u2029 \n\r\t", "the ", "e.g. ", "Mr. ", "end. ", "\n\n", "e\u0301", "\x00"]
+    ),
+    max_size=40,
+).map("".join)
+
+
+@both_cases
+@settings(max_examples=100)
+@given(LONG | PROSE, SIZES, st.booleans())
+def test_windows_are_those_of_a_plain_loop_that_tokenises_every_piece(lower_case, text, size_and_overlap, by_sentence):
+    expected = cut_plainly(text, *size_and_overlap, by_sentence, lower_case)
+    found = cut(text, *size_and_overlap, by_sentence, lower_case=lower_case)
+    assert [(start, end, ids.tolist()) for start, end, ids in found] == expected
+
+
+@settings(max_examples=25)
+@given(st.lists((LONG | PROSE).filter(lambda text: len(tokenize(text)) > 0), min_size=1, max_size=5), SIZES)
+def test_texts_that_are_cut_together_are_cut_as_each_alone(texts, size_and_overlap):
+    for text, found in zip(texts, cut_together(texts, *size_and_overlap, True), strict=True):
+        assert list(map(str, found)) == list(map(str, cut(text, *size_and_overlap, True)))
+
+
+@pytest.mark.parametrize("texts", [["one two three"], ["one", "two"]])
+def test_tokens_of_other_texts_are_an_error(texts):
+    ids, splits = tokenizer().tokenize(["one two", "three"][: len(texts)])
+    with pytest.raises(ValueError, match="words"):
+        list(cut_texts(texts, ids, splits, tokenizer(), 5, 0, False))
+
+
 def test_windows_begin_and_end_at_words():
     text = "unaffable words, antidisestablishmentarianism and 3.14 more. " * 8
-    for window in cut_text(text, tokenizer().tokenize, 40, 7, False):
+    for window in cut(text, 40, 7):
         assert re.match(r"(\w+|[.,])\b", text[window.start :]) and not re.search(
             r"\w\w$", text[window.start - 1 : window.start + 1] if window.start else ""
         )
@@ -227,7 +332,7 @@ SENTENCES = [
 
 @pytest.mark.parametrize("sentences", SENTENCES, ids=[" ".join(one)[:12] for one in SENTENCES])
 def test_sentences_end_where_a_reader_expects_it(sentences):
-    ends = list(find_sentence_ends("".join(sentences)))
+    ends = list_sentence_ends("".join(sentences))
     expected = list(itertools.accumulate(map(len, sentences)))[:-1]
     if sentences[0].startswith("Mr."):
         expected.insert(1, len(sentences[0]) + sentences[1].index('"'))
@@ -235,9 +340,47 @@ def test_sentences_end_where_a_reader_expects_it(sentences):
     assert ends == sorted(expected)
 
 
+MARKS_OF_SENTENCES = (
+    "\u0589\u061d-\u061f\u06d4\u0700-\u0702\u07f9\u0964\u0965\u104a\u104b\u1362\u1367\u1368\u166e\u1803\u1809"
+    "\u203c\u203d\u2047-\u2049\u3002\ua4ff\ufe56\ufe57\uff01\uff0e\uff1f\uff61"
+)
+CLOSING = "\"')\\]}*_\u00bb\u2019\u201d\u203a\u300d\u300f\u3011\u3009\u300b\uff09\uff3d\uff5d\uff63"
+SENTENCE_END = re.compile(
+    rf"(?P<mark>[{MARKS_OF_SENTENCES}.!?\u2026]+)[{CLOSING}]*(?P<space>[ \t\n\r]*)"
+    r"|\r?\n[ \t]*\r?\n[ \t\n\r]*|\u2029[ \t\n\r]*"
+)
+
+
+def scan_sentence_ends(text: str) -> Iterator[int]:
+    """Sentence ends, found by one scan from the begin of a text to its end."""
+    for found in SENTENCE_END.finditer(text):
+        mark, following = found["mark"], text[found.end() : found.end() + 1]
+        if not mark:
+            is_end = True
+        elif following in tuple(",;:-–—、，") or (mark[-1] in ".!?…" and not found["space"]):
+            is_end = False
+        elif mark[0] in ".…":
+            title = re.search(r"(?<!\w)([A-Z]\w*|vs|\w)$", text[max(0, found.start() - 5) : found.start()])
+            titles = ("Mr", "Mrs", "Ms", "Dr", "Prof", "St", "Sr", "Jr", "Gen", "Rep", "Sen", "Rev", "vs")
+            is_title = title and (title[0] in titles or (len(title[0]) == 1 and title[0].isupper()))
+            is_end = not (following.islower() or (mark == "." and is_title))
+        else:
+            is_end = True
+        if is_end and following:
+            yield found.end()
+
+
+@settings(max_examples=300)
+@given(st.text("a.?!…\"') \n\r\t‼。\u0700\u2029»,-MrsvP\u0964", max_size=30) | LONG | PROSE)
+@example("\u2029)")
+@example(".).\n\n a")
+def test_sentence_ends_are_those_of_a_scan_of_the_whole_text(text):
+    assert list_sentence_ends(text) == list(scan_sentence_ends(text))
+
+
 @pytest.mark.parametrize("text", ["." * 50_000, '"a. ' * 20_000, "\n" + " " * 50_000, ".)" * 30_000, "\n \t" * 30_000])
 def test_sentence_ends_are_found_in_linear_time(text):
-    assert len(list(find_sentence_ends(text))) <= len(text)
+    assert len(list_sentence_ends(text)) <= len(text)
 
 
 def test_chunks_end_at_sentences_where_they_can():
