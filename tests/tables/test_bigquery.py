@@ -71,7 +71,7 @@ def test_a_kept_field_whose_type_changes_is_refused(cloud, tmp_path):
     settings = {"output": f"bq://{cloud.project}.tables.typed", "work_dir": cloud.gcs.path("typed")}
     records = [{"id": "a", "text": "a dog", "year": 1}]
     rows, _ = run(tmp_path, records, **settings, keep_fields="year:int")
-    with pytest.raises(TableError, match="has a column 'year' of type INTEGER, but FLOAT is needed; rename"):
+    with pytest.raises(TableError, match="has a column 'year' of type INT64, but FLOAT64 is needed; keep"):
         run(tmp_path, records, **settings, keep_fields="year:float")
     assert_same_rows(read_rows(settings["output"]), rows)
 
