@@ -25,7 +25,7 @@ from tests.support.corpora import as_records, some_texts, write_jsonl, write_lin
 from tests.support.histories import run_joined
 from tests.support.paths import ENCODER
 from tests.support.runs import make_config, run_embed, run_pipeline, watch_encoder
-from tests.support.tables import assert_unchanged, remember
+from tests.support.tables import assert_same_rows, assert_unchanged, read_rows, remember
 
 
 def ids_of(table) -> list[str]:

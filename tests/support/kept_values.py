@@ -1,4 +1,4 @@
-"""Kept fields of every kind that docs/tables.md lists, as a Parquet file has them and as every table gives them back."""
+"""Kept fields of every kind that docs/tables.md lists: as a Parquet file has them, and as tables give them back."""
 
 from __future__ import annotations
 

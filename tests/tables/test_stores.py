@@ -40,7 +40,7 @@ from tests.support.stores import N_TEXTS, SETTINGS, assert_same_rows, first_reco
 from tests.support.tables import assert_close, read_rows
 
 emulator = pytest.mark.emulator
-UNKNOWN = 100  # id of [UNK]
+UNKNOWN = 1  # id of [UNK] in the vocabulary of the tests
 KINDS = ("year:int", "score:float", "fine:bool", "name:string")
 VALUES: list[list[Any]] = [
     [1, 0.1, True, 'it\'s "new"'],
@@ -220,13 +220,15 @@ def test_a_column_of_another_type_or_spelling_is_found_before_anything_is_encode
     ):
         with pytest.raises(TableError, match=message):
             store.check_columns(live, replace(LAYOUT, kept=(field,)))
-    with pytest.raises(TableError, match="has a column 'text' of type .*; rename that column in the database"):
+    with pytest.raises(TableError, match=r"has a column 'text' of type .*; rename that column in the database"):
         store.check_columns(live, replace(LAYOUT, keep_text=True))
     wider = replace(LAYOUT, kept=(KeptField("year", "float"), KeptField("Page", "string")))
     if table.output.startswith("duckdb://"):
         store.check_columns(live, wider)
     else:
-        with pytest.raises(TableError, match="'year' of type INT64, but FLOAT64 is needed; keep .*fields=year:int, or"):
+        with pytest.raises(
+            TableError, match=r"'year' of type INT64, but FLOAT64 is needed; keep .*fields=year:int, or"
+        ):
             store.check_columns(live, wider)
 
 
