@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.config import EmbedConfig, VectorChoice
+from pipeline.config import FIELD_TYPES, EmbedConfig, VectorChoice
 from pipeline.errors import ConfigError, TableError
 from pipeline.files import delete_folder, join, make_folder
 from pipeline.records import digest_id, pack_kept
@@ -95,7 +95,7 @@ def check_columns(
       TableError: if a column has another type than is needed, or is spelt otherwise.
     """
     kept = {field.name: field.source for field in layout.kept}
-    ours = {name: kind for kind, name in types.items()}
+    ours = {types[kind]: kind for kind in FIELD_TYPES}
     spelt = {name.lower(): name for name in there}
     for name, kind in database_columns(layout).items():
         old = spelt.get(name.lower(), name)
