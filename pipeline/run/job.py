@@ -232,7 +232,8 @@ def prepare_job(resolved: ResolvedRun, name: str, started: float, distributed: b
     previous = live.snapshot if live else ""
     if reuse.gone.n and not config.reindex.keeps_deleted:
         _LOGGER.warning(
-            "the rows of %s come from %s; documents that no other file has are deleted, --deletes=keep keeps them",
+            "rows of %s come from %s; a document of theirs that another file has keeps its vector, all others are "
+            "deleted, and --deletes=keep keeps them",
             store.shown,
             reuse.gone,
         )

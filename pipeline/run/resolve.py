@@ -245,6 +245,7 @@ def find_stops(resolved: ResolvedRun, new_rows: NewRows) -> Iterator[EmbeamError
         lambda: check_bad_files(resolved.input.bad_files, resolved.config),
         lambda: check_limit(resolved.live, resolved.config),
         lambda: check_model(resolved.live, resolved.spec, resolved.config),
+        lambda: resolved.store.check_columns(resolved.live, resolved.form.layout),
         lambda: check_free_space(resolved.store.work, new_rows.n_rows, round(new_rows.row_bytes)),
     )
     return collect_errors(checks)

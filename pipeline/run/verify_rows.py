@@ -114,10 +114,15 @@ def _read_index(table: CheckedTable, file: TableFile, index_file: TableFile) -> 
 
 
 def _read_rows(table: CheckedTable, file: TableFile, index: Index | None, entries: np.ndarray) -> None:
-    start = 0
+    start, before = 0, None
     try:
         for stored in table.reader.read(VectorFile(join(table.folder, file.name), ROWS, 0, file.rows), NONE):
-            rows = [(i, _check_row(table, f"{file.name} row {i}", row)) for i, row in _decode(table, file, stored)]
+            rows = []
+            for i, row in _decode(table, file, stored):
+                rows.append((i, _check_row(table, f"{file.name} row {i}", row)))
+                if table.layout.has_offsets and before:
+                    _check_order(table, f"{file.name} row {i}", before, row)
+                before = row
             positions = np.array([i for i, own in rows if own and i < file.rows], int)
             block = np.array([own for i, own in rows if own and i < file.rows], ENTRY)
             if index is not None:
@@ -197,6 +202,17 @@ def _check_row(table: CheckedTable, name: str, row: dict[str, Any]) -> tuple[byt
         source = row["source"] if layout.sourced else ""
         kept = digest_kept(pack_kept([row[field.name] for field in layout.kept]), source)
     return digest_id(row["id"]), content, kept, row["chunk"], n_chunks, 0
+
+
+def _check_order(table: CheckedTable, name: str, before: dict[str, Any], row: dict[str, Any]) -> None:
+    """Checks that a row which holds the next chunk of the row before holds later characters of the document."""
+    (start, end), (first, last) = ((one["char_start"], one["char_end"]) for one in (before, row))
+    if (row["id"], row["chunk"]) != (before["id"], (before["chunk"] or 0) + 1) or None in (start, end, first, last):
+        return
+    earliest = start if table.manifest.settings.get("chunk_overlap") else end
+    if first < earliest or last < end:
+        message = f"it has the characters {first} to {last} of its document, and the chunk before {start} to {end}"
+        table.find("wrong_row", name, message)
 
 
 def _check_vector(table: CheckedTable, name: str, row: dict[str, Any]) -> None:

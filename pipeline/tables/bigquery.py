@@ -24,7 +24,7 @@ from pipeline.errors import ConfigError, TableError, ValidationError, first_line
 from pipeline.files import create_file, exists, is_local, join, open_file, read_text
 from pipeline.signals import PUBLISHING
 from pipeline.sinks.index import Index
-from pipeline.sinks.layout import Columns
+from pipeline.sinks.layout import Columns, TableLayout
 from pipeline.sinks.parquet import decode_stored, read_stored
 from pipeline.sinks.readers import VectorReader
 from pipeline.sinks.writing import ROWS, Shard
@@ -36,11 +36,12 @@ from pipeline.tables.bigquery_sql import (
     RUN_COLUMNS,
     SQL_TYPES,
     TOO_LATE,
-    TYPES,
+    check_column_names,
     make_column_statement,
     make_index_statement,
     make_merge,
     make_script,
+    read_types,
     runs_of,
     schema_fields,
     staging_fields,
@@ -50,7 +51,7 @@ from pipeline.tables.database import (
     DatabaseReader,
     DatabaseStore,
     build_indexes,
-    check_column,
+    check_columns,
     check_database_config,
     complete_changes,
     database_columns,
@@ -78,6 +79,7 @@ class BigqueryStore(DatabaseStore):
 
     def check(self, config: EmbedConfig) -> None:
         check_database_config(config)
+        check_column_names(config.read.kept_fields(), self.shown)
         if not self.work or is_local(self.work):
             raise ConfigError(
                 f"--output={self.shown} needs a folder of Cloud Storage for what is loaded and for the journal; "
@@ -88,6 +90,12 @@ class BigqueryStore(DatabaseStore):
             connection.get_dataset(f"{self.name.project}.{self.name.dataset}")
             if find_table(connection, self.name) and not find_table(connection, runs_of(self.name)):
                 raise TableError(f"--output={self.shown} is a table that embeam did not make; name another one")
+
+    def check_columns(self, live: Manifest | None, layout: TableLayout) -> None:
+        with explained(self.name):
+            connection = client(self.name.project)
+            there = read_types(connection, self.name) if find_table(connection, self.name) else {}
+        check_columns(self.name, there, SQL_TYPES, layout)
 
     def check_writable(self) -> None:
         """Does nothing: loading reports errors. A trial table would count against the quota of the dataset."""
@@ -286,15 +294,13 @@ class BigqueryCommit(Committer):
         table.clustering_fields = ["id"]
         table.description = f"Embeddings, written by embeam; {self.name.table}{RUNS_SUFFIX} says how"
         connection.create_table(table, exists_ok=True)
-        there = {field.name: field.field_type for field in connection.get_table(self.name.plain).schema}
+        there = read_types(connection, self.name)
+        check_columns(self.name, there, SQL_TYPES, layout)
         schema = [bigquery.SchemaField(name, kind) for name, kind in RUN_COLUMNS]
         connection.create_table(bigquery.Table(runs_of(self.name).plain, schema), exists_ok=True)
-        columns = database_columns(layout)
-        for name in columns.keys() & there.keys():
-            if there[name] != SQL_TYPES[columns[name]]:  # the service returns the older names of types
-                check_column(self.name, name, there[name], TYPES[columns[name]])
-        for name in columns.keys() - there.keys():
-            connection.query(make_column_statement(self.name, name, columns[name])).result()
+        for name, kind in database_columns(layout).items():
+            if name not in there:
+                connection.query(make_column_statement(self.name, name, kind)).result()
 
     def _is_published(self, connection: Client) -> bool:
         from google.cloud import bigquery

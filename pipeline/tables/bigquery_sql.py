@@ -3,24 +3,54 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
-from typing import Any
+import re
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any
 
+from pipeline.config import KeptField
+from pipeline.errors import ConfigError
 from pipeline.sinks.layout import TableLayout
 from pipeline.sources.bigquery_client import BigQueryName
 from pipeline.tables.database import DESCRIPTIONS, KEPT_DESCRIPTION, RUNS_SUFFIX, database_columns
 from pipeline.tables.manifest import Manifest
+
+if TYPE_CHECKING:
+    from google.cloud.bigquery import Client
 
 TYPES = {"string": "STRING", "int": "INTEGER", "float": "FLOAT", "bool": "BOOLEAN", "timestamp": "TIMESTAMP"}
 SQL_TYPES = {"string": "STRING", "int": "INT64", "float": "FLOAT64", "bool": "BOOL", "timestamp": "TIMESTAMP"}
 MARKER = "is_marker"
 RUN_COLUMNS = (("run_id", "STRING"), ("created_at", "TIMESTAMP"), ("manifest", "STRING"))  # of the table of manifests
 TOO_LATE = "another run was faster"
+# https://cloud.google.com/bigquery/docs/schemas#column_names
+_COLUMN_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,299}")
+_RESERVED = re.compile(r"_TABLE_|_FILE_|_PARTITION|_ROW_TIMESTAMP|__ROOT__|_COLIDENTIFIER|_CHANGE_", re.IGNORECASE)
 
 
 def runs_of(name: BigQueryName) -> BigQueryName:
     """The table of manifests beside a table."""
     return name._replace(table=name.table + RUNS_SUFFIX)
+
+
+def check_column_names(fields: Iterable[KeptField], output: str) -> None:
+    """Raises ConfigError if a kept field has a name that BigQuery does not allow, or that the staging table needs."""
+    for field in fields:
+        if not _COLUMN_NAME.fullmatch(field.name) or _RESERVED.match(field.name) or field.name.lower() == MARKER:
+            raise ConfigError(
+                f"--keep_fields={field.source}: {output} cannot have a column {field.name!r}; rename the field in the "
+                "input: at most 300 letters (a to z), digits and _, no digit first, no name or prefix that BigQuery "
+                f"or embeam reserves (_TABLE_, _FILE_, _PARTITION, _CHANGE_, {MARKER})"
+            )
+
+
+def read_types(connection: Client, name: BigQueryName) -> dict[str, str]:
+    """The columns of a table, with their types as in `SQL_TYPES`."""
+    spelled = {TYPES[kind]: SQL_TYPES[kind] for kind in TYPES}  # the service may return the older names
+    types = {}
+    for field in connection.get_table(name.plain).schema:
+        kind = spelled.get(field.field_type, field.field_type)
+        types[field.name] = f"ARRAY<{kind}>" if field.mode == "REPEATED" else kind
+    return types
 
 
 def schema_fields(layout: TableLayout) -> list[dict[str, Any]]:

@@ -193,7 +193,8 @@ def check_deletes(counts: Mapping[str, float], max_fraction: float, gone: GoneFi
     """
     n_deleted, n_live = int(counts.get("deleted", 0) - counts.get("moved", 0)), int(counts.get("live", 0))
     if n_live and n_deleted / n_live > max_fraction:
-        why = f" ({int(counts.get('gone', 0)):,} of them come from {gone})" if gone.n else ""
+        n_gone = int(counts.get("gone", 0))
+        why = f" ({n_gone:,} of them come from {gone})" if n_gone else ""
         raise RunError(
             f"{n_deleted:,} of the table's {n_live:,} documents are gone from the input, more than "
             f"--max_delete_fraction={max_fraction:g} allows{why}; check --input, or raise it, or use --deletes=keep "

@@ -9,14 +9,14 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any
 
 import numpy as np
 
-from pipeline.config import EmbedConfig, VectorChoice
+from pipeline.config import FIELD_TYPES, EmbedConfig, VectorChoice
 from pipeline.errors import ConfigError, TableError
 from pipeline.files import delete_folder, join, make_folder
 from pipeline.records import digest_id, pack_kept
@@ -69,20 +69,46 @@ def check_database_config(config: EmbedConfig) -> None:
         raise ConfigError(f"--dtype={config.vectors.dtype}: {output} holds float32 vectors only; leave it out")
     if VectorChoice.parse(config.encoder.vector).pooling == "tokens":
         raise ConfigError(f"--vector={config.encoder.vector}: {output} holds one vector a row; use :mean, :max or :cls")
+    taken = {name.lower(): f"the table's own column {name!r}" for name in DESCRIPTIONS}
     for field in config.read.kept_fields():
-        if field.name in DESCRIPTIONS:
+        if other := taken.get(field.name.lower()):
             raise ConfigError(
-                f"--keep_fields={field.name} would collide with the table's own column {field.name!r}; rename it"
+                f"--keep_fields={field.source} would collide with {other}, since names in databases ignore case; "
+                "rename the field in the input"
             )
+        taken[field.name.lower()] = f"the field {field.source!r}"
 
 
-def check_column(table: object, name: str, there: str, wanted: str) -> None:
-    """Raises TableError if an existing column has another type than is needed."""
-    if there != wanted:
-        raise TableError(
-            f"{table} has a column {name!r} of type {there}, but {wanted} is needed; rename the field, or give it "
-            "the column's type, as in --keep_fields=year:int"
-        )
+def check_columns(
+    table: object, there: Mapping[str, str], types: Mapping[str, str], layout: TableLayout, own: Collection[str] = ()
+) -> None:
+    """Checks that the columns that a database's table has already can hold what a run writes to them.
+
+    Args:
+      table: as messages show it.
+      there: the table's columns, with the types of the database.
+      types: string, int, float, bool and timestamp to the types of the database.
+      layout: of the rows.
+      own: names of columns whose types may change.
+
+    Raises:
+      TableError: if a column has another type than is needed, or is spelt otherwise.
+    """
+    kept = {field.name: field.source for field in layout.kept}
+    ours = {types[kind]: kind for kind in FIELD_TYPES}
+    spelt = {name.lower(): name for name in there}
+    for name, kind in database_columns(layout).items():
+        old = spelt.get(name.lower(), name)
+        found, wanted = there.get(old, types[kind]), types[kind]
+        fix = "rename the field in the input, or give another --output"
+        if name not in kept:
+            fix = "rename that column in the database"
+        elif old == name and found in ours:
+            fix = f"keep the type with --keep_fields={kept[name]}:{ours[found]}, or give another --output"
+        if old != name:
+            raise TableError(f"{table} has a column {old!r}, and in databases {name!r} is the same name; {fix}")
+        if found != wanted and name not in own:
+            raise TableError(f"{table} has a column {name!r} of type {found}, but {wanted} is needed; {fix}")
 
 
 def check_identifier(name: str, output: str) -> str:

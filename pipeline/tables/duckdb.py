@@ -19,7 +19,7 @@ from pipeline.errors import ConfigError, TableError, ValidationError, first_line
 from pipeline.files import absolute_path, join, write_atomically
 from pipeline.signals import PUBLISHING
 from pipeline.sinks.index import Index
-from pipeline.sinks.layout import Columns
+from pipeline.sinks.layout import Columns, TableLayout
 from pipeline.sinks.readers import VectorReader
 from pipeline.tables.attempts import clean_up
 from pipeline.tables.database import (
@@ -29,7 +29,7 @@ from pipeline.tables.database import (
     DatabaseReader,
     DatabaseStore,
     build_indexes,
-    check_column,
+    check_columns,
     check_database_config,
     check_identifier,
     complete_changes,
@@ -84,6 +84,13 @@ class DuckdbStore(DatabaseStore):
                     f"--output={self.shown}: {self.path} has a table {self.table} that embeam did not make; "
                     "name another one"
                 )
+
+    def check_columns(self, live: Manifest | None, layout: TableLayout) -> None:
+        if not os.path.exists(self.path):
+            return
+        with connect(self.path, read_only=True) as connection:
+            there = read_types(connection, self.table) if has_table(connection, self.table) else {}
+        check_columns(self.table, there, _TYPES, layout, own_columns(live))
 
     def check_writable(self) -> None:
         with connect(self.path):
@@ -187,8 +194,8 @@ class DuckdbCommit(Committer):
         defined = ", ".join(f"{quote(name)} {kind}" for name, kind in columns.items())
         connection.execute(f"CREATE TABLE IF NOT EXISTS {table} ({defined})")
         connection.execute(f"CREATE TABLE IF NOT EXISTS {runs} (run_id VARCHAR, created_at TIMESTAMPTZ, manifest JSON)")
-        own = {*database_columns(live.manifest.layout), "embedding"} if live.manifest else set()
-        add_columns(connection, self.table, columns, own)
+        check_columns(self.table, read_types(connection, self.table), _TYPES, layout, own_columns(live.manifest))
+        set_columns(connection, self.table, columns)
         if os.path.getsize(removed):
             connection.execute(
                 f"DELETE FROM {table} WHERE id IN (SELECT id FROM read_json(?, columns={{id: 'VARCHAR'}}))", [removed]
@@ -276,28 +283,32 @@ def read_last_run(connection: DuckDBPyConnection, table: str) -> Live:
     return Live(Manifest.from_json(row[1]), row[0]) if row else Live(None, "")
 
 
-def add_columns(connection: DuckDBPyConnection, table: str, columns: dict[str, str], own: set[str]) -> None:
+def read_types(connection: DuckDBPyConnection, table: str) -> dict[str, str]:
+    """The columns of a table, with their types."""
+    return {row[0]: row[1] for row in connection.execute(f"DESCRIBE {quote(table)}").fetchall()}
+
+
+def own_columns(live: Manifest | None) -> set[str]:
+    """The columns that the last run has written, whose types may change."""
+    return set(database_columns(live.layout)) if live else set()
+
+
+def set_columns(connection: DuckDBPyConnection, table: str, columns: dict[str, str]) -> None:
     """Adds missing columns to a table, and leaves all other columns, including the user's.
 
     Args:
       connection: to the database, in a transaction.
       table: the table's name.
-      columns: the needed columns, by name, with their types.
-      own: those that the last run has written, whose types may change: values that do not fit become NULL.
-
-    Raises:
-      TableError: if a column of the user has another type than is wanted.
+      columns: the needed columns, by name, with their types; values that do not fit another type become NULL.
     """
-    there = {row[0]: row[1] for row in connection.execute(f"DESCRIBE {quote(table)}").fetchall()}
+    there = read_types(connection, table)
     for name, kind in columns.items():
         column = f"{quote(table)}.{quote(name)}"
         if name not in there:
             connection.execute(f"ALTER TABLE {quote(table)} ADD COLUMN {quote(name)} {kind}")
-        elif name in own and there[name] != kind:
+        elif there[name] != kind:
             change = f"ALTER COLUMN {quote(name)} SET DATA TYPE {kind} USING TRY_CAST({quote(name)} AS {kind})"
             connection.execute(f"ALTER TABLE {quote(table)} {change}")
-        else:
-            check_column(table, name, there[name], kind)
         description = DESCRIPTIONS.get(name, KEPT_DESCRIPTION).replace("'", "''")
         connection.execute(f"COMMENT ON COLUMN {column} IS '{description}'")
 

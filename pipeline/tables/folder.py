@@ -38,6 +38,9 @@ class FolderStore(FolderTable):
     def check(self, config: EmbedConfig) -> None:
         check_folder(self.work)
 
+    def check_columns(self, live: Manifest | None, layout: TableLayout) -> None:
+        """Does nothing: each snapshot has columns of its own."""
+
     def check_writable(self) -> None:
         check_writable(self.work)
 

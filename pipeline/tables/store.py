@@ -160,6 +160,13 @@ class Store(Table, Protocol):
           ConfigError, TableError: if not.
         """
 
+    def check_columns(self, live: Optional[Manifest], layout: TableLayout) -> None:
+        """Checks that rows with a layout can be written beside those columns that are there already.
+
+        Raises:
+          TableError: if a column has another type.
+        """
+
     def check_writable(self) -> None:
         """Checks that the output can be written to, by writing.
 

@@ -108,15 +108,16 @@ def make_flags(gcs: Gcs, table: str, corpus: str = "first", **others: Any) -> li
     return [f"--{name}={value}".removesuffix("=") for name, value in flags.items() if value is not None]
 
 
-def stage(gcs: Gcs, table: str, corpus: str = "first", **flags: Any) -> StagedJob:
-    """Stages a job by the command, in a process of its own as a user's would be."""
+def stage(gcs: Gcs, table: str, corpus: str = "first", gone: str = "", **flags: Any) -> StagedJob:
+    """Stages a job by the command, in a process of its own as a user's would be; it says that this file is gone."""
     command = [sys.executable, "-m", "pipeline.cli", "embed"]
     command += make_flags(gcs, table, corpus, template_location=gcs.path("templates", table), **flags)
     environment = os.environ | gcs.environment
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.startswith(f"the job is staged and will publish {gcs.path(table)} when it runs")
-    assert not [line for line in done.stderr.splitlines() if line.startswith(("embeam:", "Traceback"))], done.stderr
+    said = [line for line in done.stderr.splitlines() if line.startswith(("embeam:", "Traceback"))]
+    assert len(said) == bool(gone) and (f"no longer among the input: {gone}" in "".join(said)) == bool(gone), said
     return StagedJob.find(gcs.path("tmp", table, corpus))
 
 
@@ -241,8 +242,8 @@ def test_machines_with_and_without_a_gpu_make_the_local_table_once(gcs: Gcs, sta
 
 
 def test_a_reindex_reuses_what_the_local_one_does(gcs: Gcs, local_tables):
-    for corpus in ("first", "second"):
-        job = stage(gcs, "reindexed", corpus)
+    for corpus, gone in (("first", ""), ("second", gcs.path("first", "part-0.jsonl"))):
+        job = stage(gcs, "reindexed", corpus, gone)
         assert run_apart(job.path, gcs.environment) == Ending()
         assert_same_table(gcs.path("reindexed"), local_tables[corpus])
 

@@ -310,6 +310,7 @@ class WholeRuns(Histories):
             input=str(self.folder / "*.jsonl*"),
             on_long="reject",
             keep_fields="year:int",
+            on_bad_file="skip",
             max_dead_fraction=1.0,
             max_delete_fraction=1.0,
             keep_snapshots=99,

@@ -17,7 +17,7 @@ from pipeline.run.job import build_table, prepare_job
 from pipeline.run.resolve import estimate_new_rows, resolve
 from pipeline.tables import publish
 from tests.support.corpora import as_records, some_texts, write_jsonl
-from tests.support.runs import embed_records, make_config
+from tests.support.runs import embed_records, make_config, watch_encoder
 from tests.support.tables import hash_folder
 
 RECORDS = [record | {"year": i, "tag": "x" * i} for i, record in enumerate(as_records(some_texts(60, words=(4, 40))))]
@@ -239,3 +239,18 @@ def test_a_file_system_whose_package_is_missing_is_named(tmp_path, monkeypatch, 
     assert told == (
         f"{scheme}://bucket/folder/a.jsonl: the package for {scheme}:// is not installed; pip install '{extra}'"
     )
+
+
+def test_a_column_of_another_type_stops_a_run_before_it_encodes(tmp_path):
+    import duckdb
+
+    output = f"duckdb://{tmp_path}/v.duckdb/notes"
+    embed_records(tmp_path, RECORDS[:2], output=output)
+    with duckdb.connect(str(tmp_path / "v.duckdb")) as connection:
+        connection.execute("ALTER TABLE notes ADD COLUMN tag BIGINT")
+    settings = {"output": output, "keep_fields": "tag"}
+    with watch_encoder() as watched:
+        stop = str(fail_to_embed(tmp_path, **settings))
+    assert watched.n_batches == 0 and "has a column 'tag' of type BIGINT, but VARCHAR is needed; keep" in stop
+    assert make_dry_run(make_config(tmp_path, **settings)).stops == [stop]
+    embed_records(tmp_path, RECORDS[:2], output=output, keep_fields="tag:int")

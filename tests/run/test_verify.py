@@ -309,6 +309,30 @@ def test_chunks_that_are_missing_are_found(tmp_path):
     assert "missing_chunk" in kinds(verify(tmp_path))
 
 
+@pytest.mark.parametrize("overlap", [0, 2])
+@pytest.mark.parametrize(
+    ("values", "says"),
+    [
+        ({"text": lambda text: text + "!"}, "characters of text, and says that they are"),
+        ({"char_end": lambda end: end + 1}, "characters of text, and says that they are"),
+        ({"char_start": 9, "char_end": 8}, "it has the characters 9 to 8 of its document"),
+        ({"char_start": -2, "char_end": lambda end: end - 2}, "it has the characters -2 to"),
+        ({"text": "", "char_start": 0, "char_end": 0}, "it has the characters 0 to 0 of its document, and the chunk"),
+        ({"text": "xy", "char_end": 2, "char_start": 0}, "it has the characters 0 to 2 of its document, and"),
+    ],
+    ids=["text", "end", "order", "negative", "empty", "overlap"],
+)
+def test_chunks_with_other_characters_than_they_say_are_found(tmp_path, overlap, values, says):
+    settings = {"on_long": "chunk", "max_tokens": 8, "chunk_overlap": overlap, "keep_text": True}
+    rows, _ = embed_records(tmp_path, make_records(20), **settings, output_format="parquet")
+    assert verify(tmp_path, "corpus.jsonl") == []
+    number = next(i for i, (_, chunk) in enumerate(rows) if chunk == 1)
+    edit_rows(tmp_path, set_row(number, **values))
+    findings = verify(tmp_path)
+    assert {finding.kind for finding in findings} == {"wrong_row"}
+    assert says in findings[0].message and findings[0].what.endswith(f" row {number}")
+
+
 @pytest.mark.parametrize("output_format", ["tfrecord", "parquet"])
 @pytest.mark.parametrize("kind", ["float32", "float16", "int8", "binary", "tokens", "int8 tokens", "chunks"])
 def test_rows_of_every_kind_are_consistent(tmp_path, kind, output_format):

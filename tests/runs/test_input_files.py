@@ -25,7 +25,7 @@ from tests.support.corpora import as_records, some_texts, write_jsonl, write_lin
 from tests.support.histories import run_joined
 from tests.support.paths import ENCODER
 from tests.support.runs import make_config, run_embed, run_pipeline, watch_encoder
-from tests.support.tables import assert_unchanged, remember
+from tests.support.tables import assert_same_rows, assert_unchanged, read_rows, remember
 
 
 def ids_of(table) -> list[str]:
@@ -204,6 +204,26 @@ def test_documents_of_a_renamed_file_are_not_gone(tmp_path, corpus):
     assert "no longer" not in format_summary(manifest, "table")
     again = run_pipeline(tmp_path, input=str(corpus), max_delete_fraction=0)
     assert again.gone_files.n == 0
+
+
+def test_a_corpus_that_moves_as_a_whole_keeps_its_vectors_in_a_database(tmp_path, corpus, caplog):
+    output = f"duckdb://{tmp_path}/table.duckdb/notes"
+    run_pipeline(tmp_path, input=str(corpus), output=output)
+    before = read_rows(output)
+    corpus.rename(tmp_path / "moved")
+    settings = {"input": str(tmp_path / "moved"), "output": output, "max_delete_fraction": 0}
+    dry_run = make_dry_run(make_config(tmp_path, **settings))
+    assert (dry_run.to_encode, dry_run.deleted, dry_run.gone, dry_run.stops) == (0, 0, 0, [])
+    assert "no longer" not in format_plan(dry_run, output)
+    with watch_encoder() as watched:
+        manifest = run_pipeline(tmp_path, **settings)
+    assert watched.texts == [] and manifest.counts["reuse"] | {"updated": 6, "reused": 6} == manifest.counts["reuse"]
+    assert (manifest.counts["merge"].get("deleted", 0), manifest.counts["merge"]["gone"]) == (0, 0)
+    assert "a document of theirs that another file has keeps its vector" in caplog.text
+    assert "no longer" not in format_summary(manifest, output)
+    after = read_rows(output)
+    assert {row["source"] for row in after.values()} == {f"{tmp_path}/moved/{name}.jsonl" for name in "ab"}
+    assert_same_rows(after, before, ignored=("source",))
 
 
 # The table among its input

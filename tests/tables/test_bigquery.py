@@ -20,6 +20,7 @@ import pipeline.tables.bigquery
 from pipeline.cli.main import main
 from pipeline.errors import ConfigError, EmbeamError, TableError
 from pipeline.files import join
+from pipeline.run.dry_run import make_dry_run
 from pipeline.sources.bigquery_client import BigQueryName, client
 from pipeline.tables.bigquery_sql import make_index_statement, make_search_query
 from pipeline.tables.lock import LOCK, TableLock
@@ -28,7 +29,7 @@ from tests.support.bigquery import BigQueryEmulator, start_bigquery
 from tests.support.corpora import write_jsonl
 from tests.support.emulators import start_gcs
 from tests.support.paths import ENCODER, ROOT
-from tests.support.runs import run_pipeline
+from tests.support.runs import make_config, run_pipeline, watch_encoder
 from tests.support.stores import SETTINGS, assert_same_rows, first_records, run, second_records
 from tests.support.tables import Rows, read_rows
 
@@ -66,14 +67,22 @@ def test_columns_are_described_and_clustered(cloud, tmp_path):
 
 
 @emulator
-def test_a_kept_field_whose_type_changes_is_refused(cloud, tmp_path):
+@pytest.mark.parametrize(("value", "kind"), [(9.99, "FLOAT64"), ("ten", "STRING")])
+def test_a_kept_field_whose_type_changes_is_refused_before_anything_is_encoded(cloud, tmp_path, value, kind):
     """BigQuery would refuse the rows themselves, only later and in other words."""
-    settings = {"output": f"bq://{cloud.project}.tables.typed", "work_dir": cloud.gcs.path("typed")}
-    records = [{"id": "a", "text": "a dog", "year": 1}]
-    rows, _ = run(tmp_path, records, **settings, keep_fields="year:int")
-    with pytest.raises(TableError, match="has a column 'year' of type INTEGER, but FLOAT is needed; rename"):
-        run(tmp_path, records, **settings, keep_fields="year:float")
+    settings = {"output": f"bq://{cloud.project}.tables.typed_{kind}", "work_dir": cloud.gcs.path(f"typed_{kind}")}
+    records = [{"id": "a", "text": "a dog", "price": 10}]
+    rows, _ = run(tmp_path, records, **settings, keep_fields="price")
+    records.append({"id": "b", "text": "a cat", "price": value})
+    stop = f"has a column 'price' of type INT64, but {kind} is needed; keep the type with --keep_fields=price:int, or"
+    with watch_encoder() as watched, pytest.raises(TableError, match=stop):
+        run(tmp_path, records, **settings, keep_fields="price")
+    assert watched.n_batches == 0
+    (said,) = make_dry_run(make_config(tmp_path, **{**SETTINGS, **settings, "keep_fields": "price"})).stops
+    assert stop in said
     assert_same_rows(read_rows(settings["output"]), rows)
+    rows, manifest = run(tmp_path, records, **settings, keep_fields="price:int")
+    assert [rows[name, 0]["price"] for name in "ab"] == [10, None] and manifest.counts["reuse"]["unchanged"] == 1
 
 
 @emulator

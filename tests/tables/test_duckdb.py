@@ -124,7 +124,7 @@ def test_a_kept_field_that_is_a_column_of_the_user_with_another_type_is_refused(
     with duckdb.connect(str(tmp_path / "v.duckdb")) as connection:
         connection.execute("ALTER TABLE notes ADD COLUMN year VARCHAR")
     table.layout = replace(LAYOUT, kept=(KeptField("year", "int"),))
-    with pytest.raises(TableError, match="has a column 'year' of type VARCHAR, but BIGINT is needed; rename"):
+    with pytest.raises(TableError, match="has a column 'year' of type VARCHAR, but BIGINT is needed; keep"):
         table.run(dated(1, *"ab"))
     assert_rows(read_rows(table.output), documents(*"ab"))
     with duckdb.connect(str(tmp_path / "v.duckdb")) as connection:

@@ -16,27 +16,32 @@ from typing import Any
 import duckdb
 import numpy as np
 import pytest
+from google.cloud.bigquery import SchemaField
 
 import pipeline
 from pipeline.config import EmbedConfig, KeptField
 from pipeline.encoders.handler import LoadedEncoder
-from pipeline.errors import ConfigError, RunError
+from pipeline.errors import ConfigError, RunError, TableError
 from pipeline.records import Document, pack_kept
 from pipeline.report.summary import format_summary, locate_dead_letters
+from pipeline.sinks import SINKS
 from pipeline.sources.bigquery_client import client
+from pipeline.tables.bigquery_sql import check_column_names
 from pipeline.tables.manifest import DATABASES
 from pipeline.tables.read import iter_table
 from pipeline.tables.stores import STORES, open_store
 from tests.support.bigquery import BigQueryEmulator, start_bigquery
 from tests.support.emulators import start_gcs
-from tests.support.official import official_vector
+from tests.support.kept_values import FIELDS, IDS, KEPT_CASES, expect_kept, write_kept
+from tests.support.official import official_tokens, official_vector
 from tests.support.reruns import assert_rows, dated, documents, join_cases, list_dead
-from tests.support.runs import run_pipeline
+from tests.support.runs import run_embed, run_pipeline, watch_encoder
 from tests.support.steps import DIMENSION, LAYOUT, SteppedTable, draw_vector, make_document
 from tests.support.stores import N_TEXTS, SETTINGS, assert_same_rows, first_records, run, second_records
 from tests.support.tables import assert_close, read_rows
 
 emulator = pytest.mark.emulator
+UNKNOWN = 1  # id of [UNK] in the vocabulary of the tests
 KINDS = ("year:int", "score:float", "fine:bool", "name:string")
 VALUES: list[list[Any]] = [
     [1, 0.1, True, 'it\'s "new"'],
@@ -147,12 +152,83 @@ def test_too_many_deletions_change_nothing(table):
         ({"dtype": "int8"}, "--dtype=int8"),
         ({"vector": "sequence_output:tokens"}, "one vector a row"),
         ({"keep_fields": ("run_id",)}, "collide with the table's own column 'run_id'"),
+        ({"keep_fields": ("source",)}, "--keep_fields=source would collide with the table's own column 'source'"),
+        ({"keep_fields": ("Chunk",)}, "--keep_fields=Chunk would collide with the table's own column 'chunk'"),
+        ({"keep_fields": ("year", "meta.Lang:int", "META_lang")}, "--keep_fields=META_lang .* the field 'meta.Lang'"),
     ],
 )
 @pytest.mark.parametrize("output", ["duckdb://vectors.duckdb/notes", "bq://my-project.data.notes"])
 def test_what_a_database_cannot_hold_is_said_first(output, settings, message):
     with pytest.raises(ConfigError, match=message):
         open_store(output, "gs://bucket/work").check(EmbedConfig.from_flat({"output": output, **settings}))
+
+
+@pytest.mark.parametrize(
+    "name", ["größe", "a b", "0", "choices.0.größe", "a" * 301, "_partition_day", "_TABLE_x", "_FILE_x", "Is_Marker"]
+)
+def test_names_that_bigquery_does_not_allow_are_refused_first(name, tmp_path):
+    def check(field: str, output: str) -> None:
+        open_store(output, "gs://bucket/work").check(EmbedConfig.from_flat({"output": output, "keep_fields": field}))
+
+    with pytest.raises(ConfigError, match=rf"--keep_fields={name}: bq://my-project.data.notes cannot .* in the input"):
+        check(name, "bq://my-project.data.notes")
+    check(name, f"duckdb://{tmp_path}/v.duckdb/notes")
+    check_column_names([KeptField("a" * 300), KeptField("_1"), KeptField("File_")], "bq://my-project.data.notes")
+
+
+def test_columns_of_chunks_and_of_unknown_tokens_come_later(table):
+    table.run(documents(*"ab"))
+    table.layout = replace(LAYOUT, keep_unknown=True)
+    outcome = table.run(documents(*"abc"))
+    assert outcome.encoded == ["text c"] and outcome.count("reused") == {"reused": 2}
+    assert [outcome.rows[name, 0]["n_unknown"] for name in "abc"] == [None, None, None]
+    kept = (KeptField("lang", "string", "meta.lang"),)
+    table.model, long = "two", "one two three four  five"
+    table.layout = replace(table.layout, chunked=True, has_offsets=True, keep_text=True, kept=kept)
+    run = [make_document("a", long, kept=pack_kept(["en"])), *dated(None, "b")]
+    outcome = table.run(run)
+    columns = ("n_chunks", "char_start", "char_end", "n_unknown", "text", "lang")
+    found = {key: tuple(row[name] for name in columns) for key, row in outcome.rows.items()}
+    assert found == {
+        ("a", 0): (2, 0, 13, 0, "one two three", "en"),
+        ("a", 1): (2, 14, 24, 1, "four  five", "en"),
+        ("b", 0): (1, 0, 6, 0, "text b", None),
+    }
+    assert table.run(run).count("unchanged") == {"unchanged": 2}
+
+
+def test_a_column_of_another_type_or_spelling_is_found_before_anything_is_encoded(database_table):
+    """Where a database can change the type of its own column, it may differ."""
+    table = database_table
+    store = open_store(table.output, table.work_dir)
+    store.check_columns(None, LAYOUT)
+    table.layout = replace(LAYOUT, kept=(KeptField("year", "int"),))
+    live = table.run(dated(1, *"ab")).manifest
+    add_columns(table, moment="TIMESTAMP", Page="STRING", text="BIGINT")
+    for field, message in (
+        (
+            KeptField("moment", "int"),
+            "'moment' of type TIMESTAMP, but .*; rename the field in the input, or give anoth",
+        ),
+        (
+            KeptField("page", "string"),
+            "has a column 'Page', and in databases 'page' is the same name; rename the field",
+        ),
+        (KeptField("YEAR", "int"), "has a column 'year', and in databases 'YEAR' is the same"),
+        (KeptField("Page", "int", "meta.page"), "--keep_fields=meta.page:string, or give another --output"),
+    ):
+        with pytest.raises(TableError, match=message):
+            store.check_columns(live, replace(LAYOUT, kept=(field,)))
+    with pytest.raises(TableError, match=r"has a column 'text' of type .*; rename that column in the database"):
+        store.check_columns(live, replace(LAYOUT, keep_text=True))
+    wider = replace(LAYOUT, kept=(KeptField("year", "float"), KeptField("Page", "string")))
+    if table.output.startswith("duckdb://"):
+        store.check_columns(live, wider)
+    else:
+        with pytest.raises(
+            TableError, match=r"'year' of type INT64, but FLOAT64 is needed; keep .*fields=year:int, or"
+        ):
+            store.check_columns(live, wider)
 
 
 def test_publishing_leaves_the_journal_of_another_model(table):
@@ -182,6 +258,18 @@ def run_sql(table: SteppedTable, statement: str) -> list[tuple[Any, ...]]:
             return connection.execute(statement.format(name)).fetchall()
     rows = client().query(statement.format(f"`{table.output[5:]}`")).result()
     return [tuple(row.values()) for row in rows]
+
+
+def add_columns(table: SteppedTable, **columns: str) -> None:
+    """Gives a table columns of the user; in BigQuery by its API, because the emulator's API omits those of DDL."""
+    if table.output.startswith("duckdb://"):
+        for name, kind in columns.items():
+            run_sql(table, f"ALTER TABLE {{}} ADD COLUMN {name} {kind}")
+        return
+    there = client().get_table(table.output[5:])
+    kinds = {name: kind.replace("BIGINT", "INTEGER") for name, kind in columns.items()}
+    there.schema = [*there.schema, *(SchemaField(name, kind) for name, kind in kinds.items())]
+    client().update_table(there, ["schema"])
 
 
 def add_notes(table: SteppedTable) -> None:
@@ -241,6 +329,36 @@ def test_a_table_on_a_file_system_that_is_none(read):
 
 
 # Whole runs
+
+
+@pytest.mark.parametrize("kind", ["tfrecord", "parquet", "duckdb", pytest.param("bigquery", marks=emulator)])
+def test_kept_fields_of_every_kind_and_all_columns_come_back(kind, request, tmp_path):
+    texts = {"a": "a dog runs and then it sleeps. ☃ ☃ one more cat", "b": "☃", "c": "a dog"}
+    path = tmp_path / "corpus.parquet"
+    settings = {"id_field": "id", "keep_fields": FIELDS, "on_long": "chunk", "max_tokens": 8, "chunk_overlap": 2}
+    settings |= {"keep_text": True, "keep_source": True, "keep_unknown": True}
+    settings |= {"output_format": kind} if kind in SINKS else {}
+    settings |= name_output("folder" if kind in SINKS else kind, request, tmp_path)
+    output = settings.pop("output")
+    for changed, counted in (("", {}), ("", {"unchanged": 3}), ("object", {"unchanged": 1, "updated": 2})):
+        write_kept(path, texts, changed)
+        with watch_encoder() as watched:
+            manifest = run_embed(path, output, **settings)
+        rows = read_rows(output)
+        assert bool(watched.texts) == (not counted)
+        assert {name: manifest.counts["reuse"].get(name, 0) for name in counted} == counted
+        assert manifest.counts["read"].get("kept_nulls", 0) == 0
+        assert {name for name, _ in rows} == set(IDS)
+        for (name, chunk), row in rows.items():
+            kept = {column: row[column] for column in KEPT_CASES}
+            assert kept == expect_kept(name, changed)
+            assert [type(value) for value in kept.values()] == [type(v) for v in expect_kept(name, changed).values()]
+            own = texts[name][row["char_start"] : row["char_end"]]
+            assert row["text"] == own and own.strip() == own != ""
+            tokens = official_tokens(own)
+            assert (row["n_unknown"], row["n_tokens"]) == (tokens.count(UNKNOWN), len(tokens) + 2)
+            assert row["source"] == str(path) and row["n_chunks"] == sum(key[0] == name for key in rows) > chunk
+    assert sum(row["n_unknown"] for row in rows.values()) >= 3 and rows["a", 0]["n_chunks"] > 1
 
 
 def test_the_summary_names_the_files_of_the_dead_letters(tmp_path, monkeypatch):

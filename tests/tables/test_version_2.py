@@ -199,9 +199,9 @@ def test_an_unchanged_corpus_encodes_nothing(table):
     assert encoded == []
     if "://" in table.output:  # its rows name the files, which were in another folder
         assert manifest.counts["reuse"]["updated"] == len({key for key, _ in before})
-        return
-    assert manifest.counts["reuse"]["unchanged"] == len({key for key, _ in before})
-    assert_same_rows(read_rows(table.output), before)
+    else:
+        assert manifest.counts["reuse"]["unchanged"] == len({key for key, _ in before})
+    assert_same_rows(read_rows(table.output), before, ignored=("source",))
 
 
 def test_one_change_encodes_one_text(table):
