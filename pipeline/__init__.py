@@ -43,7 +43,7 @@ _HOMES = {
     "EmbedConfig": "config",
     "EncoderConfig": "config",
     "PreprocessConfig": "config",
-    "ReadConfig": "config",
+    "ReadConfig": "read_config",
     "ReindexConfig": "config",
     "VectorConfig": "config",
     "WorkerConfig": "config",
@@ -73,7 +73,6 @@ if TYPE_CHECKING:  # a type checker would take every name for one that `__getatt
         EmbedConfig,
         EncoderConfig,
         PreprocessConfig,
-        ReadConfig,
         ReindexConfig,
         VectorConfig,
         WorkerConfig,
@@ -89,6 +88,7 @@ if TYPE_CHECKING:  # a type checker would take every name for one that `__getatt
         TableError,
         ValidationError,
     )
+    from pipeline.read_config import ReadConfig
     from pipeline.records import DeadLetter, Document, Row
     from pipeline.run.job import build_table
     from pipeline.search.embedder import Embedder, load_embedder

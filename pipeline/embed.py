@@ -9,12 +9,13 @@ from typing import NamedTuple
 import apache_beam as beam
 
 import pipeline.coders  # noqa: F401  registers the coders of the records
-from pipeline.config import EmbedConfig, KeptField
+from pipeline.config import EmbedConfig
 from pipeline.embedding_spec import EmbeddingSpec, make_embedding_spec
 from pipeline.encoders.handler import Encode
 from pipeline.preprocess.batching import BatchByTokens
 from pipeline.preprocess.chunking import Preprocess
 from pipeline.progress import Progress
+from pipeline.read_config import KeptField
 from pipeline.reuse.distributed import LookUpVectors, ReuseRows
 from pipeline.reuse.journal_writer import Journal
 from pipeline.reuse.local import LocalReuse, LookUp

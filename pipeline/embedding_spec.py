@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from pipeline.config import EmbedConfig, KeptField, PreprocessConfig
+from pipeline.config import EmbedConfig, PreprocessConfig
 from pipeline.encoders.cache import hash_file
 from pipeline.encoders.load import measure_dimension
 from pipeline.encoders.runtime import Device, load_tensorflow, this_device
@@ -21,6 +21,7 @@ from pipeline.preprocess.pieces import is_separable
 from pipeline.preprocess.sentences import SENTENCE_RULE
 from pipeline.preprocess.windows import WINDOW_RULE
 from pipeline.preprocess.wordpiece import Vocabulary, agrees_with_preprocessor, find_vocabulary, load_tokenizer
+from pipeline.read_config import KeptField
 from pipeline.sinks.layout import TableLayout
 from pipeline.vectors.finishing import VectorRule
 

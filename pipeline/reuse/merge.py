@@ -12,7 +12,7 @@ from typing import Any, Optional
 
 import numpy as np
 
-from pipeline.config import KeptField
+from pipeline.read_config import KeptField
 from pipeline.records import Row, cut_own_text, pack_kept
 from pipeline.reuse.complete import LiveDecisions, RequestPlan
 from pipeline.reuse.index import VectorIndex

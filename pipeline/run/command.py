@@ -7,7 +7,8 @@ from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any
 
-from pipeline.config import EmbedConfig, EncoderConfig, PreprocessConfig, ReadConfig, VectorConfig, WriteConfig
+from pipeline.config import EmbedConfig, EncoderConfig, PreprocessConfig, VectorConfig, WriteConfig
+from pipeline.read_config import ReadConfig
 
 _SPELLED = (ReadConfig, PreprocessConfig, EncoderConfig, VectorConfig, WriteConfig)
 _RESOLVED = ("encoder_graph", "precision")  # a manifest holds what was chosen, not what was given

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from apache_beam.pvalue import TaggedOutput
 
-from pipeline.config import KeptField, ReadConfig
+from pipeline.read_config import KeptField, ReadConfig
 from pipeline.records import BundleCounts, DeadLetter, Document, SkippedFile, digest_id
 from pipeline.sources.duplicates import ScanToFile, merge_scans
 from pipeline.sources.planning import InputPlan

@@ -8,10 +8,11 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, NamedTuple
 
-from pipeline.config import EmbedConfig, EncoderConfig, KeptField, PreprocessConfig, VectorConfig
+from pipeline.config import EmbedConfig, EncoderConfig, PreprocessConfig, VectorConfig
 from pipeline.embedding_spec import EmbeddingSpec, make_embedding_spec
 from pipeline.engines.presets import find_device
 from pipeline.errors import ConfigError, EmbeamError, InputError, RunError, TableError, as_line
+from pipeline.read_config import KeptField
 from pipeline.records import Document, SkippedFile
 from pipeline.reuse.decide import ReusePolicy
 from pipeline.reuse.index import VectorIndex, build_index

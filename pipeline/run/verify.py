@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from pipeline.config import EmbedConfig, ReadConfig
+from pipeline.config import EmbedConfig
 from pipeline.errors import ConfigError, InputError
+from pipeline.read_config import ReadConfig
 from pipeline.reuse.index import VectorIndex, build_index
 from pipeline.run.checked_table import CheckedTable, Finding
 from pipeline.run.verify_input import check_input, check_sample

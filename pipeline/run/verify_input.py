@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from pipeline.config import ReadConfig
 from pipeline.errors import ConfigError, ValidationError, as_line
 from pipeline.preprocess.chunking import hash_content
+from pipeline.read_config import ReadConfig
 from pipeline.records import DeadLetter, Document, Row, SkippedFile, digest_id
 from pipeline.reuse.index import VectorIndex
 from pipeline.run.checked_table import CheckedTable

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.config import KeptField
+from pipeline.read_config import KeptField
 from pipeline.records import Row
 from pipeline.vectors.storing import restore_vectors
 

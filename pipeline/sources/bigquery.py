@@ -12,8 +12,8 @@ from typing import Any, NamedTuple
 
 import pyarrow as pa
 
-from pipeline.config import ReadConfig
 from pipeline.errors import ConfigError, InputError, first_line
+from pipeline.read_config import ReadConfig
 from pipeline.sources.arrow_schema import describe_schema, find_leaves
 from pipeline.sources.arrow_values import batch_to_rows
 from pipeline.sources.bigquery_client import BigQueryName, billing_project, client, read_client

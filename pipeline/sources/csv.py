@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from itertools import chain
 from typing import NamedTuple, Optional
 
-from pipeline.config import ReadConfig
+from pipeline.read_config import ReadConfig
 from pipeline.settings import parse_character
 from pipeline.sources.compression import DamagedFile, WrongColumns
 from pipeline.sources.lines import Line, read_lines

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any, Union
 
-from pipeline.config import ReadConfig
+from pipeline.read_config import ReadConfig
 from pipeline.records import DeadLetter, Document, Origin, pack_kept
 from pipeline.sources.jsonl import JsonlSource
 from pipeline.sources.source import FileRange, Record

@@ -9,8 +9,8 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Union
 
-from pipeline.config import ReadConfig
 from pipeline.errors import ConfigError, InputError
+from pipeline.read_config import ReadConfig
 from pipeline.records import SkippedFile
 from pipeline.sources import SOURCES
 from pipeline.sources.bigquery_client import SCHEME

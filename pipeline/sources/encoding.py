@@ -9,7 +9,7 @@ import codecs
 import io
 from typing import Any, Optional
 
-from pipeline.config import ReadConfig
+from pipeline.read_config import ReadConfig
 from pipeline.sources.compression import BUFFER_BYTES, CHUNK_BYTES, InputStream, RawStream, open_stream
 from pipeline.sources.source import InputFile
 

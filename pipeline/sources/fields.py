@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from decimal import Decimal
 from typing import Any, Optional, Union
 
-from pipeline.config import KeptField, ReadConfig
+from pipeline.read_config import KeptField, ReadConfig
 from pipeline.records import DeadLetter, Document, Origin, pack_kept
 from pipeline.sources.encoding import is_binary_text
 from pipeline.sources.field_paths import MISSING, find_value, list_fields, name_fields, suggest_field

@@ -8,7 +8,7 @@ import re
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-from pipeline.config import ReadConfig
+from pipeline.read_config import ReadConfig
 from pipeline.sources.compression import ByteReader, DamagedFile, TruncatedFile
 from pipeline.sources.encoding import open_text
 from pipeline.sources.jsonl import check_object, parse_int

@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterator
 from typing import Any, Union
 
-from pipeline.config import ReadConfig
+from pipeline.read_config import ReadConfig
 from pipeline.sources.kept import name_kind
 from pipeline.sources.lines import read_lines
 from pipeline.sources.source import FileRange, InputFile, Record, Source, split_by_bytes

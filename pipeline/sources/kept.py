@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from decimal import Decimal
 from typing import Any
 
-from pipeline.config import KeptField
+from pipeline.read_config import KeptField
 from pipeline.sources.field_paths import MISSING, find_value
 
 _INT64 = range(-(1 << 63), 1 << 63)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import BinaryIO, NamedTuple, Optional
 
-from pipeline.config import ReadConfig
+from pipeline.read_config import ReadConfig
 from pipeline.sources.compression import InputStream, TruncatedFile
 from pipeline.sources.encoding import open_text
 from pipeline.sources.source import PREVIEW_BYTES, TO_THE_END, FileRange

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline.config import ReadConfig
+from pipeline.read_config import ReadConfig
 from pipeline.sources.arrow_schema import count_leaves, describe_schema, find_leaves
 from pipeline.sources.arrow_values import batch_to_rows
 from pipeline.sources.compression import ByteReader, DamagedFile, FileError, WrongColumns, open_file

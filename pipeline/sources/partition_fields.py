@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from pipeline.config import KeptField
+from pipeline.read_config import KeptField
 from pipeline.sources.names import NULL_PARTITION
 from pipeline.sources.source import InputFile
 from pipeline.sources.spelling import parse_spelling

@@ -11,8 +11,8 @@ import logging
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
-from pipeline.config import ReadConfig
 from pipeline.errors import ConfigError, InputError
+from pipeline.read_config import ReadConfig
 from pipeline.records import SkippedFile
 from pipeline.sources import SOURCES
 from pipeline.sources.bigquery import materialize_query, measure_table, require_id_field

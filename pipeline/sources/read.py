@@ -12,8 +12,8 @@ import apache_beam as beam
 from apache_beam.pvalue import TaggedOutput
 
 from pipeline import metrics
-from pipeline.config import KeptField, ReadConfig
 from pipeline.errors import ConfigError, InputError, as_line
+from pipeline.read_config import KeptField, ReadConfig
 from pipeline.records import KEPT_NULLS, BundleCounts, DeadLetter, Document, SkippedFile
 from pipeline.sources import SOURCES
 from pipeline.sources.compression import FileError

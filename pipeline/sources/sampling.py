@@ -8,8 +8,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from pipeline.config import KeptField, ReadConfig
 from pipeline.errors import ConfigError, InputError
+from pipeline.read_config import KeptField, ReadConfig
 from pipeline.records import Document
 from pipeline.sources import SOURCES
 from pipeline.sources.compression import FileError, WrongColumns

@@ -6,7 +6,7 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from itertools import pairwise
 from typing import Any, NamedTuple, Optional, Protocol, Union
 
-from pipeline.config import ReadConfig
+from pipeline.read_config import ReadConfig
 from pipeline.records import DeadLetter, Document
 from pipeline.sources.decoders import find_compression
 from pipeline.sources.field_paths import name_fields, suggest_field

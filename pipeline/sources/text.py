@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from pipeline.config import ReadConfig
+from pipeline.read_config import ReadConfig
 from pipeline.sources.encoding import BAD_BYTES
 from pipeline.sources.lines import Line, read_lines
 from pipeline.sources.source import (

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import google_crc32c
 
-from pipeline.config import ReadConfig
+from pipeline.read_config import ReadConfig
 from pipeline.sources.compression import ByteReader, FileError, TruncatedFile, open_stream
 from pipeline.sources.decoders import find_compression
 from pipeline.sources.source import FileRange, InputFile, Record, Source, describe_too_large, needed_fields

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from pipeline.config import ReadConfig
+from pipeline.read_config import ReadConfig
 from pipeline.sources.compression import DamagedFile, InputStream, TruncatedFile, open_stream
 from pipeline.sources.source import FileRange, Record, Source, describe_too_large
 from pipeline.sources.text import explain_bytes, show_bytes

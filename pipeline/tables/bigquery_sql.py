@@ -7,8 +7,8 @@ import re
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from pipeline.config import KeptField
 from pipeline.errors import ConfigError
+from pipeline.read_config import KeptField
 from pipeline.sinks.layout import TableLayout
 from pipeline.sources.bigquery_client import BigQueryName
 from pipeline.tables.database import DESCRIPTIONS, KEPT_DESCRIPTION, RUNS_SUFFIX, database_columns

@@ -16,9 +16,10 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.config import FIELD_TYPES, EmbedConfig, VectorChoice
+from pipeline.config import EmbedConfig, VectorChoice
 from pipeline.errors import ConfigError, TableError
 from pipeline.files import delete_folder, join, make_folder
+from pipeline.read_config import FIELD_TYPES
 from pipeline.records import digest_id, pack_kept
 from pipeline.reuse.index import open_index
 from pipeline.sinks.index import ENTRY, Index, SourceNumbers, digest_kept, whole_digest

@@ -12,8 +12,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-from pipeline.config import ACCELERATORS, FIELD_TYPES, POOLINGS, STAGE_CONFIGS
+from pipeline.config import ACCELERATORS, POOLINGS, STAGE_CONFIGS
 from pipeline.errors import ConfigError
+from pipeline.read_config import FIELD_TYPES
 
 PATH = Path(__file__).with_name("metadata.json")
 REQUIRED = ("output",)

@@ -13,8 +13,8 @@ from typing import Any
 
 import pytest
 
-from pipeline.config import KeptField
 from pipeline.errors import EmbeamError
+from pipeline.read_config import KeptField
 from pipeline.records import DeadLetter, Document, Origin, pack_kept
 from tests.support.reruns import list_dead
 from tests.support.steps import LAYOUT, Outcome, SteppedTable, make_dead_letter

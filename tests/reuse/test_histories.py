@@ -28,8 +28,8 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition,
 
 import pipeline.run.job
 import pipeline.tables.folder
-from pipeline.config import KeptField
 from pipeline.errors import EmbeamError
+from pipeline.read_config import KeptField
 from pipeline.records import pack_kept
 from pipeline.reuse.journal import journal_folder
 from pipeline.run.verify import verify_table

@@ -13,8 +13,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pipeline.config import KeptField
 from pipeline.errors import RunError, TableError
+from pipeline.read_config import KeptField
 from pipeline.records import Document, pack_kept
 from pipeline.tables.manifest import open_table
 from tests.support.reruns import CASES, A, B, assert_rows, dated, documents, list_dead

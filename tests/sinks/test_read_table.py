@@ -25,9 +25,9 @@ from google.protobuf import text_format
 from tensorflow_metadata.proto.v0 import schema_pb2
 
 from pipeline import read_table
-from pipeline.config import KeptField
 from pipeline.engines.runner import make_runner
 from pipeline.errors import TableError
+from pipeline.read_config import KeptField
 from pipeline.records import Row, pack_kept
 from pipeline.sinks.index import digest_kept, read_index
 from pipeline.sinks.layout import TableLayout

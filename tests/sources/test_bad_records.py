@@ -11,8 +11,8 @@ import pyarrow.parquet as pq
 import pytest
 import zstandard
 
-from pipeline.config import KeptField, ReadConfig
 from pipeline.errors import InputError
+from pipeline.read_config import KeptField, ReadConfig
 from pipeline.sources.compression import DamagedFile, TruncatedFile, open_stream
 from pipeline.sources.planning import plan_input
 from pipeline.sources.read import read_range

@@ -8,7 +8,7 @@ import zlib
 import pytest
 import zstandard
 
-from pipeline.config import ReadConfig
+from pipeline.read_config import ReadConfig
 from pipeline.sources.compression import FileError, UnreadableFile, open_stream
 from pipeline.sources.decoders import find_compression
 from pipeline.sources.detection import inspect_file

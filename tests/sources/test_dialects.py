@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.config import ReadConfig
 from pipeline.errors import ConfigError, InputError
+from pipeline.read_config import ReadConfig
 from pipeline.sources.compression import WrongColumns
 from pipeline.sources.csv import CsvSource
 from pipeline.sources.planning import plan_input

@@ -14,8 +14,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline import partitions
-from pipeline.config import ReadConfig
 from pipeline.errors import ConfigError
+from pipeline.read_config import ReadConfig
 from pipeline.reuse.compare_by_id import CompareById
 from pipeline.reuse.decide import ReusePolicy
 from pipeline.reuse.live_table import DistributedReuse

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.config import ReadConfig
 from pipeline.errors import ConfigError
+from pipeline.read_config import ReadConfig
 from pipeline.sources.encoding import find_encoding, is_binary_text
 from tests.support.sources import read_file, summarize
 

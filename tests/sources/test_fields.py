@@ -11,9 +11,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from pipeline.config import ReadConfig
 from pipeline.errors import ConfigError, InputError
 from pipeline.preprocess.wordpiece import Tokenizer, Vocabulary
+from pipeline.read_config import ReadConfig
 from pipeline.records import DeadLetter
 from pipeline.sources.arrow_schema import find_leaves
 from pipeline.sources.field_paths import MISSING, find_value

@@ -16,7 +16,7 @@ import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.config import KeptField, ReadConfig
+from pipeline.read_config import KeptField, ReadConfig
 from pipeline.records import Document
 from pipeline.sources import SOURCES
 from pipeline.sources.lines import iterate_lines, join_paragraphs, read_whole

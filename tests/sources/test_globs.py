@@ -9,8 +9,8 @@ from apache_beam.io.filesystem import FileMetadata, FileSystem
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.config import ReadConfig
 from pipeline.errors import InputError
+from pipeline.read_config import ReadConfig
 from pipeline.sources.globs import Exclusions, expand_braces, find_files, translate_glob
 from pipeline.sources.names import name_as_text, parse_partition
 from pipeline.sources.planning import plan_input

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.config import ReadConfig
+from pipeline.read_config import ReadConfig
 from pipeline.sources.compression import DamagedFile, TruncatedFile
 from pipeline.sources.json_array import iterate_elements
 from pipeline.sources.planning import plan_input

@@ -5,8 +5,8 @@ import random
 
 import pytest
 
-from pipeline.config import ReadConfig
 from pipeline.errors import ConfigError, InputError
+from pipeline.read_config import ReadConfig
 from pipeline.sources.detection import detect_format
 from pipeline.sources.planning import plan_input
 from pipeline.sources.source import TO_THE_END

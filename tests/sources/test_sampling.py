@@ -9,8 +9,8 @@ import pyarrow.parquet as pq
 import pytest
 import zstandard
 
-from pipeline.config import KeptField, ReadConfig
 from pipeline.errors import ConfigError, InputError
+from pipeline.read_config import KeptField, ReadConfig
 from pipeline.sources import sampling
 from pipeline.sources.planning import plan_input
 from pipeline.sources.sampling import infer_kept_fields, sample_input

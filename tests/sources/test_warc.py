@@ -7,8 +7,8 @@ import pytest
 from warcio.statusandheaders import StatusAndHeaders
 from warcio.warcwriter import WARCWriter
 
-from pipeline.config import ReadConfig
 from pipeline.errors import InputError
+from pipeline.read_config import ReadConfig
 from pipeline.sources.planning import choose_id_field, plan_input
 from tests.support.runs import read_rows, run_embed
 from tests.support.sources import read_file, summarize

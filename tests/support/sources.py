@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from pipeline.config import KeptField, ReadConfig
+from pipeline.read_config import KeptField, ReadConfig
 from pipeline.records import REASONS, DeadLetter, Document, SkippedFile
 from pipeline.sources.planning import choose_id_field, plan_input
 from pipeline.sources.read import read_range

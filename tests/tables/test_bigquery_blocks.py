@@ -9,9 +9,9 @@ from apache_beam.io.filesystems import FileSystems
 from apache_beam.options.pipeline_options import PipelineOptions
 from apache_beam.pvalue import AsList
 
-from pipeline.config import ReadConfig
 from pipeline.engines.runner import make_runner
 from pipeline.errors import ConfigError, InputError
+from pipeline.read_config import ReadConfig
 from pipeline.sources.bigquery import BigQuerySource, materialize_query, measure_table, require_id_field
 from pipeline.sources.bigquery_client import BigQueryName, LoadParameters, client
 from pipeline.sources.source import FileRange, InputFile

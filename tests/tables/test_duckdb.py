@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 
 import pipeline.tables.duckdb
-from pipeline.config import EmbedConfig, KeptField
+from pipeline.config import EmbedConfig
 from pipeline.errors import ConfigError, TableError
+from pipeline.read_config import KeptField
 from pipeline.records import pack_kept
 from pipeline.report.summary import format_table
 from pipeline.search.nearest import find_nearest

@@ -19,9 +19,10 @@ import pytest
 from google.cloud.bigquery import SchemaField
 
 import pipeline
-from pipeline.config import EmbedConfig, KeptField
+from pipeline.config import EmbedConfig
 from pipeline.encoders.handler import LoadedEncoder
 from pipeline.errors import ConfigError, RunError, TableError
+from pipeline.read_config import KeptField
 from pipeline.records import Document, pack_kept
 from pipeline.report.summary import format_summary, locate_dead_letters
 from pipeline.sinks import SINKS
