@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import json
 from collections.abc import Iterable, Iterator
 
@@ -28,6 +29,12 @@ def make_sentences(count: int, seed: int = 1) -> Iterator[str]:
     for block in _blocks(count):
         pieces = np.exp(rng.normal(np.log(_MEDIAN), _SPREAD, block)).clip(_SHORTEST, _LONGEST)
         yield from _draw_texts(rng, (pieces / (1 + 2 * _COMPOUNDS)).astype(int))
+
+
+def join_texts(texts: Iterator[str], count: int) -> Iterator[str]:
+    """Texts of so many texts each, joined by spaces."""
+    while joined := " ".join(itertools.islice(texts, count)):
+        yield joined
 
 
 def make_phrases(count: int, seed: int = 1) -> Iterator[str]:

@@ -67,8 +67,8 @@ def _classes() -> np.ndarray:
     """The class of each code point."""
     classes = np.full(0x110000, _OTHER, np.uint8)
     for ranges, kind in ((_LETTERS, _LETTER), (_BREAKS, _BREAK), (_COUNTED_BREAKS, _COUNTED_BREAK)):
-        for first, last in map(tuple, ranges.split(" ")):
-            classes[ord(first) : ord(last) + 1] = kind
+        for ends in ranges.split(" "):
+            classes[ord(ends[0]) : ord(ends[1]) + 1] = kind
     classes[[ord(space) for space in SPACES]] = _SPACE
     return classes
 
