@@ -263,6 +263,7 @@ REASONS = {
     "unreadable_file": "the file cannot be read or is damaged; records before that point were read",
     "bad_checksum": "a TFRecord fails its checksum",
     "too_long": "the text has more tokens than --max_tokens and --on_long=reject",
+    "other_words": "the text cannot be cut, because the tokeniser makes other words of it than of its parts",
     "encoder_error": "the encoder fails on this row",
     "not_finite": "the vector holds NaN or infinity",
 }

@@ -25,6 +25,7 @@ from pipeline.records import BundleCounts, Chunk, DeadLetter, Document
 BUFFERED_DOCUMENTS = 1024  # the tokeniser's kernel costs about 0.2 ms a call, whatever it is given
 BUFFERED_CHARACTERS = 4_000_000
 UNKNOWN = "[UNK]"
+OTHER_WORDS = "the tokeniser makes other words of the text than of its parts, so it is not cut"
 
 
 def trim_pair(n_first: int, n_second: int, room: int) -> tuple[int, int]:
@@ -116,26 +117,43 @@ class WordpieceSplitter:
                 next_pair += 1
                 yield self._join_pair(document, content_hash, tokens, pair)
             elif self._is_cut(document, ends[i + 1] - ends[i]):
-                yield from self._make_chunks(document, content_hash, next(windows))
+                own = next(windows)
+                if own is None:
+                    yield DeadLetter.of("preprocess", "other_words", OTHER_WORDS, document, content_hash)
+                else:
+                    yield from self._make_chunks(document, content_hash, own)
             else:
                 yield self._truncate(document, content_hash, tokens, unknown[i])
 
     def _is_cut(self, document: Document, n_tokens: int) -> bool:
         return document.pair is None and n_tokens > self._room and self.rule.on_long in ("chunk", "average")
 
-    def _cut_long(self, documents: Sequence[Document], ids: np.ndarray, splits: np.ndarray) -> Iterator[list[Window]]:
-        """The windows of each document that is cut."""
-        rule, n_prefix = self.rule, len(self._prefix)
-        counts = np.diff(splits).tolist()
+    def _cut_long(
+        self, documents: Sequence[Document], ids: np.ndarray, splits: np.ndarray
+    ) -> Iterator[Optional[list[Window]]]:
+        """The windows of each document that is cut; None for one that cannot be cut between words."""
+        n_prefix, counts = len(self._prefix), np.diff(splits).tolist()
         cut = [i for i, document in enumerate(documents) if self._is_cut(document, counts[i])]
         if not cut:
             return iter(())
-        parts = [ids[splits[i] + n_prefix : splits[i + 1]] for i in cut]
-        own_splits = np.concatenate(([0], np.cumsum([len(part) for part in parts])))
         texts = [documents[i].text for i in cut]
-        size = self._room - n_prefix
-        tokens = np.concatenate(parts)
-        return cut_texts(texts, tokens, own_splits, self._tokenizer, size, rule.overlap, rule.by_sentence)
+        parts = [ids[splits[i] + n_prefix : splits[i + 1]] for i in cut]
+        try:
+            return iter(self._cut(texts, parts))
+        except ValueError:  # one of them; which one is found by trying each alone
+            return (self._try_cut(text, part) for text, part in zip(texts, parts, strict=True))
+
+    def _cut(self, texts: list[str], parts: list[np.ndarray]) -> list[list[Window]]:
+        rule, splits = self.rule, np.concatenate(([0], np.cumsum([len(part) for part in parts])))
+        size = self._room - len(self._prefix)
+        cut = cut_texts(texts, np.concatenate(parts), splits, self._tokenizer, size, rule.overlap, rule.by_sentence)
+        return list(cut)
+
+    def _try_cut(self, text: str, part: np.ndarray) -> Optional[list[Window]]:
+        try:
+            return self._cut([text], [part])[0]
+        except ValueError:
+            return None
 
     def _count_unknown(self, ids: np.ndarray, splits: np.ndarray) -> list[int]:
         """[UNK] among the tokens of each text that fit into one chunk."""

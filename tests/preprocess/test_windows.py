@@ -17,7 +17,7 @@ from pipeline.preprocess.pieces import is_one_word, is_separable
 from pipeline.preprocess.sentences import ends_sentence
 from pipeline.preprocess.windows import Window, choose_windows, cut_texts
 from pipeline.preprocess.wordpiece import Vocabulary
-from pipeline.records import Chunk, Document
+from pipeline.records import Chunk, DeadLetter, Document
 from tests.preprocess.test_tokenizer import TEXTS, both_cases, tokenizer
 from tests.support.official import tokenize_together, vocabulary
 
@@ -259,6 +259,25 @@ def test_tokens_of_other_texts_are_an_error(texts):
     ids, splits = tokenizer().tokenize(["one two", "three"][: len(texts)])
     with pytest.raises(ValueError, match="words"):
         list(cut_texts(texts, ids, splits, tokenizer(), 5, 0, False))
+
+
+def test_a_text_that_cannot_be_cut_is_one_dead_letter(monkeypatch):
+    splitter, own = WordpieceRule(Vocabulary(tuple(vocabulary())), 8, "chunk").load(), tokenizer()
+
+    class OddTokenizer:
+        is_continuation = own.is_continuation
+
+        def tokenize(self, texts):
+            return own.tokenize([text.replace("odd", "o d d") for text in texts])
+
+    texts = ["one two three four five six seven " * 2, "odd words " * 9, "a dog and a cat and a bird and a cow"]
+    documents = [Document(str(i), text) for i, text in enumerate(texts)]
+    whole = [chunk for document in (documents[0], documents[2]) for chunk in splitter.split([document])]
+    monkeypatch.setattr(splitter, "_tokenizer", OddTokenizer())
+    found = list(splitter.split(documents))
+    (dead,) = (one for one in found if isinstance(one, DeadLetter))
+    assert (dead.id, dead.reason, dead.text) == ("1", "other_words", texts[1])
+    assert [one for one in found if isinstance(one, Chunk)] == whole and len(whole) > 3
 
 
 def test_windows_begin_and_end_at_words():
