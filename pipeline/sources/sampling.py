@@ -8,9 +8,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from pipeline.errors import ConfigError, InputError
+from pipeline.errors import ConfigError
 from pipeline.read_config import KeptField, ReadConfig
-from pipeline.records import Document
+from pipeline.records import Document, SkippedFile
 from pipeline.sources import SOURCES
 from pipeline.sources.compression import FileError, WrongColumns
 from pipeline.sources.field_paths import MISSING, find_nearest, find_value, list_fields, name_fields, suggest_field
@@ -18,6 +18,7 @@ from pipeline.sources.fields import build_document
 from pipeline.sources.kept import choose_type, find_kind
 from pipeline.sources.partition_fields import infer_partition, read_partition
 from pipeline.sources.planning import InputPlan
+from pipeline.sources.read import explain_bad_files
 from pipeline.sources.source import FileRange, InputFile, Record, needed_fields
 from pipeline.sources.spelling import parse_spelling
 
@@ -145,10 +146,9 @@ def read_readable(file_range: FileRange, config: ReadConfig) -> Iterator[Record]
     """
     try:
         yield from SOURCES[file_range.file.format].read_records(file_range, config)
-    except WrongColumns as error:
-        raise InputError(str(error)) from error
-    except FileError:
-        return
+    except FileError as error:
+        if isinstance(error, WrongColumns) and config.on_bad_file == "fail":
+            raise explain_bad_files([SkippedFile.of(file_range.file.source, error)]) from error
 
 
 def check_fields(fields: SampledFields, config: ReadConfig) -> None:

@@ -10,7 +10,10 @@ import sys
 import tempfile
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
+from pyarrow import csv
 
 from pipeline.cli.table_verbs import format_plan
 from pipeline.errors import ConfigError, InputError, RunError
@@ -157,6 +160,20 @@ def test_input_of_which_nothing_can_be_read(tmp_path, on_bad_file):
     says = "a.txt: is a link" if on_bad_file == "fail" else "no documents that can be read: 2 of its files are skipped"
     with pytest.raises((InputError, RunError), match=says):
         run_embed(tmp_path / "*.txt*", tmp_path / "table", on_bad_file=on_bad_file)
+
+
+@pytest.mark.parametrize("suffix", ["csv", "parquet"])
+def test_a_file_without_the_text_column_is_a_bad_file(tmp_path, suffix):
+    for name, column in (("a", "text"), ("b", "body")):
+        values = pa.table({"id": [name], column: [f"the text of {name}"]})
+        path = str(tmp_path / f"{name}.{suffix}")
+        csv.write_csv(values, path) if suffix == "csv" else pq.write_table(values, path)
+    settings = {"input": f"{tmp_path}/*.{suffix}", "id_field": "id"}
+    with pytest.raises(InputError, match=rf"b\.{suffix}: column 'text' is missing.*--on_bad_file=skip"):
+        run_pipeline(tmp_path, **settings)
+    manifest = run_pipeline(tmp_path, **settings, on_bad_file="skip")
+    assert [(bad.file, bad.reason) for bad in manifest.bad_files] == [(f"{tmp_path}/b.{suffix}", "missing_field")]
+    assert ids_of(tmp_path / "table") == ["a"]
 
 
 # Files that are gone
