@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import dataclasses
 import difflib
 import os
@@ -36,7 +37,8 @@ class CheckedConfig:
 
 def _is_text_encoding(name: str) -> bool:
     try:
-        return "\n".encode(name).decode(name) == "\n"
+        lenient = codecs.getincrementaldecoder(name)("backslashreplace").decode("\n".encode(name), True)
+        return "\n".encode(name).decode(name) == lenient == "\n"
     except (LookupError, UnicodeError):  # unknown, or not an encoding of text
         return False
 

@@ -22,6 +22,7 @@ from pipeline.sinks.index import Index, whole_digest
 from pipeline.sinks.layout import Columns, TableLayout
 from pipeline.sinks.readers import ROWS, Stored, VectorFile, VectorReader
 from pipeline.sinks.writing import RowFormat, Shard, ShardWriter, write_index
+from pipeline.sources.kept import Misfit, convert_kept
 
 WRITTEN_ROWS = 1024
 MAX_SMALL_FILES = 16  # unchanged files below a quarter of --shard_bytes, before they are merged
@@ -212,7 +213,7 @@ def build_row(columns: Columns, i: int, request: ReuseRequest, layout: TableLayo
 
 
 def convert_rows(columns: Columns, sources: list[str], old: TableLayout, new: TableLayout) -> list[Row]:
-    """Rows of a table with other columns: a kept field that it did not have is null."""
+    """Rows of a table with other columns: a kept field that it did not have, or that does not fit its type, is null."""
     rows = []
     types = {field.name: field.type for field in old.kept}
     for i, source in enumerate(sources):
@@ -237,7 +238,12 @@ def convert_rows(columns: Columns, sources: list[str], old: TableLayout, new: Ta
 
 
 def _kept_value(columns: Columns, i: int, field: KeptField, types: dict[str, str]) -> Optional[Any]:
-    return columns[field.name][i] if types.get(field.name) == field.type else None
+    if field.name not in types:
+        return None
+    try:
+        return convert_kept(columns[field.name][i], field.type)
+    except Misfit:
+        return None
 
 
 def bare_rows(segment: Segment, positions: np.ndarray) -> list[Row]:

@@ -51,7 +51,7 @@ from pipeline.sources.stdin import STDIN, removing_copy
 from pipeline.tables.attempts import abandon_attempt, sweep_dead_attempts
 from pipeline.tables.folder import FolderStore
 from pipeline.tables.lock import EXPIRY_SECONDS, LEASE_SECONDS, Lease, TableLock
-from pipeline.tables.manifest import Manifest, attempts_folder
+from pipeline.tables.manifest import GoneFiles, Manifest, attempts_folder
 from pipeline.tables.pointer import is_gcs
 from pipeline.tables.publish import Publication, name_snapshot
 from pipeline.tables.store import CommitPlan, Store
@@ -237,7 +237,8 @@ def prepare_job(resolved: ResolvedRun, name: str, started: float, distributed: b
             store.shown,
             reuse.gone,
         )
-    facts = describe_table(resolved) | {"gone_files": reuse.gone}
+    gone = GoneFiles() if config.reindex.retry_dead_letters else reuse.gone  # which reads no input
+    facts = describe_table(resolved) | {"gone_files": gone}
     publication = Publication(store.work, name, previous, resolved.version, started, facts, dead, config.reindex)
     dead_letters = DeadLetterFormat(config.write.dead_letter_text)
     commit_plan = CommitPlan(publication, reuse, form, config.write.shard_bytes, dead_letters)

@@ -35,7 +35,8 @@ from pipeline.tables.stores import open_store
 MODEL_PATHS = ("encoder", "preprocessor")
 DEFINING = (
     *(field.name for kind in (PreprocessConfig, EncoderConfig, VectorConfig) for field in fields(kind)),
-    *("pair_field", "keep_fields", "output_format", "compression", "keep_text", "keep_source", "dead_letter_text"),
+    *("pair_field", "keep_fields", "output_format", "compression"),
+    *("keep_text", "keep_source", "keep_unknown", "dead_letter_text"),
 )
 _LOGGER = logging.getLogger(__name__)
 
@@ -111,6 +112,12 @@ def resolve(config: EmbedConfig) -> ResolvedRun:
     spec = make_embedding_spec(config, find_device(config.workers))
     form = store.choose_form(config, spec.layout(found.kept, config.write.keep_source))
     row_size = measure_rows(spec, form, found.sample)
+    if live and form.layout.keep_unknown and not live.layout.keep_unknown and live.fingerprint == spec.fingerprint:
+        _LOGGER.warning(
+            "--keep_unknown: n_unknown is null in the rows of %s whose vectors are reused, because it was made without "
+            "the flag; another --output has all numbers",
+            store.shown,
+        )
     return ResolvedRun(config, store, found.plan, found.n_documents, found.kept, spec, form, live, version, row_size)
 
 

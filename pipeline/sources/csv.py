@@ -222,10 +222,15 @@ def _decode_lines(
 
 
 def _look_like_rows(lines: Sequence[Line], delimiter: bytes, n_columns: int) -> bool:
-    """Whether every line has as many cells as there are columns, none of them empty."""
+    """Whether every line has as many cells as there are columns, none of them empty.
+
+    In prose and lists a blank follows the delimiter; rows hardly ever have it there.
+    """
     if n_columns < 2 or len(lines) < SUSPICIOUS_LINES:
         return False
     return all(
-        line.data.count(delimiter) == n_columns - 1 and all(cell.strip() for cell in line.data.split(delimiter))
+        line.data.count(delimiter) == n_columns - 1
+        and delimiter + b" " not in line.data
+        and all(cell.strip() for cell in line.data.split(delimiter))
         for line in lines
     )

@@ -151,7 +151,8 @@ def inspect_file(file: InputFile, config: ReadConfig) -> InputFile:
             "UTF-32 are recognised without it"
         )
     text = head.decode(encoding or "utf-8", "replace")
-    if file.format == "json" and not text.lstrip("\ufeff \t\r\n").startswith("["):
+    first = text.lstrip("\ufeff \t\r\n")[:1]
+    if file.format == "json" and first != "[" and (first or len(head) < HEAD_BYTES):
         file = file._replace(format="jsonl")
     return file._replace(encoding=encoding, cr_line_ends=has_cr_line_ends(text, is_whole=len(head) < HEAD_BYTES))
 

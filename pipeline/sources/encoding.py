@@ -59,7 +59,9 @@ def has_cr_line_ends(text: str, is_whole: bool) -> bool:
       text: the beginning of a file.
       is_whole: whether that is all of it; else a line feed may follow.
     """
-    return "\n" not in text and "\r" in (text if is_whole else text[:-2])
+    if "\n" in text:
+        return False
+    return "\r" in text if is_whole else text[:-2].count("\r") > 1  # one alone may stand within a long first line
 
 
 def is_text(head: bytes, encoding: str) -> bool:

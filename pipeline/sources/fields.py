@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import unicodedata
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -93,7 +94,8 @@ def read_id(values: Mapping[str, Any], name: str) -> str:
     if value is None or value in ("", b"") or value != value:  # NaN is how pandas stores what is absent
         raise BadRecord("missing_field", f"the id field {name!r} is missing or empty; see --id_field")
     if isinstance(value, float | Decimal):
-        if value != value // 1 or (isinstance(value, float) and abs(value) > _EXACT):
+        is_whole = value == value.to_integral_value() if isinstance(value, Decimal) else value.is_integer()
+        if not is_whole or not math.isfinite(value) or (isinstance(value, float) and abs(value) > _EXACT):
             raise BadRecord(
                 "wrong_type",
                 f"field {name!r} holds a number that is not whole, or is not exact; ids are strings or whole numbers",

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from pipeline.read_config import KeptField
+from pipeline.sources.kept import Misfit, convert_kept
 from pipeline.sources.names import NULL_PARTITION
 from pipeline.sources.source import InputFile
 from pipeline.sources.spelling import parse_spelling
@@ -19,12 +20,18 @@ def read_partition(file: InputFile, kept_fields: Sequence[KeptField], as_strings
       kept_fields: the fields to keep, with their types; the values of other fields stay as they are spelled.
       as_strings: whether the format's own values are strings, which are converted later.
     """
-    kinds = {field.source: field.type for field in kept_fields}
+    kinds = {} if as_strings else {field.source: field.type for field in kept_fields}
     fields: dict[str, Any] = {}
     for name, value in file.partition:
-        is_text = as_strings or kinds.get(name, "string") == "string"
-        fields[name] = None if value == NULL_PARTITION else value if is_text else parse_spelling(value)
+        fields[name] = None if value == NULL_PARTITION else _convert(value, kinds.get(name, "string"))
     return fields
+
+
+def _convert(value: str, kind: str) -> Any:
+    try:
+        return convert_kept(value, kind, from_strings=True)
+    except Misfit:  # it is told where all kept fields are checked
+        return value
 
 
 def infer_partition(file: InputFile) -> dict[str, Any]:

@@ -60,6 +60,13 @@ class SampledFields:
             if value is not None:
                 kinds.add(find_kind(value))
 
+    def add_folders(self, file: InputFile, needed: Sequence[str]) -> None:
+        """Adds the fields of a file's folders, which are known without reading it."""
+        folders = infer_partition(file)
+        for path in needed:
+            if folders.get(path) is not None:
+                self.kinds[path].add(find_kind(folders[path]))
+
     def add_schema(self, described: dict[str, str], needed: Sequence[str]) -> None:
         """Adds what a file says of its own fields."""
         self.names.update(dict.fromkeys(described))
@@ -102,10 +109,11 @@ def sample_input(plan: InputPlan, config: ReadConfig) -> InputSample:
     Raises:
       InputError: if a file of a column format lacks the id or a text column, and such files are not skipped.
     """
-    kinds = defaultdict(list)
+    kinds, needed = defaultdict(list), needed_fields(config)
+    sample = InputSample(SampledFields(), 0, [])
     for file in plan.files:
         kinds[file.format, file.compression].append(file)
-    sample = InputSample(SampledFields(), 0, [])
+        sample.fields.add_folders(file, needed)
     n_documents = 0.0
     for files in kinds.values():
         n_records, n_bytes = _sample_files(files[:SAMPLE_FILES], config, sample)

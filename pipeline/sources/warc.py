@@ -52,6 +52,8 @@ class WarcSource(Source):
                 data = stream.read(size) if is_read else b""
                 if (len(data) if is_read else _skip_bytes(stream, size)) < size:
                     raise TruncatedFile(f"{file.path} is cut off within record {number}")
+                if stream.peek(1)[:1] not in (b"\r", b"\n", b""):
+                    raise DamagedFile(f"{file.path} is damaged: record {number} does not end where its header says")
                 if reason:
                     yield Record(number, stream.position, reason=reason, message=message)
                 elif is_read:

@@ -147,7 +147,7 @@ def test_a_retry_keeps_the_rows_and_the_report_of_a_skipped_file(tmp_path, corpu
     skipped = run_pipeline(tmp_path, **settings, on_bad_file="skip")
     assert skipped.dead_letters == {"too_long": 1}
     retried = run_pipeline(tmp_path, input="", on_long="reject", retry_dead_letters=True)
-    assert retried.bad_files == skipped.bad_files
+    assert retried.bad_files == skipped.bad_files and not retried.gone_files.n
     assert ids_of(tmp_path / "table") == ["a0", "a1", "a2", "b0", "b1"]
 
 
@@ -174,6 +174,19 @@ def test_a_file_without_the_text_column_is_a_bad_file(tmp_path, suffix):
     manifest = run_pipeline(tmp_path, **settings, on_bad_file="skip")
     assert [(bad.file, bad.reason) for bad in manifest.bad_files] == [(f"{tmp_path}/b.{suffix}", "missing_field")]
     assert ids_of(tmp_path / "table") == ["a"]
+
+
+@pytest.mark.parametrize("run", [run_pipeline, run_joined])
+def test_kept_values_of_rows_that_stay_are_widened_with_their_column(tmp_path, run):
+    write_jsonl(tmp_path / "a.jsonl", [{"id": "a", "text": "one", "price": 10}])
+    write_jsonl(tmp_path / "b.jsonl", [{"id": "b", "text": "two", "price": 5}])
+    settings = {"input": f"{tmp_path}/*.jsonl", "keep_fields": "price", "output_format": "parquet"}
+    run(tmp_path, **settings)
+    (tmp_path / "b.jsonl").unlink()
+    (tmp_path / "b.jsonl").symlink_to("nowhere")
+    write_jsonl(tmp_path / "a.jsonl", [{"id": "a", "text": "one", "price": 9.99}])
+    run(tmp_path, **settings, on_bad_file="skip")
+    assert {row["id"]: row["price"] for row in iter_table(str(tmp_path / "table"))} == {"a": 9.99, "b": 5.0}
 
 
 # Files that are gone

@@ -215,3 +215,11 @@ def test_a_dialect_without_a_file_of_the_kind_is_refused(tmp_path, given):
     (tmp_path / "a.txt").write_text("one;two\n")
     with pytest.raises(ConfigError, match="is for CSV and TSV files, and the input is text"):
         plan_input(ReadConfig(input=(str(tmp_path / "*"),), **given))
+
+
+def test_a_list_in_a_quoted_cell_is_no_stray_quote(tmp_path):
+    cities = "\n".join(f"City {i}, Country {i}" for i in range(12))
+    data = "id,text\n" + "".join(f"{i},row {i}\n" for i in range(20)) + f'cities,"{cities}"\nlast,one\n'
+    outcomes = read_file(tmp_path / "a.csv", data, id_field="id")
+    assert [outcome.id for outcome in outcomes] == [*map(str, range(20)), "cities", "last"]
+    assert outcomes[20].text == cities

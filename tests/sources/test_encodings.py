@@ -159,3 +159,15 @@ def test_utf8_without_nuls_is_taken_for_nothing_else(text):
 def test_nuls_in_utf8_are_taken_for_nothing_else():
     for data in (b"", b"\0", b"\0" * 100, b"a\0", b"nul\0inside a line\nand\0here\n", "é\0東\0".encode() * 9):
         assert find_encoding(data, "utf-8") == ""
+
+
+def test_one_carriage_return_in_a_long_first_line_ends_no_line(tmp_path):
+    long = "aa\rbb" + "c" * 5000
+    outcomes = read_file(tmp_path / "a.txt", f"{long}\nsecond\rline\nthird\n")
+    assert [outcome.text for outcome in outcomes] == [long, "second\rline", "third"]
+
+
+@pytest.mark.parametrize("name", ["idna", "punycode"])
+def test_encodings_that_cannot_be_read_leniently_are_refused(name):
+    with pytest.raises(ConfigError, match=f"--encoding={name} is not a text encoding"):
+        ReadConfig(encoding=name)

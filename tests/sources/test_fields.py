@@ -196,10 +196,11 @@ def test_duplicate_and_missing_columns_of_parquet_are_named(tmp_path):
         (pa.array([b"key", b"007"]), ["key", "007"]),
         (pa.array([bytes(range(16)), b"\xff" * 16], pa.binary(16)).cast(pa.uuid()),
          ["00010203-0405-0607-0809-0a0b0c0d0e0f", "ffffffff-ffff-ffff-ffff-ffffffffffff"]),
+        (pa.array([decimal.Decimal(10**37 + 7), None], pa.decimal128(38, 0)), [str(10**37 + 7), "missing_field"]),
         (pa.array([1.5, float("nan")]), ["wrong_type", "missing_field"]),
         (pa.array([2.0**60, float("inf")]), ["wrong_type", "wrong_type"]),
     ],
-    ids=["double", "uint64", "decimal", "bytes", "uuid", "no whole number", "no exact number"],
+    ids=["double", "uint64", "decimal", "bytes", "uuid", "many digits", "no whole number", "no exact number"],
 )  # fmt: skip
 def test_ids_of_every_kind(tmp_path, values, ids):
     path = write(tmp_path / "a.parquet", pa.table({"id": values, "text": ["a", "b"]}))

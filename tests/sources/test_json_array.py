@@ -125,3 +125,7 @@ def test_json_is_an_array_or_lines_by_its_first_character(tmp_path):
     named = read_file(tmp_path / "a.txt", '[{"text": "a"}]', input_format="json")
     lines = read_file(tmp_path / "a.jsonl", '[1, 2]\n{"text": "a"}\n')
     assert summarize(named) == ["a"] and summarize(lines) == [("malformed_json", 0), "a"]
+
+
+def test_an_array_behind_many_blanks_is_an_array(tmp_path):
+    assert summarize(read_file(tmp_path / "a.json", " " * 5000 + '[{"text": "a"}, {"text": "b"}]')) == ["a", "b"]

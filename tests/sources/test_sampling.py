@@ -13,6 +13,7 @@ from pipeline.errors import ConfigError, InputError
 from pipeline.read_config import KeptField, ReadConfig
 from pipeline.sources import sampling
 from pipeline.sources.planning import plan_input
+from pipeline.sources.read import read_range
 from pipeline.sources.sampling import infer_kept_fields, sample_input
 from tests.support.corpora import some_texts
 
@@ -130,3 +131,16 @@ def test_a_file_is_read_up_to_where_it_is_damaged(tmp_path):
     write_files(tmp_path, a_jsonl_gz=whole[:-8], b_jsonl_gz=whole, c_jsonl_gz=b"\1\2\3 no gzip")
     assert infer(tmp_path, "*", keep_fields=("year",)) == [KeptField("year", "int")]
     assert 190 <= estimate(tmp_path, "*") <= 200
+
+
+def test_folders_tell_the_types_of_their_fields_whether_their_files_are_sampled_or_not(tmp_path):
+    for i in range(10, 22):
+        folder = tmp_path / f"month=0{i % 10}" / f"b={i if i < 21 else 'x'}"
+        folder.mkdir(parents=True)
+        (folder / "a.jsonl").write_text('{"text": "t"}\n')
+    config = ReadConfig(input=(f"{tmp_path}/**.jsonl",), keep_fields=("b", "month:int"))
+    plan = plan_input(config)
+    kept = infer_kept_fields(sample_input(plan, config).fields, config)
+    assert [field.type for field in kept] == ["string", "int"]
+    read = [item.outcome for split in plan.splits for r in split for item in read_range(r, config, kept)]
+    assert len(read) == 12 and {tuple(json.loads(document.kept)) for document in read} >= {("10", 0), ("x", 1)}
