@@ -46,10 +46,12 @@ def choose_type(kinds: set[str], live: str = "") -> str:
 
     Args:
       kinds: of its values; without any, the field is a string.
-      live: the type of the field in the live table, which stays if it holds the values.
+      live: the type of the field in the live table. It stays if it holds the values, else it widens: rows that stay
+        keep their values.
     """
     if live and kinds <= HOLDS[live]:
         return live
+    kinds = kinds | {live} if live else kinds
     return next((kind for kind in HOLDS if kinds and kinds <= HOLDS[kind]), "string")
 
 

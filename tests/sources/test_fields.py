@@ -18,6 +18,7 @@ from pipeline.records import DeadLetter
 from pipeline.sources.arrow_schema import find_leaves
 from pipeline.sources.field_paths import MISSING, find_value
 from pipeline.sources.fields import is_blank
+from pipeline.sources.kept import choose_type
 from pipeline.sources.parquet import open_parquet, select_columns
 from pipeline.sources.planning import plan_input
 from pipeline.sources.read import read_range
@@ -123,7 +124,7 @@ def test_what_does_not_fit_is_null_and_counted(tmp_path):
 
 def test_the_live_type_stays_if_it_holds_the_values(tmp_path):
     path = write(tmp_path / "a.jsonl", [{"text": "t", "v": 1, "n": {"v": 0.5}}])
-    for live, kind in (("float", "float"), ("string", "string"), ("int", "int"), ("bool", "int")):
+    for live, kind in (("float", "float"), ("string", "string"), ("int", "int"), ("bool", "string")):
         assert read(path, [ReadConfig(keep_fields=(f"v:{live}",)).kept_fields()[0]], keep_fields=("v",))[1][0].type == (
             kind
         )
@@ -255,3 +256,20 @@ def test_a_text_without_tokens_is_blank():
 def test_texts_without_visible_characters(tmp_path):
     path = write(tmp_path / "a.jsonl", [{"text": "\u200b\ufeff"}, {"text": "\x00\x01"}, {"text": "a\u200b"}])
     assert [getattr(o, "reason", "") or o.text for o in read(path)[0]] == ["empty_text", "empty_text", "a\u200b"]
+
+
+@pytest.mark.parametrize(
+    ("live", "kinds", "chosen"),
+    [
+        ("int", {"bool"}, "string"),
+        ("int", {"float"}, "float"),
+        ("bool", {"int"}, "string"),
+        ("float", {"long"}, "string"),
+        ("float", {"int"}, "float"),
+        ("int", {"long"}, "int"),
+        ("", {"bool"}, "bool"),
+        ("string", {"int"}, "string"),
+    ],
+)
+def test_a_live_type_widens_and_never_narrows(live, kinds, chosen):
+    assert choose_type(kinds, live) == chosen
