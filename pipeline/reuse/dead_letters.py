@@ -11,10 +11,11 @@ from typing import Any
 import numpy as np
 
 from pipeline.files import open_file
-from pipeline.records import DeadLetter, Document, Origin, digest_id
+from pipeline.records import DeadLetter, Document, digest_id
 from pipeline.reuse.digests import is_in
 from pipeline.sinks.index import parse_hashes
 from pipeline.sinks.writing import Shard
+from pipeline.sources.dead_letters import read_origin
 
 _BLOCK = 1 << 14
 
@@ -76,8 +77,7 @@ def find_examples(shards: Iterable[Shard]) -> Collection[DeadLetter]:
     found: dict[str, DeadLetter] = {}
     for shard in shards:
         for letter in _read_letters(shard.path):
-            unit = "byte" if "byte" in letter else "row"
-            origin = Origin(letter["file"], letter[unit], unit)
+            origin = read_origin(letter)
             first = found.get(letter["reason"])
             if first is None or origin < first.origin:
                 found[letter["reason"]] = DeadLetter(letter["stage"], letter["reason"], letter["message"], origin)

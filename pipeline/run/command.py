@@ -25,9 +25,13 @@ def spell_command(settings: Mapping[str, Any], changes: Mapping[str, Any]) -> st
     given = {name: value for name, value in settings.items() if name not in _RESOLVED} | dict(changes)
     words = ["embeam", "embed"]
     for name in (field.name for kind in _SPELLED for field in fields(kind)):
-        value = given.get(name, default[name])
-        items = list(value) if isinstance(value, list | tuple) else [value]
-        if value != default[name] and items != list(default[name] if isinstance(default[name], tuple) else ()):
+        items = _list(given.get(name, default[name]))
+        if items != _list(default[name]):
             joined = items if name == "input" else [",".join(map(str, items))]
-            words += [f"--{name}={str(one).lower() if isinstance(one, bool) else one}" for one in joined]
+            words += [f"--{name}={one}" for one in joined]
     return shlex.join(words)
+
+
+def _list(value: Any) -> list[Any]:
+    """A manifest has lists where the configuration has tuples."""
+    return list(value) if isinstance(value, list | tuple) else [value]

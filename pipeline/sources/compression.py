@@ -15,6 +15,7 @@ from pipeline.sources.decoders import DECODE_ERRORS, DECODERS, PADDED, WindowToo
 
 BUFFER_BYTES = 1 << 18
 CHUNK_BYTES = 1 << 16
+_SKIP_BYTES = 1 << 20
 
 
 class FileError(Exception):
@@ -188,3 +189,11 @@ def open_stream(path: str, compression: str = "", start: int = 0, max_window: in
     """
     raw = RawFile(path, start)
     return InputStream(DecodedFile(raw, compression, max_window) if compression else raw, BUFFER_BYTES)
+
+
+def skip_bytes(stream: ByteReader, n_bytes: int) -> int:
+    """Skips bytes of a stream without holding them; returns how many there were, which are fewer at its end."""
+    n_left = n_bytes
+    while n_left and (skipped := len(stream.read(min(n_left, _SKIP_BYTES)))):
+        n_left -= skipped
+    return n_bytes - n_left

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, Union
 
 from pipeline.read_config import ReadConfig
@@ -28,12 +28,17 @@ class DeadLetterSource(JsonlSource):
     def restore(self, record: Record) -> Union[Document, DeadLetter]:
         """The document that a dead letter holds, or the dead letter as it was."""
         values = record.values
-        unit = "byte" if "byte" in values else "row"
-        origin = Origin(values["file"], values[unit], unit)
+        origin = read_origin(values)
         if not is_complete(values):
             facts = values["stage"], values["reason"], values["message"]
             return DeadLetter(*facts, origin, values["id"], values.get("text"))
         return Document(values["id"], values["text"], values.get("pair"), pack_kept(values.get("kept", ())), origin)
+
+
+def read_origin(values: Mapping[str, Any]) -> Origin:
+    """Where the document of a stored dead letter came from."""
+    unit = "byte" if "byte" in values else "row"
+    return Origin(values["file"], values[unit], unit)
 
 
 def is_complete(values: Any) -> bool:

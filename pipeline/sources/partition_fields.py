@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from pipeline.read_config import KeptField
 from pipeline.sources.kept import Misfit, convert_kept
 from pipeline.sources.names import NULL_PARTITION
-from pipeline.sources.source import InputFile
+from pipeline.sources.source import InputFile, Record
 from pipeline.sources.spelling import parse_spelling
 
 
 def read_partition(file: InputFile, kept_fields: Sequence[KeptField], as_strings: bool = False) -> dict[str, Any]:
-    """The fields of a file's folders; a field of the record itself with that name takes precedence.
+    """The fields of a file's folders, for `add_partition`.
 
     Args:
       file: the file.
@@ -25,6 +25,11 @@ def read_partition(file: InputFile, kept_fields: Sequence[KeptField], as_strings
     for name, value in file.partition:
         fields[name] = None if value == NULL_PARTITION else _convert(value, kinds.get(name, "string"))
     return fields
+
+
+def add_partition(record: Record, folders: Mapping[str, Any]) -> Record:
+    """A record with the fields of its file's folders; a field of its own with the same name takes precedence."""
+    return record._replace(values={**folders, **record.values}) if folders else record
 
 
 def _convert(value: str, kind: str) -> Any:

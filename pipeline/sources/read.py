@@ -19,7 +19,7 @@ from pipeline.sources import SOURCES
 from pipeline.sources.compression import FileError
 from pipeline.sources.duplicates import reject_duplicate, scan_through_files, select_duplicates
 from pipeline.sources.fields import build_document
-from pipeline.sources.partition_fields import read_partition
+from pipeline.sources.partition_fields import add_partition, read_partition
 from pipeline.sources.planning import InputPlan
 from pipeline.sources.source import FileRange
 
@@ -60,8 +60,7 @@ def read_range(
     folders = read_partition(file, kept_fields, source.values_are_strings)
     try:
         for record in source.read_records(file_range, config):
-            if folders:
-                record = record._replace(values={**folders, **record.values})
+            record = add_partition(record, folders)
             n_read = min(record.n_read, file_range.n_bytes)
             restored = None if record.reason else source.restore(record)
             outcome = restored or build_document(record, file, source, config, kept_fields, kept_nulls)

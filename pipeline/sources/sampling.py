@@ -16,7 +16,7 @@ from pipeline.sources.compression import FileError, WrongColumns
 from pipeline.sources.field_paths import MISSING, find_nearest, find_value, list_fields, name_fields, suggest_field
 from pipeline.sources.fields import build_document
 from pipeline.sources.kept import choose_type, find_kind
-from pipeline.sources.partition_fields import infer_partition, read_partition
+from pipeline.sources.partition_fields import add_partition, infer_partition, read_partition
 from pipeline.sources.planning import InputPlan
 from pipeline.sources.read import explain_bad_files
 from pipeline.sources.source import FileRange, InputFile, Record, needed_fields
@@ -43,29 +43,28 @@ class SampledFields:
     names: dict[str, None] = field(default_factory=dict)
     kinds: defaultdict[str, set[str]] = field(default_factory=lambda: defaultdict(set))
 
-    def add_record(self, record: Record, folders: dict[str, Any], needed: Sequence[str], from_strings: bool) -> None:
-        """Adds a good record of a file, with the fields of the file's folders."""
+    def add_record(self, record: Record, needed: Sequence[str], from_strings: bool) -> None:
+        """Adds a good record of a file."""
         self.n_records += 1
         if self.n_records <= SAMPLE_ROWS:
-            self.names.update(dict.fromkeys(list_fields({**folders, **record.values})))
+            self.names.update(dict.fromkeys(list_fields(record.values)))
         for path in needed:
             value = find_value(record.values, path)
-            if value is MISSING:
-                value = folders.get(path, MISSING)
-            elif from_strings:
-                value = parse_spelling(value)
-            if value is MISSING:
-                continue
-            kinds = self.kinds[path]
-            if value is not None:
-                kinds.add(find_kind(value))
+            if value is not MISSING:
+                self._add_value(path, parse_spelling(value) if from_strings else value)
 
     def add_folders(self, file: InputFile, needed: Sequence[str]) -> None:
         """Adds the fields of a file's folders, which are known without reading it."""
         folders = infer_partition(file)
+        self.names.update(dict.fromkeys(folders))
         for path in needed:
-            if folders.get(path) is not None:
-                self.kinds[path].add(find_kind(folders[path]))
+            if path in folders:
+                self._add_value(path, folders[path])
+
+    def _add_value(self, path: str, value: Any) -> None:
+        kinds = self.kinds[path]  # a null tells that the field is there
+        if value is not None:
+            kinds.add(find_kind(value))
 
     def add_schema(self, described: dict[str, str], needed: Sequence[str]) -> None:
         """Adds what a file says of its own fields."""
@@ -93,8 +92,8 @@ class InputSample(NamedTuple):
         documents = []
         for file, record in self.records:
             source = SOURCES[file.format]
-            values = read_partition(file, kept, source.values_are_strings) | dict(record.values)
-            document = build_document(record._replace(values=values), file, source, config, kept)
+            whole = add_partition(record, read_partition(file, kept, source.values_are_strings))
+            document = build_document(whole, file, source, config, kept)
             documents += [document] if isinstance(document, Document) else []
         return documents
 
@@ -116,17 +115,18 @@ def sample_input(plan: InputPlan, config: ReadConfig) -> InputSample:
         sample.fields.add_folders(file, needed)
     n_documents = 0.0
     for files in kinds.values():
-        n_records, n_bytes = _sample_files(files[:SAMPLE_FILES], config, sample)
+        n_records, n_bytes = _sample_files(files[:SAMPLE_FILES], config, needed, sample)
         n_documents += sum(file.size for file in files) * n_records / n_bytes
     return sample._replace(n_documents=min(config.limit or round(n_documents), round(n_documents)))
 
 
-def _sample_files(files: Sequence[InputFile], config: ReadConfig, sample: InputSample) -> tuple[int, int]:
+def _sample_files(
+    files: Sequence[InputFile], config: ReadConfig, needed: Sequence[str], sample: InputSample
+) -> tuple[int, int]:
     """Adds to the sample; returns how many records were read, and how many stored bytes."""
-    needed = needed_fields(config)
     n_records = n_bytes = n_kept = n_characters = 0
     for file in files:
-        source, folders = SOURCES[file.format], infer_partition(file)
+        source = SOURCES[file.format]
         try:
             sample.fields.add_schema(source.describe_fields(file, config), needed)
         except FileError:
@@ -137,8 +137,8 @@ def _sample_files(files: Sequence[InputFile], config: ReadConfig, sample: InputS
                 sample.records.append((file, record))
                 n_kept += 1
                 n_characters += sum(len(value) for value in record.values.values() if isinstance(value, (str, bytes)))
-            if (source.has_fields or folders) and not record.reason:
-                sample.fields.add_record(record, folders, needed, source.values_are_strings)
+            if (source.has_fields or file.partition) and not record.reason:
+                sample.fields.add_record(record, needed, source.values_are_strings)
             n_read = n_bytes + record.n_read
             if n_records >= SAMPLE_RECORDS or (n_read >= SAMPLE_BYTES and n_records >= SAMPLE_ROWS):
                 return n_records, max(n_read, 1)

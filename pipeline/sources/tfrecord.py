@@ -14,13 +14,12 @@ from typing import Any, NamedTuple
 import google_crc32c
 
 from pipeline.read_config import ReadConfig
-from pipeline.sources.compression import ByteReader, FileError, TruncatedFile, open_stream
+from pipeline.sources.compression import ByteReader, FileError, TruncatedFile, open_stream, skip_bytes
 from pipeline.sources.decoders import find_compression
 from pipeline.sources.source import FileRange, InputFile, Record, Source, describe_too_large, needed_fields
 
 _HEADER = struct.Struct("<QI")
 _FOOTER = struct.Struct("<I")
-_SKIP_BYTES = 1 << 20
 _MASK_DELTA = 0xA282EAD8
 
 
@@ -104,7 +103,8 @@ def iterate_frames(stream: ByteReader, limit: int) -> Iterator[Frame]:
         if mask_crc(google_crc32c.value(header[:8])) != checksum:
             raise BrokenFraming("a record's length has a wrong checksum; the rest of the file cannot be read")
         if size > limit:
-            _skip_bytes(stream, size + _FOOTER.size)
+            if skip_bytes(stream, size + _FOOTER.size) < size + _FOOTER.size:
+                raise TruncatedFile("the file ends within a record")
             yield Frame(b"", size, is_too_large=True)
             continue
         data = stream.read(size)
@@ -130,11 +130,3 @@ def read_example(example: Any, names: list[str]) -> dict[str, Any]:
             items = getattr(feature, kind).value if kind else []
             values[name] = items[0] if len(items) == 1 else list(items) or None
     return values
-
-
-def _skip_bytes(stream: ByteReader, n_bytes: int) -> None:
-    while n_bytes:
-        skipped = len(stream.read(min(n_bytes, _SKIP_BYTES)))
-        if not skipped:
-            raise TruncatedFile("the file ends within a record")
-        n_bytes -= skipped

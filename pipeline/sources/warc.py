@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from pipeline.read_config import ReadConfig
-from pipeline.sources.compression import DamagedFile, InputStream, TruncatedFile, open_stream
+from pipeline.sources.compression import DamagedFile, InputStream, TruncatedFile, open_stream, skip_bytes
 from pipeline.sources.source import FileRange, Record, Source, describe_too_large
 from pipeline.sources.text import explain_bytes, show_bytes
 
 _MAGIC = b"WARC/"
 _LINE_BYTES = 1 << 16
-_SKIP_BYTES = 1 << 20
 _WITHOUT_DOCUMENTS = ("warcinfo", "request", "metadata", "revisit")
 _WITH_TEXT = ("conversion", "resource")
 
@@ -50,7 +49,7 @@ class WarcSource(Source):
                 reason, message = find_problem(kind, headers.get_header("Content-Type", ""), size, config)
                 is_read = not reason and kind not in _WITHOUT_DOCUMENTS
                 data = stream.read(size) if is_read else b""
-                if (len(data) if is_read else _skip_bytes(stream, size)) < size:
+                if (len(data) if is_read else skip_bytes(stream, size)) < size:
                     raise TruncatedFile(f"{file.path} is cut off within record {number}")
                 if stream.peek(1)[:1] not in (b"\r", b"\n", b""):
                     raise DamagedFile(f"{file.path} is damaged: record {number} does not end where its header says")
@@ -92,11 +91,3 @@ def _find_record(stream: InputStream) -> bytes:
         if line.strip():
             return line
     return b""
-
-
-def _skip_bytes(stream: InputStream, n_bytes: int) -> int:
-    """Skips bytes; returns how many there were."""
-    n_left = n_bytes
-    while n_left and (skipped := len(stream.read(min(n_left, _SKIP_BYTES)))):
-        n_left -= skipped
-    return n_bytes - n_left
