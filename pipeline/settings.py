@@ -12,6 +12,7 @@ from typing import Any
 
 from pipeline.errors import ConfigError
 
+REPEATED = ("input", "exclude")  # flags whose values may hold commas, such as inside braces of a glob
 _KINDS = {bool: "true or false", int: "a whole number", float: "a number", str: "text", tuple: "a list"}
 
 
@@ -77,7 +78,7 @@ def convert_setting(f: dataclasses.Field[Any], value: Any) -> Any:
         raise ConfigError(f"--{f.name}={str(value).lower()} is not {_KINDS[type(default)]}")
     if isinstance(default, tuple):
         items = [value] if isinstance(value, str) else list(map(_spell_path, value))
-        if f.name in ("input", "exclude"):  # a glob may hold a comma inside braces
+        if f.name in REPEATED:
             return tuple(str(item) for item in items)
         return tuple(part.strip() for item in items for part in str(item).split(",") if part.strip())
     if isinstance(default, bool):

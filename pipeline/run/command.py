@@ -9,6 +9,7 @@ from typing import Any
 
 from pipeline.config import EmbedConfig, EncoderConfig, PreprocessConfig, VectorConfig, WriteConfig
 from pipeline.read_config import ReadConfig
+from pipeline.settings import REPEATED
 
 _SPELLED = (ReadConfig, PreprocessConfig, EncoderConfig, VectorConfig, WriteConfig)
 _RESOLVED = ("encoder_graph", "precision")  # a manifest holds what was chosen, not what was given
@@ -27,7 +28,7 @@ def spell_command(settings: Mapping[str, Any], changes: Mapping[str, Any]) -> st
     for name in (field.name for kind in _SPELLED for field in fields(kind)):
         items = _list(given.get(name, default[name]))
         if items != _list(default[name]):
-            joined = items if name == "input" else [",".join(map(str, items))]
+            joined = items if name in REPEATED else [",".join(map(str, items))]
             words += [f"--{name}={one}" for one in joined]
     return shlex.join(words)
 

@@ -15,6 +15,7 @@ import pytest
 from pipeline.config import EmbedConfig
 from pipeline.encoders.handler import LoadedEncoder
 from pipeline.errors import ConfigError
+from pipeline.run.command import spell_command
 from pipeline.run.job import build_table
 from pipeline.tables.manifest import Manifest
 from tests.support.corpora import as_records, some_texts, write_jsonl
@@ -171,3 +172,12 @@ def test_texts_that_were_too_long_are_embedded_by_the_command_that_the_error_spe
     after = build_table(EmbedConfig.from_flat(dict(word[2:].split("=", 1) for word in words[2:])))
     assert after is not None and not after.dead_letters and after.rows == len(RECORDS)
     assert after.layout == before.layout
+
+
+def test_a_spelled_command_repeats_what_may_hold_commas():
+    settings = {"input": ["a/*.txt", "{b,c}.txt"], "exclude": ["*.md", "{d,e}"], "keep_fields": ["year", "lang"]}
+    words = shlex.split(spell_command(settings, {"output": "my table"}))
+    assert words[2:] == [
+        *("--input=a/*.txt", "--input={b,c}.txt", "--exclude=*.md", "--exclude={d,e}"),
+        *("--keep_fields=year,lang", "--output=my table"),
+    ]
